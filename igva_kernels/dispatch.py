@@ -1,0 +1,70 @@
+"""Which backend serves a call: an explicit ``impl`` or the best that can run here."""
+
+from __future__ import annotations
+
+import importlib
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from igva_kernels.backends.base import Backend
+
+# "auto" takes the first one that can serve the call; "reference" always can.
+KERNEL_BACKENDS = ("cuda", "triton", "cpu")
+IMPLS = ("auto", "reference", *KERNEL_BACKENDS)
+
+
+class BackendStatus(NamedTuple):
+    """Whether a backend can run on this machine."""
+
+    name: str
+    available: bool
+    devices: tuple[str, ...]
+    """Device types that it serves here."""
+    reason: str
+    """Why it cannot run; empty where it can."""
+
+
+@lru_cache(maxsize=None)
+def get(name: str) -> Backend:
+    """The backend of this name. Importing one touches no driver and never fails."""
+    return importlib.import_module(f"igva_kernels.backends.{name}").BACKEND
+
+
+def backends() -> list[BackendStatus]:
+    """What can run here and, for each one that cannot, why."""
+    present = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    statuses = [BackendStatus("reference", True, tuple(present), "")]
+    for name in KERNEL_BACKENDS:
+        reasons = {device: get(name).why_not(torch.device(device), torch.float32) for device in ("cpu", "cuda")}
+        devices = tuple(device for device in present if reasons[device] is None)
+        own = "cpu" if name == "cpu" else "cuda"
+        statuses.append(BackendStatus(name, bool(devices), devices, "" if devices else reasons[own] or "no such device"))
+    return statuses
+
+
+@torch.compiler.assume_constant_result
+def select(impl: str, device_type: str, dtype: torch.dtype) -> str:
+    """The backend that serves ``impl`` for tensors of this device and dtype.
+
+    Raises:
+        ValueError: no such ``impl``.
+        NotImplementedError: an explicit ``impl`` that cannot serve the call.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl: got {impl!r}, need one of {', '.join(map(repr, IMPLS))}")
+    if impl == "reference":
+        return impl
+    device = torch.device(device_type)
+    if impl != "auto":
+        reason = get(impl).why_not(device, dtype)
+        if reason is not None:
+            raise NotImplementedError(f"impl={impl!r} cannot serve {dtype} tensors on {device_type!r}: {reason}")
+        return impl
+    for name in KERNEL_BACKENDS:
+        if name == "triton" and device_type == "cpu":
+            continue  # the interpreter is a test tool, never the best choice
+        if get(name).why_not(device, dtype) is None:
+            return name
+    return "reference"
