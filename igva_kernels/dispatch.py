@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ class BackendStatus(NamedTuple):
     """Why it cannot run; empty where it can."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def get(name: str) -> Backend:
     """The backend of this name. Importing one touches no driver and never fails."""
     return importlib.import_module(f"igva_kernels.backends.{name}").BACKEND
@@ -39,8 +39,8 @@ def backends() -> list[BackendStatus]:
     for name in KERNEL_BACKENDS:
         reasons = {device: get(name).why_not(torch.device(device), torch.float32) for device in ("cpu", "cuda")}
         devices = tuple(device for device in present if reasons[device] is None)
-        own = "cpu" if name == "cpu" else "cuda"
-        statuses.append(BackendStatus(name, bool(devices), devices, "" if devices else reasons[own] or "no such device"))
+        reason = "" if devices else reasons["cpu" if name == "cpu" else "cuda"] or "no CUDA device"
+        statuses.append(BackendStatus(name, bool(devices), devices, reason))
     return statuses
 
 

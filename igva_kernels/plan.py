@@ -13,7 +13,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 
@@ -215,9 +215,7 @@ class MixPlan:
         return cls((*blocks[strategy], _tap(base)))
 
     @classmethod
-    def weighted_sum(
-        cls, layers: Iterable[int], residual: int | None = None, num_states: int | None = None
-    ) -> MixPlan:
+    def weighted_sum(cls, layers: Iterable[int], residual: int | None = None, num_states: int | None = None) -> MixPlan:
         """One block ``sum_i w_i * h_layers[i] (+ h_residual)``: TGIF, COMM, learned static weights."""
         block = [Entry(layer, column) for column, layer in enumerate(layers)]
         if residual is not None:
@@ -275,7 +273,7 @@ def _check_choice(name: str, given: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: got {given!r}, need one of {', '.join(map(repr, choices))}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _from_code(code: str) -> MixPlan:
     return MixPlan(ast.literal_eval(code))
 
@@ -285,7 +283,7 @@ def _renumbered(plan: MixPlan, index: dict[int, int], num_states: int) -> MixPla
     return MixPlan(blocks, num_states)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _resolve(plan: MixPlan, num_states: int) -> MixPlan:
     missing = [layer for layer in plan.layers if not -num_states <= layer < num_states]
     if missing:
@@ -296,13 +294,13 @@ def _resolve(plan: MixPlan, num_states: int) -> MixPlan:
     return _renumbered(plan, {layer: layer % num_states for layer in plan.layers}, num_states)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compact(plan: MixPlan) -> tuple[tuple[int, ...], MixPlan]:
     index = {layer: i for i, layer in enumerate(plan.layers)}
     return plan.layers, _renumbered(plan, index, len(index))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _reduced(plan: MixPlan) -> tuple[MixPlan, MixPlan]:
     sources: dict[Block, int] = {}
     blocks = []

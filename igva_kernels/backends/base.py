@@ -69,13 +69,12 @@ class MixArgs:
         """D."""
         return self.layers[0].shape[2]
 
-    def over_sources(self, sums: Sequence[Tensor]) -> MixArgs:
-        """The same operator over the sources of ``plan.reduced()``: taps are views of the layers, sums are given."""
-        sources, plan = self.plan.reduced()
-        rest = iter(sums)
+    def over_sources(self, sources: Sequence[Tensor]) -> MixArgs:
+        """The same operator over the outputs of ``plan.reduced()``: taps with all T tokens, sums ``[I, P, D]``."""
+        blocks, plan = self.plan.reduced()
         views = [
-            self.layers[block[0].layer][:, self.skip_tokens :] if is_tap(block) else next(rest)
-            for block in sources.blocks
+            source[:, self.skip_tokens :] if is_tap(block) else source
+            for block, source in zip(blocks.blocks, sources, strict=True)
         ]
         return MixArgs(views, plan, self.mix_weights, self.image_index, 0)
 
@@ -90,14 +89,15 @@ class LayerShape(NamedTuple):
 
     num_images: int
     num_tokens: int
+    width: int
     dtype: torch.dtype
 
 
 class Mixed(NamedTuple):
     """What the mix returns."""
 
-    rows: Tensor
-    """``[B, P, G*D]``, normalised where a norm was given."""
+    rows: Tensor | None
+    """``[B, P, G*D]``, normalised where a norm was given; None where ``project`` never held them whole."""
     kept: list[Tensor]
     """Keep.ROWS: the row before the norm, if there is one (else nothing: it is ``rows``). Keep.SOURCES: one
     ``[I, P, D]`` sum in the layers' dtype a source that is not a tap, in the order of ``plan.reduced()``."""
@@ -145,6 +145,15 @@ class ProjectorGrads(NamedTuple):
     norm_bias: Tensor | None
     weight2: Tensor | None
     bias2: Tensor | None
+
+
+def check_image_range(image_index: Tensor, num_images: int) -> None:
+    """Raise ValueError if a row of a CPU ``image_index`` reads an image that is not there."""
+    if image_index.numel() and not 0 <= int(image_index.min()) <= int(image_index.max()) < num_images:
+        raise ValueError(
+            f"image_index: need values from 0 to {num_images - 1}, the images of the hidden states, got values from "
+            f"{int(image_index.min())} to {int(image_index.max())}"
+        )
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -239,7 +248,9 @@ class Backend:
             grad_rows[at] = (rstd[at, None] * (grad - grad.mean(-1, keepdim=True) - projected)).to(grad_rows.dtype)
         if not need_params:
             return grad_rows, None, None
-        return grad_rows, param_grads[0], param_grads[1]
+        return grad_rows, *(
+            grad if p is None else grad.to(p.dtype) for grad, p in zip(param_grads, norm[:2], strict=True)
+        )
 
     # ---- the operator ----------------------------------------------------------------------------------------------
 
@@ -254,6 +265,7 @@ class Backend:
     ) -> tuple[Tensor, Mixed, Tensor | None]:
         """``(out [B, P, H], mixed, z [M, H] if kept)``."""
         mixed = self.mix(args, weights.weight1.dtype, norm, keep)
+        assert mixed.rows is not None
         y, z = self.linear(mixed.rows.flatten(0, 1), weights.weight1, weights.bias1, activation, keep_z)
         if weights.weight2 is not None:
             if keep_z and z is None:
