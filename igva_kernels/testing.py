@@ -2,9 +2,9 @@
 
 A kernel may be at most twice as wrong as the plain torch code in the same dtype, plus half a unit of rounding:
 
-    error(kernel) <= 2 * error(plain) + 0.5 * eps(dtype),      error(x) = |x - oracle| / |oracle|  (Frobenius, in fp64)
+    error(kernel) <= 2 * error(plain) + 0.5 * eps(dtype)        error(x) = |x - oracle| / |oracle|  (Frobenius, fp64)
 
-A small result of a long, cancelling sum (the gradient of ``mix_weights``: a few numbers out of millions of products) has
+A small result of a long, cancelling sum (the gradient of ``mix_weights``: a few numbers from millions of products) has
 an error that is mostly luck. Pass several draws of it, as sequences: the rule then holds for their root mean square.
 """
 

@@ -1,0 +1,89 @@
+"""The command ``igva-kernels``.
+
+``info`` and ``verify`` need torch only, so that they also work where something is missing; hence argparse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from igva_kernels.dispatch import KERNEL_BACKENDS
+from igva_kernels.version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns the exit status."""
+    args = _parser().parse_args(argv)
+    return args.run(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("igva-kernels", description="Fused multi-layer visual feature fusion.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    info = commands.add_parser("info", help="versions, CPU, GPUs, what was built, and each backend or why not")
+    info.add_argument("--json", action="store_true", help="print JSON")
+    info.set_defaults(run=_info)
+
+    verify = commands.add_parser("verify", help="judge every backend that can run here against fp64")
+    verify.add_argument("--backend", action="append", choices=KERNEL_BACKENDS, help="only this one (repeatable)")
+    verify.add_argument("--dtype", action="append", choices=("fp32", "bf16", "fp16"), help="only this one (repeatable)")
+    verify.add_argument("--quick", action="store_true", help="leave out the real shapes")
+    verify.add_argument("--verbose", action="store_true", help="print every result, not the worst one of a case")
+    verify.set_defaults(run=_verify)
+
+    demo = commands.add_parser("demo", help="a LLaVA-IGVA model about an image, plain beside fused")
+    demo.add_argument("--image", type=Path, metavar="FILE", help="a photograph (default: a cup of coffee)")
+    demo.add_argument("--ask", action="append", metavar="TEXT", help="an instruction (repeatable)")
+    demo.add_argument("--model", metavar="DIR", help="a LLaVA-IGVA checkpoint (default: random weights)")
+    demo.add_argument("--output", type=Path, metavar="DIR", default=Path("demo_output"), help="default: %(default)s")
+    demo.add_argument("--steps", type=int, metavar="N", default=4, help="training steps (default: %(default)s)")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _info(args: argparse.Namespace) -> int:
+    from igva_kernels import info
+
+    report = info.collect()
+    print(json.dumps(report, indent=2) if args.json else info.render(report))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from igva_kernels.verify import DTYPES, verify
+
+    line = "{:34} {:5} {:14} {:22} {:>9} {:>9} {:>9}  {}"
+    print("relative error against fp64; right is: error <= 2 x plain torch's error + eps/2\n")
+    print(line.format("case", "dtype", "backend", "result", "error", "plain", "budget", ""))
+    cases = failed = 0
+    try:
+        for row in verify(args.backend or (), args.dtype or tuple(DTYPES), args.quick):
+            cases += 1
+            failed += not row.ok
+            for verdict in row.verdicts if args.verbose else [row.worst]:
+                numbers = (f"{x:.2e}" for x in (verdict.error, verdict.plain, verdict.budget))
+                backend, answer = f"{row.backend} on {row.device}", "ok" if verdict.ok else "WRONG"
+                print(line.format(row.case, row.dtype, backend, verdict.name, *numbers, answer), flush=True)
+    except NotImplementedError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if not cases:
+        print("no kernel backend can run here; see igva-kernels info", file=sys.stderr)
+        return 2
+    print(f"\n{cases - failed} of {cases} within the rule" + ("" if args.verbose else "; the worst result of each"))
+    return 1 if failed else 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    try:
+        from igva_kernels.demo import run
+    except ModuleNotFoundError as error:
+        print(f"the demo needs {error.name}: pip install 'igva-kernels[demo]'", file=sys.stderr)
+        return 2
+    return run(args.image, args.ask, args.model, args.output, args.steps)

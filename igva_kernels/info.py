@@ -1,0 +1,85 @@
+"""What this installation can do and, where it cannot, why not: the first thing to paste into a bug report."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from igva_kernels.dispatch import backends
+from igva_kernels.version import __version__
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "sentence-transformers",
+    "accelerate",
+    "flash-attn",
+    "numpy",
+)
+
+# What decides which CPU kernels and which GEMMs run; the rest of the flags would only be noise.
+CPU_FEATURES = ("avx2", "fma3", "f16c", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16")
+
+
+def collect() -> dict[str, Any]:
+    """Versions, CPU, GPUs, what was built, and the backends, as plain data."""
+    return {
+        "igva_kernels": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cpu": _cpu(),
+        "gpus": _gpus(),
+        "backends": [status._asdict() for status in backends()],
+    }
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as lines of text."""
+    cpu = report["cpu"]
+    lines = [
+        ("igva_kernels", report["igva_kernels"]),
+        ("python", f"{report['python']} on {report['platform']}"),
+        *((name, version or "not installed") for name, version in report["packages"].items()),
+        ("cpu", f"{cpu['name']}, torch uses {cpu['torch_capability']} and {cpu['threads']} of {cpu['cores']} cores"),
+        ("cpu features", " ".join(cpu["features"]) or "unknown"),
+        *((f"gpu {i}", gpu) for i, gpu in enumerate(report["gpus"])),
+        *([] if report["gpus"] else [("gpu", "none")]),
+    ]
+    text = [f"{name:22}{value}" for name, value in lines]
+    text += ["", "backends"]
+    for backend in report["backends"]:
+        answer = f"yes, on {', '.join(backend['devices'])}" if backend["available"] else f"no: {backend['reason']}"
+        text.append(f"  {backend['name']:20}{answer}")
+    return "\n".join(text)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    # Older versions of torch cannot name the features.
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return {
+        "name": known.get("cpu_name") or platform.processor() or platform.machine(),
+        "cores": known.get("num_physical_cores") or torch.get_num_threads(),
+        "threads": torch.get_num_threads(),
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "features": [name for name in CPU_FEATURES if known.get(name)],
+    }
+
+
+def _gpus() -> list[str]:
+    if not torch.cuda.is_available():
+        return []
+    properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB" for p in properties]

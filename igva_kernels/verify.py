@@ -1,0 +1,230 @@
+"""Every backend that can run here against fp64: forward and every gradient, beside plain torch in the same dtype.
+
+The rule is that of ``igva_kernels.testing``. Inputs are drawn, rounded to the dtype, and then given alike to the oracle
+(the reference in fp64), to plain torch (the reference in the dtype) and to the backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from igva_kernels import ops
+from igva_kernels.dispatch import KERNEL_BACKENDS, backends
+from igva_kernels.plan import MixPlan
+from igva_kernels.testing import MIX_WEIGHT_DRAWS, Verdict, error_budget, relative_error
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+MIX_WEIGHTS_GRAD = "grad mix_weights"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one operator, drawn at random."""
+
+    name: str
+    op: str
+    plan: MixPlan
+    images: int
+    tokens: int
+    width: int
+    hidden: int = 0
+    """H; 0 for ``layer_mix``, which has none."""
+    skip: int = 1
+    image_index: tuple[int, ...] | None = None
+    activation: str | None = None
+    norm: bool = False
+    trainable_tower: bool = False
+
+    def draw(self, seed: int, dtype: torch.dtype, device: str) -> Inputs:
+        """Inputs rounded to ``dtype``; the same numbers for a seed whatever the device."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
+
+        plan = self.plan
+        rows = len(self.image_index) if self.image_index else self.images
+        row_width = plan.num_blocks * self.width
+        assert plan.num_states is not None
+        layers = {layer: normal(self.images, self.tokens, self.width) for layer in plan.layers}
+        params: dict[str, Tensor] = {}
+        if self.op != "layer_mix":
+            params["weight1"] = normal(self.hidden, row_width, scale=row_width**-0.5)
+            params["bias1"] = normal(self.hidden)
+        if self.op == "layer_mix_mlp":
+            params["weight2"] = normal(self.hidden, self.hidden, scale=self.hidden**-0.5)
+            params["bias2"] = normal(self.hidden)
+        if self.norm:
+            params["norm weight"] = 1 + normal(row_width, scale=0.1)
+            params["norm bias"] = normal(row_width, scale=0.1)
+        weights = torch.randn(rows, plan.num_columns, generator=generator).softmax(-1) if plan.num_columns else None
+        return Inputs(
+            layers=[layers.get(layer) for layer in range(plan.num_states)],
+            mix_weights=None if weights is None else weights.to(device),
+            params=params,
+            grad_out=normal(rows, self.tokens - self.skip, self.hidden or row_width),
+        )
+
+    def run(self, inputs: Inputs, impl: str, only_mix_weights: bool = False) -> dict[str, Tensor]:
+        """The output and the gradients by name; with ``only_mix_weights`` that one gradient."""
+        layers = [None if layer is None else layer.detach() for layer in inputs.layers]
+        params = {name: param.detach() for name, param in inputs.params.items()}
+        leaves = {f"grad {name}": param for name, param in params.items()}
+        if self.trainable_tower:
+            leaves |= {f"grad layer {i}": layer for i, layer in enumerate(layers) if layer is not None}
+        mix_weights = None
+        if inputs.mix_weights is not None:
+            mix_weights = inputs.mix_weights.detach()
+            leaves[MIX_WEIGHTS_GRAD] = mix_weights
+        if only_mix_weights:
+            leaves = {MIX_WEIGHTS_GRAD: leaves[MIX_WEIGHTS_GRAD]}
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+
+        device = inputs.grad_out.device
+        options = {
+            "skip_tokens": self.skip,
+            "image_index": None if self.image_index is None else torch.tensor(self.image_index, device=device),
+            "impl": impl,
+        }
+        if self.op != "layer_mix":
+            options["activation"] = self.activation
+            options["norm"] = (params["norm weight"], params["norm bias"], 1e-5) if self.norm else None
+        linears = [params[name] for name in ("weight1", "bias1", "weight2", "bias2") if name in params]
+        out = getattr(ops, self.op)(layers, self.plan, mix_weights, *linears, **options)
+        if leaves:
+            grads = torch.autograd.grad(out, list(leaves.values()), inputs.grad_out)
+            results = dict(zip(leaves, grads, strict=True))
+        else:
+            results = {}
+        return results if only_mix_weights else {"output": out.detach(), **results}
+
+
+class Inputs(NamedTuple):
+    """The tensors of one draw."""
+
+    layers: list[Tensor | None]
+    mix_weights: Tensor | None
+    params: dict[str, Tensor]
+    grad_out: Tensor
+
+    def double(self) -> Inputs:
+        """The same numbers in fp64."""
+        return Inputs(
+            [None if layer is None else layer.double() for layer in self.layers],
+            None if self.mix_weights is None else self.mix_weights.double(),
+            {name: param.double() for name, param in self.params.items()},
+            self.grad_out.double(),
+        )
+
+
+class Row(NamedTuple):
+    """One backend in one case and dtype."""
+
+    case: str
+    dtype: str
+    backend: str
+    device: str
+    verdicts: list[Verdict]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every result keeps the rule."""
+        return all(verdict.ok for verdict in self.verdicts)
+
+    @property
+    def worst(self) -> Verdict:
+        """The result nearest to its budget, or furthest beyond; NaN counts as furthest."""
+        return max(self.verdicts, key=lambda v: (not v.ok, v.error / v.budget))
+
+
+VIP_LLAVA = [-2, -5, -8, -11, 6]
+
+SMALL_CASES = [
+    Case("igva, trainable tower", "layer_mix_mlp", MixPlan.igva(6, 3), 2, 17, 64, 96,
+         activation="gelu", trainable_tower=True),
+    Case("odd sizes", "layer_mix_mlp", MixPlan.igva(5, [[1, 2], [3], [4, 5]]), 3, 38, 59, 97,
+         activation="gelu", trainable_tower=True),
+    Case("several instructions an image", "layer_mix_mlp", MixPlan.igva(6, 2), 2, 17, 32, 48,
+         image_index=(1, 0, 1, 1), activation="gelu", trainable_tower=True),
+    Case("concat + LayerNorm", "layer_mix_mlp", MixPlan.concat([-2, -3, 1], 6), 2, 19, 40, 56,
+         activation="gelu", norm=True, trainable_tower=True),
+    Case("weighted sum + norm", "layer_mix_linear", MixPlan.weighted_sum(range(1, 6), -1, 7), 2, 16, 48, 64,
+         skip=0, norm=True, trainable_tower=True),
+    Case("igva + norm", "layer_mix_linear", MixPlan.igva(4, 2), 2, 18, 32, 40,
+         activation="silu", norm=True, trainable_tower=True),
+    Case("gelu_tanh", "layer_mix_linear", MixPlan.igva_uniform(4, 2), 1, 18, 32, 40, activation="gelu_tanh"),
+    Case("relu", "layer_mix_linear", MixPlan.igva(4, 2), 1, 18, 32, 40, activation="relu"),
+    Case("mix alone", "layer_mix", MixPlan.igva(6, 3), 3, 17, 72, trainable_tower=True),
+    Case("mix alone, DenseConnector dci", "layer_mix", MixPlan.dense_connector("dci"), 1, 17, 72, trainable_tower=True),
+]  # fmt: skip
+
+REAL_CASES = [
+    Case("CLIP-L/336 igva, B 1", "layer_mix_mlp", MixPlan.igva(), 1, 577, 1024, 4096, activation="gelu"),
+    Case("CLIP-L/336 igva, B 2", "layer_mix_mlp", MixPlan.igva(), 2, 577, 1024, 4096, activation="gelu"),
+    Case("CLIP-L/336 igva, mix alone", "layer_mix", MixPlan.igva(), 2, 577, 1024),
+    Case("CLIP-L/336 igva, 3 rows of 1 image", "layer_mix_linear", MixPlan.igva(), 1, 577, 1024, 4096,
+         image_index=(0, 0, 0), activation="gelu"),
+    Case("SigLIP-L igva", "layer_mix_mlp", MixPlan.igva(27, 3), 1, 729, 1152, 4096, skip=0, activation="gelu"),
+    Case("VipLlava concat + LayerNorm", "layer_mix_mlp", MixPlan.concat(VIP_LLAVA, 25), 1, 577, 1024, 4096,
+         activation="gelu", norm=True),
+    Case("TGIF weighted sum + norm", "layer_mix_mlp", MixPlan.weighted_sum(range(1, 25), -2, 25), 1, 577, 1024, 4096,
+         activation="gelu", norm=True),
+]  # fmt: skip
+
+
+def verify(chosen: Sequence[str] = (), dtypes: Sequence[str] = tuple(DTYPES), quick: bool = False) -> Iterator[Row]:
+    """Judges backends, and yields as it goes.
+
+    Args:
+        chosen: the backends; every one that can run here where none is named.
+        dtypes: among "fp32", "bf16" and "fp16".
+        quick: leave out the real shapes.
+
+    Raises:
+        NotImplementedError: a backend that is named cannot run here; the message says why.
+    """
+    statuses = {status.name: status for status in backends()}
+    for name in chosen:
+        if not statuses[name].available:
+            raise NotImplementedError(f"backend {name!r} cannot run here: {statuses[name].reason}")
+    names = [name for name in chosen or KERNEL_BACKENDS if statuses[name].available]
+    for device in ("cuda", "cpu"):
+        here = [name for name in names if device in statuses[name].devices]
+        # Triton on a CPU is its interpreter: right, but hours at real shapes.
+        large = [name for name in here if (name, device) != ("triton", "cpu")]
+        for cases, able in ((SMALL_CASES, here), (() if quick else REAL_CASES, large)):
+            for case in cases:
+                for dtype in dtypes:
+                    yield from _judge(case, dtype, able, device)
+
+
+def _judge(case: Case, dtype_name: str, names: Sequence[str], device: str) -> Iterator[Row]:
+    dtype = DTYPES[dtype_name]
+    plain: dict[str, list[float]] = {}
+    errors: dict[str, dict[str, list[float]]] = {name: {} for name in names}
+    if not names:
+        return
+    # Every result is judged on the first draw, the gradient of mix_weights on the root mean square of all of them.
+    for draw in range(MIX_WEIGHT_DRAWS if case.plan.num_columns else 1):
+        inputs = case.draw(draw, dtype, device)
+        oracle = case.run(inputs.double(), "reference", draw > 0)
+        for impl in ("reference", *names):
+            measured = plain if impl == "reference" else errors[impl]
+            for result, value in case.run(inputs, impl, draw > 0).items():
+                measured.setdefault(result, []).append(relative_error(value, oracle[result]))
+    for name in names:
+        yield Row(case.name, dtype_name, name, device, [
+            Verdict(result, _rms(draws), _rms(plain[result]), error_budget(_rms(plain[result]), dtype))
+            for result, draws in errors[name].items()
+        ])  # fmt: skip
+
+
+def _rms(values: Sequence[float]) -> float:
+    return (sum(value**2 for value in values) / len(values)) ** 0.5
