@@ -157,19 +157,19 @@ class MixPlan:
         """
         members = _groups(num_layers, groups)
         mixed = [Entry(layer, k, 1.0 / len(group)) for k, group in enumerate(members) for layer in group]
-        return cls((((base, None, 1.0),), tuple(mixed)), num_layers + 1)
+        return cls((_tap(base), tuple(mixed)), num_layers + 1)
 
     @classmethod
     def igva_uniform(cls, num_layers: int = 24, groups: int | Sequence[Sequence[int]] = 4, base: int = -2) -> MixPlan:
         """``[base] [mean over k of the mean of group k]``, IGVA's stage 1. Arguments as in ``igva``."""
         members = _groups(num_layers, groups)
         mixed = [Entry(layer, None, 1.0 / (len(members) * len(group))) for group in members for layer in group]
-        return cls((((base, None, 1.0),), tuple(mixed)), num_layers + 1)
+        return cls((_tap(base), tuple(mixed)), num_layers + 1)
 
     @classmethod
     def concat(cls, layers: Iterable[int], num_states: int | None = None) -> MixPlan:
         """One tap a block: the channel concat of VipLlava, Granite Vision and of LLaVA models with a layer list."""
-        return cls(tuple(((layer, None, 1.0),) for layer in layers), num_states)
+        return cls(tuple(_tap(layer) for layer in layers), num_states)
 
     @classmethod
     def dense_connector(cls, kind: str, tower: str = "clip") -> MixPlan:

@@ -106,6 +106,7 @@ def _mix_block(
 
 def _sum_of_layers(layers: Sequence[Tensor | None], scale: float) -> Tensor:
     if len(layers) == 1:
-        return layers[0] if scale == 1.0 else layers[0] * scale  # type: ignore[operator, return-value]
-    stacked = torch.stack(layers)  # type: ignore[arg-type]
+        (layer,) = layers
+        return layer if scale == 1.0 else layer * scale  # type: ignore[operator]
+    stacked = torch.stack(layers)
     return stacked.mean(dim=0) if scale == 1.0 / len(layers) else stacked.sum(dim=0) * scale
