@@ -1,0 +1,300 @@
+"""Modules: the weight allocator, the projector over mixed layers, and the loss that keeps the weights balanced.
+
+Symbols: B rows of the batch, I images, T tokens, P patches, D vision width, K weight columns, G blocks of the mixed row,
+H language-model width, E width of the sentence embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from igva_kernels.ops import layer_mix, layer_mix_linear, layer_mix_mlp
+from igva_kernels.plan import MixPlan
+from igva_kernels.reference import ACTIVATIONS, Norm
+
+
+class WeightAllocator(nn.Module):
+    """Layer weights from an instruction and an image: ``w = softmax(allocator(sentence, summaries of G_1..G_K))``.
+
+    IGVA (arXiv 2501.08443, section 4; sizes from its authors' code): the projected sentence asks the projected summaries
+    of the K layer groups in a row of cross-attention blocks, and a last Linear scores the groups. Their parameters map
+    onto these by name: ``transformers.`` is ``blocks.`` here, ``linear.`` is ``head.``, the others are called alike.
+
+    Args:
+        sentence_dim: E (all-mpnet-base-v2: 768).
+        vision_dim: D (CLIP ViT-L: 1024).
+        num_weights: K.
+        hidden_dim: width of the blocks.
+        num_blocks: how many there are.
+        num_heads: attention heads of a block; must divide ``hidden_dim``.
+    """
+
+    def __init__(
+        self,
+        sentence_dim: int,
+        vision_dim: int,
+        num_weights: int,
+        hidden_dim: int = 1024,
+        num_blocks: int = 4,
+        num_heads: int = 4,
+    ) -> None:
+        super().__init__()
+        if hidden_dim % num_heads:
+            raise ValueError(f"num_heads: got {num_heads}, need a divisor of hidden_dim={hidden_dim}")
+        self.sentence_proj = nn.Linear(sentence_dim, hidden_dim)
+        self.cls_proj = nn.Linear(vision_dim, hidden_dim)
+        self.blocks = nn.ModuleList(_AllocatorBlock(hidden_dim, num_heads) for _ in range(num_blocks))
+        self.head = nn.Linear(hidden_dim, num_weights)
+
+    def forward(self, sentence_embeds: Tensor, summaries: Tensor) -> Tensor:
+        """The weights ``[B, K]``, rows that sum to one, in fp32 (fp64 for an fp64 module) whatever the dtypes.
+
+        Args:
+            sentence_embeds: ``[B, E]``, any floating dtype; tensors made under inference mode are welcome.
+            summaries: ``[B, K, D]``, one vector a group: its CLS, or the mean of its tokens (``column_summaries``).
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        width, dim = self.sentence_proj.in_features, self.cls_proj.in_features
+        batch, columns = summaries.shape[0], self.head.out_features
+        if sentence_embeds.shape != (batch, width):
+            raise ValueError(f"sentence_embeds: got shape {tuple(sentence_embeds.shape)}, need {(batch, width)}")
+        if summaries.shape != (batch, columns, dim):
+            raise ValueError(f"summaries: got shape {tuple(summaries.shape)}, need {(batch, columns, dim)}")
+        if torch.is_grad_enabled() and sentence_embeds.is_inference():
+            sentence_embeds = sentence_embeds.clone()  # autograd cannot save an inference tensor
+        query = self.sentence_proj(sentence_embeds.to(self.sentence_proj.weight.dtype)).unsqueeze(1)
+        keys = self.cls_proj(summaries.to(self.cls_proj.weight.dtype))
+        for block in self.blocks:
+            query = block(query, keys)
+        scores = self.head(query).squeeze(1)
+        return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+
+
+class _AllocatorBlock(nn.Module):
+    """Cross-attention, add and norm, FFN, add and norm."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.cross_attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
+        self.norm1 = nn.LayerNorm(dim)
+        self.ffn = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, query: Tensor, keys: Tensor) -> Tensor:
+        """``[B, 1, dim]`` from the query ``[B, 1, dim]`` and the keys ``[B, K, dim]``."""
+        attended, _ = self.cross_attention(query, keys, keys, need_weights=False)
+        query = self.norm1(query + attended)
+        return self.norm2(query + self.ffn(query))
+
+
+def column_plan(plan: MixPlan) -> MixPlan:
+    """One weight-free block a weight column: what that column weighs (IGVA: the group means ``G_1..G_K``).
+
+    Raises:
+        ValueError: a column below ``plan.num_columns`` that no entry uses.
+    """
+    blocks: list[list[tuple[int, None, float]]] = [[] for _ in range(plan.num_columns)]
+    for block in plan.blocks:
+        for layer, column, scale in block:
+            if column is not None:
+                blocks[column].append((layer, None, scale))
+    return MixPlan(tuple(map(tuple, blocks)), plan.num_states)
+
+
+def column_summaries(
+    hidden_states: Sequence[Tensor | None], plan: MixPlan, has_cls: bool = True, impl: str = "auto"
+) -> Tensor:
+    """What the allocator sees of an image: one vector a weight column of the plan.
+
+    Args:
+        hidden_states: L states ``[I, T, D]``; those that no column uses may be None.
+        plan: a plan with weight columns.
+        has_cls: whether token 0 is a CLS token, the summary of its state; else the mean of all tokens is.
+        impl: as in ``layer_mix``.
+
+    Returns:
+        ``[I, K, D]`` in the layers' dtype.
+    """
+    columns = column_plan(plan.resolve(len(hidden_states)))
+    tokens: list[Tensor | None] = [None] * len(hidden_states)
+    for layer in columns.layers:
+        state = hidden_states[layer]
+        if state is not None:
+            tokens[layer] = state[:, :1] if has_cls else state.mean(dim=1, keepdim=True)
+    return layer_mix(tokens, columns, impl=impl).squeeze(1).unflatten(-1, (columns.num_blocks, -1))
+
+
+class MixInput(NamedTuple):
+    """Layers on their way to the Linear that reads their mix.
+
+    A tuple, so that wrappers which hook a module (FSDP2, DeepSpeed) find the tensors in its argument.
+    """
+
+    hidden_states: tuple[Tensor | None, ...]
+    mix_weights: Tensor | None
+    image_index: Tensor | None
+    norm: Norm | None
+    plan: MixPlan
+    skip_tokens: int
+    activation: str
+    impl: str
+
+
+class LayerMixLinear(nn.Linear):
+    """An ``nn.Linear`` that also takes layers: it mixes them, multiplies, and applies the activation in one operator."""
+
+    def forward(self, input: Tensor | MixInput) -> Tensor:
+        """``input @ weight.T + bias`` of a tensor; ``act(norm?(A) @ weight.T + bias)`` ``[B, P, H]`` of a MixInput."""
+        if not isinstance(input, MixInput):
+            return super().forward(input)
+        return layer_mix_linear(
+            input.hidden_states, input.plan, input.mix_weights, self.weight, self.bias, activation=input.activation,
+            norm=input.norm, skip_tokens=input.skip_tokens, image_index=input.image_index, impl=input.impl,
+        )  # fmt: skip
+
+
+class LayerMixNorm(nn.LayerNorm):
+    """An ``nn.LayerNorm`` over the mixed row: given layers, it leaves the work to the Linear behind it."""
+
+    def forward(self, input: Tensor | MixInput) -> Tensor | MixInput:  # type: ignore[override]
+        """The normalised tensor, or the same MixInput with this norm in it."""
+        if not isinstance(input, MixInput):
+            return super().forward(input)
+        # Copies: a sharded norm releases its parameters when this forward returns, before the Linear reads them.
+        return input._replace(norm=(self.weight.clone(), self.bias.clone(), self.eps))
+
+
+class LayerMixProjector(nn.Module):
+    """The connector: mixed layers, optional LayerNorm, Linear, activation, Linear.
+
+    ``linear_1``, ``linear_2`` and ``projector_layernorm`` are named as in transformers' Llava and VipLlava, and so are
+    the keys of the ``state_dict``. The whole connector is one operator while its children are plain; a child that is
+    hooked, sharded on its own, quantised, or replaced (LoRA) is called as the module it is.
+
+    Args:
+        plan: which layers make the mixed row.
+        vision_dim: D.
+        hidden_dim: H.
+        bias: whether both Linears have a bias.
+        activation: "gelu" (erf), "gelu_tanh", "relu" or "silu".
+        layernorm_eps: with a number, a LayerNorm over the mixed row, with this eps, comes before ``linear_1``.
+        skip_tokens: tokens left out at the start of every state (1 for CLIP's CLS).
+        impl: "auto", "reference", "cpu", "triton" or "cuda", as in ``layer_mix_mlp``.
+
+    Raises:
+        ValueError: an unknown activation.
+    """
+
+    def __init__(
+        self,
+        plan: MixPlan,
+        vision_dim: int,
+        hidden_dim: int,
+        *,
+        bias: bool = True,
+        activation: str = "gelu",
+        layernorm_eps: float | None = None,
+        skip_tokens: int = 0,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: got {activation!r}, need one of {', '.join(map(repr, ACTIVATIONS))}")
+        self.plan, self.activation, self.skip_tokens, self.impl = plan, activation, skip_tokens, impl
+        width = plan.num_blocks * vision_dim
+        self.projector_layernorm = None if layernorm_eps is None else LayerMixNorm(width, eps=layernorm_eps)
+        self.linear_1 = LayerMixLinear(width, hidden_dim, bias=bias)
+        self.linear_2 = nn.Linear(hidden_dim, hidden_dim, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: Sequence[Tensor | None],
+        mix_weights: Tensor | None = None,
+        *,
+        plan: MixPlan | None = None,
+        image_index: Tensor | None = None,
+    ) -> Tensor:
+        """The visual tokens ``[B, P, H]`` in the dtype of the weights (or autocast's).
+
+        Args:
+            hidden_states: L states ``[I, T, D]``; those that the plan does not use may be None.
+            mix_weights: ``[B, K]`` or ``[1, K]``; None where the plan has no columns.
+            plan: in place of the module's own, one of as many blocks: what ``plan.reduced()`` leaves to do where
+                ``hidden_states`` are its sources.
+            image_index: int64 ``[B]``, the image that each row reads; None where row b reads image b.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: as in ``layer_mix_mlp``.
+        """
+        norm, linear_1, linear_2 = self.projector_layernorm, self.linear_1, self.linear_2
+        mixed = MixInput(
+            tuple(hidden_states), mix_weights, image_index, None, self.plan if plan is None else plan,
+            self.skip_tokens, self.activation, self.impl,
+        )  # fmt: skip
+        if all(is_plain(child) for child in self.children()):
+            return layer_mix_mlp(
+                mixed.hidden_states, mixed.plan, mix_weights,
+                linear_1.weight, linear_1.bias, linear_2.weight, linear_2.bias, activation=self.activation,
+                norm=None if norm is None else (norm.weight, norm.bias, norm.eps),
+                skip_tokens=self.skip_tokens, image_index=image_index, impl=self.impl,
+            )  # fmt: skip
+        if isinstance(linear_1, LayerMixLinear):
+            return linear_2(linear_1(mixed if norm is None else norm(mixed)))
+        # A stand-in for linear_1, such as LoRA's or a quantised one, wants the mixed row itself.
+        rows = layer_mix(
+            mixed.hidden_states, mixed.plan, mix_weights,
+            skip_tokens=self.skip_tokens, image_index=image_index, impl=self.impl,
+        )  # fmt: skip
+        rows = rows if norm is None else norm(rows)
+        return linear_2(ACTIVATIONS[self.activation](linear_1(rows)))
+
+    def extra_repr(self) -> str:
+        return f"plan={self.plan}, activation={self.activation!r}, skip_tokens={self.skip_tokens}, impl={self.impl!r}"
+
+
+_PLAIN_TYPES = (nn.Linear, LayerMixLinear, nn.LayerNorm, LayerMixNorm)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a Linear or LayerNorm may be read from outside its own forward: nothing would happen in that forward.
+
+    False for subclasses (FSDP2 makes one of a unit, parametrisation and quantisation too), wrappers, hooked or rebound
+    forwards (DeepSpeed ZeRO-3, accelerate), and weights that are tensor subclasses or whose storage was released.
+    """
+    if type(module) not in _PLAIN_TYPES or "forward" in vars(module) or any(getattr(module, name) for name in _HOOKS):
+        return False
+    return all(type(p) in (Tensor, nn.Parameter) and _has_storage(p) for p in module.parameters(recurse=False))
+
+
+def _has_storage(tensor: Tensor) -> bool:
+    return torch.compiler.is_compiling() or (tensor.numel() > 0 and tensor.untyped_storage().size() > 0)
+
+
+def negative_entropy(mix_weights: Tensor) -> Tensor:
+    """``sum_k w_k log w_k`` of weights ``[..., K]`` that sum to one: from -log K (uniform) to 0 (one-hot)."""
+    return (mix_weights * mix_weights.clamp_min(1e-12).log()).sum(dim=-1)
+
+
+def balance_loss(mix_weights: Tensor, share: Tensor | None = None) -> Tensor:
+    """Negative entropy of the layer weights: the lower, the more evenly the layers are used (IGVA, stage 2).
+
+    The weights are what the softmax returned and are not softmaxed again (the published code does so twice).
+
+    Args:
+        mix_weights: ``[B, K]``, rows that sum to one.
+        share: ``[B]``, how much each row counts; None for the mean over the rows. Over every micro-batch of a step the
+            shares must sum to one, as the terms of the language loss do, or the sum depends on how a batch is split.
+
+    Returns:
+        A scalar in fp32.
+    """
+    entropies = negative_entropy(mix_weights)
+    return entropies.mean() if share is None else (entropies * share).sum()
