@@ -10,11 +10,15 @@ an error that is mostly luck. Pass several draws of it, as sequences: the rule t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 Draws = Tensor | Sequence[Tensor]
 """A result, or that result of several independent draws of the inputs."""
@@ -78,6 +82,42 @@ def assert_within_rule(actual: Draws, oracle: Draws, plain: Draws, dtype: torch.
     """Fails unless the rule holds. Arguments as in ``judge``."""
     verdict = judge(actual, oracle, plain, dtype, name)
     assert verdict.ok, str(verdict)
+
+
+class Memory(NamedTuple):
+    """Bytes of torch's CPU allocator that a call took beyond what was allocated before it."""
+
+    peak: int
+    kept: int
+    """Still allocated when it returned, its result included."""
+
+
+def measure_memory(call: Callable[[], T]) -> tuple[T, Memory]:
+    """What ``call`` returns, and the CPU memory that it allocated (seen: what goes through torch's allocator)."""
+    with (
+        _silent_stderr(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
+        result = call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    allocated = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
+    return result, Memory(peak, allocated)
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Hides what the profiler's native half logs when it starts and stops."""
+    stderr = os.dup(2)
+    with open(os.devnull, "w") as devnull:
+        os.dup2(devnull.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def _draws(value: Draws) -> Sequence[Tensor]:

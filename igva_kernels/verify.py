@@ -160,7 +160,8 @@ SMALL_CASES = [
     Case("igva + norm", "layer_mix_linear", MixPlan.igva(4, 2), 2, 18, 32, 40,
          activation="silu", norm=True, trainable_tower=True),
     Case("gelu_tanh", "layer_mix_linear", MixPlan.igva_uniform(4, 2), 1, 18, 32, 40, activation="gelu_tanh"),
-    Case("relu", "layer_mix_linear", MixPlan.igva(4, 2), 1, 18, 32, 40, activation="relu"),
+    # Larger: a rounding near zero flips a whole gradient entry, which evens out over many.
+    Case("relu", "layer_mix_linear", MixPlan.igva(4, 2), 2, 66, 64, 160, activation="relu"),
     Case("mix alone", "layer_mix", MixPlan.igva(6, 3), 3, 17, 72, trainable_tower=True),
     Case("mix alone, DenseConnector dci", "layer_mix", MixPlan.dense_connector("dci"), 1, 17, 72, trainable_tower=True),
 ]  # fmt: skip
@@ -202,16 +203,16 @@ def verify(chosen: Sequence[str] = (), dtypes: Sequence[str] = tuple(DTYPES), qu
         for cases, able in ((SMALL_CASES, here), (() if quick else REAL_CASES, large)):
             for case in cases:
                 for dtype in dtypes:
-                    yield from _judge(case, dtype, able, device)
+                    yield from judge(case, dtype, able, device)
 
 
-def _judge(case: Case, dtype_name: str, names: Sequence[str], device: str) -> Iterator[Row]:
+def judge(case: Case, dtype_name: str, names: Sequence[str], device: str) -> Iterator[Row]:
+    """Judges backends in one case and dtype; every result on the first draw, the gradient of mix_weights on all."""
     dtype = DTYPES[dtype_name]
     plain: dict[str, list[float]] = {}
     errors: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     if not names:
         return
-    # Every result is judged on the first draw, the gradient of mix_weights on the root mean square of all of them.
     for draw in range(MIX_WEIGHT_DRAWS if case.plan.num_columns else 1):
         inputs = case.draw(draw, dtype, device)
         oracle = case.run(inputs.double(), "reference", draw > 0)
