@@ -150,7 +150,7 @@ def layer_mix_mlp(
     return call.project("layer_mix_mlp", weights, activation, norm)
 
 
-@torch.compiler.assume_constant_result
+@dispatch.constant_under_compile
 def _lower(code: str, num_states: int | None, length: int) -> tuple[tuple[int, ...], str, int, int]:
     """``(layers in use, code of the compact plan, C, G)`` of a plan for ``length`` hidden states.
 

@@ -15,7 +15,7 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def _nan_in_fresh_memory(request):
-    """Deterministic mode fills the memory of ``torch.empty`` with NaN, and refuses operations that are not reproducible.
+    """Deterministic mode fills the memory of ``torch.empty`` with NaN, and refuses what is not reproducible.
 
     ``@pytest.mark.plain_memory`` switches it off for tests of torch's own behaviour (timings, compiled code).
     """

@@ -176,6 +176,4 @@ def test_the_reduced_plan_over_its_sources_is_the_plan(plan):
     weights = torch.randn(2, plan.num_columns, dtype=torch.float64) if plan.num_columns else None
     sources, reduced = plan.reduced()
     sums = [reference.layer_mix(states, MixPlan((block,))) for block in sources.blocks]
-    torch.testing.assert_close(
-        reference.layer_mix(sums, reduced, weights), reference.layer_mix(states, plan, weights)
-    )
+    torch.testing.assert_close(reference.layer_mix(sums, reduced, weights), reference.layer_mix(states, plan, weights))

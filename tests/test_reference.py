@@ -69,4 +69,6 @@ def test_norm_is_layer_norm_over_the_whole_row():
 def test_gradcheck_of_the_reference():
     states = [torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(7)]
     weights = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda w, *h: reference.layer_mix(h, PLANS["igva"], w, skip_tokens=1), (weights, *states))
+    assert torch.autograd.gradcheck(
+        lambda w, *h: reference.layer_mix(h, PLANS["igva"], w, skip_tokens=1), (weights, *states)
+    )

@@ -339,7 +339,7 @@ class Backend:
                 grad_rows, grad_norm_weight, grad_norm_bias = self.norm_backward(
                     grad_rows, rows.flatten(0, 1), norm, mean, rstd, needs.norm_weight or needs.norm_bias
                 )
-            grad_rows = grad_rows.view(batch, patches, -1)
+            grad_rows = grad_rows.view(batch, patches, weights.weight1.shape[1])
         if needs.mix_weights:
             assert args is not None
             blocks = args.plan.weighted_blocks
@@ -358,7 +358,8 @@ class Backend:
     ) -> Tensor:
         """``mix_weights_grad`` of ``grad_rows = grad_z @ weight1``; only the blocks that have weights are computed."""
         grad_rows = self.matmul(grad_z, take_blocks(weight1, blocks, args.width))
-        return self.mix_weights_grad(grad_rows.view(args.num_rows, args.num_patches, -1), blocks, args)
+        shape = (args.num_rows, args.num_patches, len(blocks) * args.width)
+        return self.mix_weights_grad(grad_rows.view(shape), blocks, args)
 
 
 def take_blocks(x: Tensor, blocks: Sequence[int], width: int) -> Tensor:

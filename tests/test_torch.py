@@ -1,0 +1,282 @@
+"""The operators as citizens of torch: opcheck, compile, autocast, checkpointing, what is saved, what import touches."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import igva_kernels as ik
+from igva_kernels import MixPlan, dispatch, reference
+from igva_kernels.testing import assert_within_rule
+
+BACKENDS = [s.name for s in dispatch.backends() if s.name in ("cpu", "cuda") and "cpu" in s.devices]
+IGVA = MixPlan.igva(6, 3)
+OPS = torch.ops.igva_kernels
+
+
+@pytest.fixture(params=BACKENDS)
+def impl(request):
+    return request.param
+
+
+def make(images=2, tokens=5, width=8, hidden=12, dtype=torch.float32, plan=IGVA, grad=True, layers_grad=False):
+    states = [torch.randn(images, tokens, width).to(dtype).requires_grad_(layers_grad) for _ in range(7)]
+    weights = torch.randn(images, plan.num_columns).softmax(-1).requires_grad_(grad) if plan.num_columns else None
+    row = plan.num_blocks * width
+    params = [torch.randn(hidden, row), torch.randn(hidden), torch.randn(hidden, hidden), torch.randn(hidden)]
+    return states, weights, [p.to(dtype).requires_grad_(grad) for p in params]
+
+
+# ---- registration ----
+
+
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("layers_grad", [False, True])
+def test_opcheck_passes_for_every_operator(impl, dtype, grad, layers_grad):
+    states, weights, (w1, b1, w2, b2) = make(dtype=dtype, grad=grad, layers_grad=layers_grad)
+    layers, plan = states[1:], IGVA.compact()[1]
+    index = torch.tensor([1, 0])
+    keep = "sources" if grad else "nothing"
+    torch.library.opcheck(OPS.layer_mix.default, (layers, weights, index, plan.code, 1, keep, impl))
+    keep, keep_z = "sources" if grad else "rows" if layers_grad else "nothing", grad or layers_grad
+    linear = (layers, weights, index, w1, b1, None, None, plan.code, 1, 1e-5, "gelu", keep, keep_z, impl)
+    torch.library.opcheck(OPS.layer_mix_linear.default, linear)
+    mlp = (layers, weights, None, w1, b1, None, None, w2, b2, plan.code, 1, None, "gelu", keep, keep_z, impl)
+    torch.library.opcheck(OPS.layer_mix_mlp.default, mlp)
+
+
+@pytest.mark.plain_memory
+def test_opcheck_passes_where_the_mixed_row_is_kept(impl):
+    states, _, (w1, b1, w2, b2) = make()
+    plan = MixPlan.igva_uniform(6, 3).compact()[1]
+    args = (states[1:], None, None, w1, b1, None, None, w2, b2, plan.code, 1, 1e-5, "gelu", "rows", True, impl)
+    torch.library.opcheck(OPS.layer_mix_mlp.default, args)
+
+
+@pytest.mark.plain_memory
+def test_opcheck_passes_for_the_backward_operators(impl):
+    states, weights, (w1, _, w2, _) = make(grad=False)
+    plan = IGVA.compact()[1]
+    sources, _ = plan.reduced()
+    saved = [states[5], *(torch.randn(2, 4, 8) for _ in range(3))]
+    assert sources.num_blocks == len(saved)
+    shape, needs = [2, 5, 8], [True] * 6
+    mix = (torch.randn(2, 4, 16), saved, weights, None, plan.code, 1, shape, torch.float32, [True, *needs], impl)
+    torch.library.opcheck(OPS.layer_mix_backward.default, mix)
+    asked = [True, True, True, True, False, False, True, True]
+    projector = (
+        torch.randn(2, 4, 12), saved, None, [], torch.randn(8, 12), weights, None, w1, None, None, w2, plan.code, 1,
+        None, "gelu", shape, torch.float32, [*asked, *needs], impl,
+    )  # fmt: skip
+    torch.library.opcheck(OPS.projector_backward.default, projector)
+
+
+def test_a_dispatch_mode_sees_the_operators_in_eager(impl):
+    seen = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    states, weights, params = make()
+    with Spy():
+        ik.layer_mix_mlp(states, IGVA, weights, *params, impl=impl).sum().backward()
+    assert "igva_kernels::layer_mix_mlp" in seen
+    assert "igva_kernels::projector_backward" in seen
+
+
+def test_a_second_derivative_is_refused_by_name(impl):
+    states, weights, params = make()
+    out = ik.layer_mix_mlp(states, IGVA, weights, *params, impl=impl).sum()
+    (grad,) = torch.autograd.grad(out, weights, create_graph=True)
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        grad.sum().backward()
+
+
+# ---- compile ----
+
+
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("layers_grad", [False, True])
+@pytest.mark.parametrize("plan", [IGVA, MixPlan.concat([-2, 1])], ids=["igva", "unresolved concat"])
+def test_compiles_without_a_graph_break_forward_and_backward(impl, plan, layers_grad):
+    torch.compiler.reset()
+    states, weights, params = make(plan=plan, layers_grad=layers_grad)
+    leaves = [*(() if weights is None else (weights,)), *params, *((states[1],) if layers_grad else ())]
+
+    def run(states, weights, params):
+        return ik.layer_mix_mlp(states, plan, weights, *params, skip_tokens=1, impl=impl) * 2
+
+    results = []
+    for call in (run, torch.compile(run, fullgraph=True)):
+        out = call(states, weights, params)
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.plain_memory
+def test_a_new_batch_size_does_not_recompile_once_it_is_dynamic(impl):
+    torch.compiler.reset()
+
+    def run(states, weights, params):
+        return ik.layer_mix_mlp(states, IGVA, weights, *params, skip_tokens=1, impl=impl)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for images in (2, 3):  # the second call makes the batch dynamic
+        states, weights, params = make(images=images)
+        compiled(states, weights, params).sum().backward()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for images in (4, 7, 2):
+            states, weights, params = make(images=images)
+            compiled(states, weights, params).sum().backward()
+
+
+# ---- autocast and checkpointing ----
+
+
+def test_autocast_casts_weights_and_the_row_but_never_the_layers(impl):
+    states, weights, params = make(tokens=33, width=64, hidden=48)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ik.layer_mix_mlp(states, IGVA, weights, *params, impl=impl)
+        plain = reference.layer_mix_mlp(states, IGVA, weights, *params)
+        assert ik.layer_mix(states, IGVA, weights, impl=impl).dtype == torch.float32
+    assert out.dtype == plain.dtype == torch.bfloat16
+    leaves = [weights, *params]
+    grads = torch.autograd.grad(out.float().square().sum(), leaves)
+    plain_grads = torch.autograd.grad(plain.float().square().sum(), leaves)
+    exact_inputs = [[h.double() for h in states], weights.detach().double(), [p.detach().double() for p in params]]
+    exact_leaves = [t.requires_grad_() for t in (exact_inputs[1], *exact_inputs[2])]
+    exact = reference.layer_mix_mlp(exact_inputs[0], IGVA, exact_inputs[1], *exact_inputs[2])
+    exact_grads = torch.autograd.grad(exact.square().sum(), exact_leaves)
+    assert_within_rule(out, exact, plain, torch.bfloat16, "output")
+    for leaf, grad, exact_grad, plain_grad in zip(leaves[1:], grads[1:], exact_grads[1:], plain_grads[1:], strict=True):
+        assert grad.dtype == leaf.dtype
+        assert_within_rule(grad, exact_grad, plain_grad, torch.bfloat16)
+    assert grads[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_gives_the_same_gradients(impl, use_reentrant):
+    states, weights, params = make()
+    results = []
+    for wrapped in (False, True):
+
+        def run(weights, *params):
+            return ik.layer_mix_mlp(states, IGVA, weights, *params, skip_tokens=1, impl=impl)
+
+        out = checkpoint(run, weights, *params, use_reentrant=use_reentrant) if wrapped else run(weights, *params)
+        out.square().sum().backward()
+        results.append([leaf.grad.clone() for leaf in (weights, *params)])
+        for leaf in (weights, *params):
+            leaf.grad = None
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_inference_mode_and_no_grad_keep_nothing(impl):
+    states, weights, params = make()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert saved_bytes(lambda: ik.layer_mix_mlp(states, IGVA, weights, *params, impl=impl)) == 0
+
+
+# ---- what is saved for backward ----
+
+
+def saved_bytes(run, besides=()):
+    """Bytes that autograd saves in ``run``, each storage once, without those of the tensors ``besides``."""
+    storages = {}
+    ignored = {t.untyped_storage().data_ptr() for t in besides}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = run()  # noqa: F841  keeps the graph alive until it is counted
+    return sum(size for pointer, size in storages.items() if pointer not in ignored)
+
+
+def test_training_saves_the_reduced_sources_and_z_and_no_other_layer(impl):
+    images, tokens, width, hidden = 2, 9, 16, 24
+    states, weights, params = make(images, tokens, width, hidden)
+    owned = [weights, *params]
+    source = images * tokens * width * 4
+    z = images * (tokens - 1) * hidden * 4
+    run = lambda: ik.layer_mix_mlp(states, IGVA, weights, *params, skip_tokens=1, impl=impl)  # noqa: E731
+    assert saved_bytes(run, owned) <= 4 * source + z  # base and three sums
+    assert saved_bytes(run, [*owned, states[5]]) <= 3 * source + z  # the base is the tower's own tensor
+    kept = saved_bytes(run, [*owned, *states])
+    assert kept <= 3 * (source - images * width * 4) + z
+
+
+def test_without_a_gradient_for_the_weights_only_the_row_and_z_are_saved(impl):
+    images, tokens, width, hidden = 2, 9, 16, 24
+    states, weights, params = make(images, tokens, width, hidden)
+    weights = weights.detach()
+    rows = images * (tokens - 1)
+    run = lambda: ik.layer_mix_mlp(states, IGVA, weights, *params, skip_tokens=1, impl=impl)  # noqa: E731
+    assert saved_bytes(run, [weights, *params]) == rows * (2 * width + hidden) * 4
+
+
+def test_a_frozen_first_linear_saves_no_row(impl):
+    images, tokens, width, hidden = 2, 9, 16, 24
+    states, weights, (w1, b1, w2, b2) = make(images, tokens, width, hidden)
+    weights, w1, b1 = weights.detach(), w1.detach(), b1.detach()
+    run = lambda: ik.layer_mix_mlp(states, IGVA, weights, w1, b1, w2, b2, impl=impl)  # noqa: E731
+    assert saved_bytes(run, [weights, w1, b1, w2, b2]) == images * tokens * hidden * 4
+    run = lambda: ik.layer_mix_mlp(states, IGVA, weights, w1, b1, w2.detach(), b2, impl=impl)  # noqa: E731
+    assert saved_bytes(run, [weights, w1, b1, w2, b2]) == 0
+
+
+def test_several_rows_of_an_image_save_its_sums_once(impl):
+    images, tokens, width, hidden = 1, 9, 16, 24
+    states, _, _ = make(images, tokens, width, hidden)
+    weights = torch.rand(8, 3, requires_grad=True)
+    index = torch.zeros(8, dtype=torch.int64)
+    run = lambda: ik.layer_mix(states, IGVA, weights, image_index=index, impl=impl)  # noqa: E731
+    assert saved_bytes(run, [weights, index, *states]) <= 3 * images * tokens * width * 4
+
+
+@pytest.mark.parametrize("frozen", ["weights", "w1", "b1", "w2", "b2"])
+def test_only_the_gradients_asked_for_are_computed(impl, frozen):
+    states, weights, params = make()
+    named = dict(zip(("weights", "w1", "b1", "w2", "b2"), (weights, *params), strict=True))
+    named[frozen].requires_grad_(False)
+    out = ik.layer_mix_mlp(states, IGVA, named["weights"], *params, impl=impl)
+    expected = reference.layer_mix_mlp(states, IGVA, named["weights"], *params)
+    leaves = [leaf for name, leaf in named.items() if name != frozen]
+    for actual, wanted in zip(
+        torch.autograd.grad(out.square().sum(), leaves), torch.autograd.grad(expected.square().sum(), leaves),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-3)
+    assert named[frozen].grad is None
+
+
+# ---- import ----
+
+
+def test_import_needs_torch_only_and_touches_no_driver():
+    script = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("transformers", "PIL", "sentence_transformers", "matplotlib", "rich", "typer"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Block())
+import torch
+before = set(sys.modules)
+import igva_kernels
+assert not torch.cuda.is_initialized()
+assert "triton" not in set(sys.modules) - before, "triton is imported on first use"
+igva_kernels.backends()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
