@@ -216,8 +216,7 @@ def judge(case: Case, dtype_name: str, names: Sequence[str], device: str) -> Ite
     for draw in range(MIX_WEIGHT_DRAWS if case.plan.num_columns else 1):
         inputs = case.draw(draw, dtype, device)
         oracle = case.run(inputs.double(), "reference", draw > 0)
-        for impl in ("reference", *names):
-            measured = plain if impl == "reference" else errors[impl]
+        for impl, measured in (("reference", plain), *errors.items()):
             for result, value in case.run(inputs, impl, draw > 0).items():
                 measured.setdefault(result, []).append(relative_error(value, oracle[result]))
     for name in names:
