@@ -1,0 +1,53 @@
+# Everything here sets itself up: a virtual environment a purpose, installed again only when an input has changed.
+#
+#   make demo                           a LLaVA-IGVA model about a photograph, plain beside fused
+#   make demo ARGS="--image cat.jpg"    the same about yours; see: igva-kernels demo --help
+#   make test                           ruff, mypy and the tests
+#   make test-all                       the slow tests too, and the oldest transformers that is supported
+#   make bench                          time and memory of the connector on this CPU
+#
+# Linux without a GPU: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves gigabytes of CUDA packages.
+
+PYTHON ?= python3
+ARGS ?=
+OLDEST_TRANSFORMERS := 5.17.0
+
+# Python files are not among them: the installation is editable.
+INPUTS := pyproject.toml setup.py CMakeLists.txt igva_kernels/version.py $(shell find csrc -type f)
+TEST := .venv-test/bin
+
+.PHONY: demo test test-all lint bench clean
+
+demo: .venv-demo/installed
+	.venv-demo/bin/igva-kernels demo $(ARGS)
+
+test: lint
+	$(TEST)/pytest -m "not slow and not gpu" $(ARGS)
+
+test-all: test .venv-oldest/installed
+	$(TEST)/pytest -m "slow and not gpu" $(ARGS)
+	.venv-oldest/bin/pytest -m "not gpu" -k "model or patch or demo" $(ARGS)
+
+lint: .venv-test/installed
+	$(TEST)/ruff check .
+	$(TEST)/ruff format --check .
+	$(TEST)/mypy
+
+bench: .venv-test/installed
+	$(TEST)/python benchmarks/connector_cpu.py $(ARGS)
+
+clean:
+	rm -rf .venv-demo .venv-test .venv-oldest
+
+# .venv-NAME has the extra of that name.
+.venv-%/installed: constraints.txt $(INPUTS)
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet -c constraints.txt -e ".[$*]"
+	touch $@
+
+.venv-oldest/installed: constraints.txt $(INPUTS)
+	$(PYTHON) -m venv .venv-oldest
+	grep -vE '^(transformers|huggingface_hub)==' constraints.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet -c .venv-oldest/constraints.txt \
+		-e ".[test]" transformers==$(OLDEST_TRANSFORMERS)
+	touch $@
