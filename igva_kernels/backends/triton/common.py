@@ -1,0 +1,82 @@
+"""Device functions that every kernel shares."""
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# The interpreter's own bf16 is wrong twice (up to Triton 3.9): tl.dot multiplies bit patterns, and fp32 -> bf16
+# truncates. Under it the two functions below compute what the hardware computes.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """fp32 ``x`` rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)
+    return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b`` in fp32."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def gate(z, ACTIVATION: tl.constexpr):
+    """``act(z) = z * gate(z)`` for the smooth activations."""
+    if ACTIVATION == "gelu":
+        return 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
+    elif ACTIVATION == "gelu_tanh":
+        # 0.5 * (1 + tanh u) = sigmoid(2 u)
+        return tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+    else:
+        return tl.sigmoid(z)
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr):
+    """``act(z)``."""
+    if ACTIVATION is None:
+        return z
+    elif ACTIVATION == "relu":
+        # NaN stays NaN.
+        return tl.where(z <= 0, 0.0, z)
+    else:
+        return z * gate(z, ACTIVATION)
+
+
+@triton.jit
+def activate_grad(z, ACTIVATION: tl.constexpr):
+    """``(act(z), act'(z))``."""
+    if ACTIVATION == "relu":
+        return activate(z, ACTIVATION), tl.where(z <= 0, 0.0, 1.0)
+    else:
+        b_gate = gate(z, ACTIVATION)
+        if ACTIVATION == "gelu":
+            slope = 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        elif ACTIVATION == "gelu_tanh":
+            slope = b_gate * (1 - b_gate) * 1.5957691216057308 * (1 + 0.134145 * z * z)
+        else:
+            slope = b_gate * (1 - b_gate)
+        return z * b_gate, b_gate + z * slope
+
+
+@triton.jit
+def image_of(index, b, num_images):
+    """``(image, whether it exists)`` of batch row ``b``; a missing one reads image 0 and is masked by the caller."""
+    if index is None:
+        image = b.to(tl.int64)
+        return image, image >= 0
+    else:
+        image = tl.load(index + b)
+        exists = (image >= 0) & (image < num_images)
+        return tl.where(exists, image, 0), exists

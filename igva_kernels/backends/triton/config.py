@@ -1,0 +1,161 @@
+"""Kernel configurations: shipped as JSON, one file an architecture, or measured by ``tune`` on the user's card.
+
+A file holds the tile shapes of every kernel, at most three each, and the card's rates, from which ``cost`` chooses.
+``tune`` writes the same file under the device's name into ``$IGVA_KERNELS_CONFIG_DIR`` (``~/.cache/igva_kernels/triton``),
+which goes before the shipped one. Files are read once a process; nothing is timed or written outside ``tune``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+SHIPPED = Path(__file__).parent / "configs"
+
+
+class RowTile(NamedTuple):
+    """Tile of a kernel over rows."""
+
+    block_p: int
+    block_d: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """A kernel over rows (mix, its gradients, norm): elements of one layer a program holds, and its warps."""
+
+    elements: int
+    num_warps: int
+
+    def tile(self, width: int, num_rows: int, whole_blocks: int = 0) -> RowTile:
+        """The tile for rows of this width; with ``whole_blocks`` a tile spans the width and that many blocks stay in
+        registers."""
+        divisor = width & -width
+        if whole_blocks or divisor < 128:
+            # Masked where the width is no power of two.
+            block_d = _next_power_of_2(width)
+            block_d = block_d if whole_blocks else min(block_d, self.elements)
+        else:
+            block_d = min(divisor, self.elements)
+        block_p = min(max(1, self.elements // block_d), _next_power_of_2(num_rows))
+        if not whole_blocks:
+            return RowTile(block_p, block_d, self.num_warps)
+        # At most 32 fp32 values of the row a thread.
+        warps = _next_power_of_2(whole_blocks * block_d // 1024)
+        return RowTile(1, block_d, min(max(self.num_warps, warps), 16))
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """A GEMM kernel: tile, warps, pipeline stages, and in how many column slices its epilogue works."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    slices: int
+    tma: bool
+    efficiency: float
+    """Share of the card's matrix rate that a full wave of tiles reaches."""
+    group_m: int = 8
+    """Row tiles that run over all column tiles together, for the L2 cache."""
+
+
+@dataclass(frozen=True)
+class DeviceRates:
+    """What the cost model knows of a card."""
+
+    sms: int
+    matmul_tflops: float
+    """Dense bf16, as a large cuBLAS product reaches it."""
+    copy_gbps: float
+    """Device memory, bytes read plus bytes written."""
+    launch_us: float
+    """Gap between two small kernels of one stream."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that is chosen for one card."""
+
+    status: str
+    """Where the figures come from: "modelled" or "measured"."""
+    rates: DeviceRates
+    rows: dict[str, RowConfig]
+    """By kernel: mix, mix_weights_grad, layer_grads, norm_backward."""
+    gemms: dict[str, tuple[GemmConfig, ...]]
+    """By kernel: linear, linear_grad_input, mix_weights_grad_of_linear, mix_linear."""
+
+    def to_json(self) -> str:
+        """The file's text; ``from_json`` reads it."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        """The configuration that ``to_json`` wrote."""
+        data: dict[str, Any] = json.loads(text)
+        return cls(
+            data["status"],
+            DeviceRates(**data["rates"]),
+            {name: RowConfig(**config) for name, config in data["rows"].items()},
+            {name: tuple(GemmConfig(**config) for config in configs) for name, configs in data["gemms"].items()},
+        )
+
+
+def tuned_dir() -> Path:
+    """Where ``tune`` writes."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "igva_kernels" / "triton"
+    return Path(os.environ.get("IGVA_KERNELS_CONFIG_DIR", default))
+
+
+def file_name(device_name: str) -> str:
+    """The configuration file of a device: ``NVIDIA H200`` -> ``NVIDIA_H200.json``."""
+    return "".join(c if c.isalnum() else "_" for c in device_name) + ".json"
+
+
+def shipped(architecture: str) -> Config:
+    """The shipped configuration of "sm_80", "sm_90" or "sm_100"."""
+    return Config.from_json((SHIPPED / f"{architecture}.json").read_text())
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """Whose configurations a card runs. Consumer Blackwell (sm_120) has neither wgmma nor tcgen05 and small shared
+    memory: it is served as Ampere."""
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(capability[0], "sm_80")
+
+
+@lru_cache(maxsize=None)
+def of_device(index: int | None) -> Config:
+    """The configuration of a CUDA device; None is the interpreter, which runs the shipped sm_90 tiles, made small."""
+    if index is None:
+        return _small(shipped("sm_90"))
+    name = file_name(torch.cuda.get_device_name(index))
+    for folder in (tuned_dir(), SHIPPED):
+        if (folder / name).is_file():
+            return Config.from_json((folder / name).read_text())
+    return shipped(architecture(torch.cuda.get_device_capability(index)))
+
+
+def _small(config: Config) -> Config:
+    """The same choices with tiles for the interpreter, whose tests have a few dozen rows."""
+    return Config(
+        config.status,
+        config.rates,
+        {name: RowConfig(64, row.num_warps) for name, row in config.rows.items()},
+        {
+            name: tuple(GemmConfig(32, 32, 16, 4, 2, gemm.slices, gemm.tma, gemm.efficiency, 2) for gemm in gemms)
+            for name, gemms in config.gemms.items()
+        },
+    )
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()

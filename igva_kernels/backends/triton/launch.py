@@ -1,0 +1,27 @@
+"""How kernels are launched: on the tensors' own device, on its current stream."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **constants: Any) -> None:
+    """``kernel[(programs,)](*args, **constants)`` on ``device``; no launch where there is nothing to do.
+
+    Triton launches on the current device, which need not be the tensors' own. Fused multiply-adds are asked for by
+    name: they are part of the specified rounding, and Triton 3.10 stops assuming them.
+    """
+    if programs == 0:
+        return
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[(programs,)](*args, **constants, enable_fp_fusion=True)
+
+
+def strides(tensors: tuple[Tensor, ...], dim: int) -> tuple[int, ...]:
+    """The strides of one dimension: one number where all tensors share it, otherwise one a tensor."""
+    found = tuple(tensor.stride(dim) for tensor in tensors)
+    return found[:1] if len(set(found)) == 1 else found
