@@ -1,8 +1,22 @@
-"""Fused multi-layer visual feature fusion for LLaVA-style models: per-layer weighted sum + projector in one operator."""
+"""Fused multi-layer visual feature fusion for LLaVA-style models.
+
+The per-layer weighted sum and the projector that reads it, in one operator.
+"""
 
 from igva_kernels.dispatch import BackendStatus, backends
 from igva_kernels.ops import layer_mix, layer_mix_linear, layer_mix_mlp
 from igva_kernels.plan import MixPlan
+from igva_kernels.streaming import HiddenStateStream, stream_hidden_states
 from igva_kernels.version import __version__
 
-__all__ = ["BackendStatus", "MixPlan", "__version__", "backends", "layer_mix", "layer_mix_linear", "layer_mix_mlp"]
+__all__ = [
+    "BackendStatus",
+    "HiddenStateStream",
+    "MixPlan",
+    "__version__",
+    "backends",
+    "layer_mix",
+    "layer_mix_linear",
+    "layer_mix_mlp",
+    "stream_hidden_states",
+]

@@ -31,8 +31,8 @@ def layer_mix(
 
     Args:
         hidden_states: the L hidden states, a sequence of tensors ``[I, T, D]``: separate allocations, any batch and
-            token strides (they may differ between layers), last dimension contiguous. They are never stacked nor
-            copied. A layer that the plan does not use may be None.
+            token strides (they may differ between layers). They are never stacked nor copied, unless the last dimension
+            is not contiguous. A layer that the plan does not use may be None.
         plan: which layers go where.
         mix_weights: ``[B, C]`` or ``[1, C]`` (broadcast), used in fp32 (fp64 with fp64 layers), differentiable; None
             where the plan has no columns.

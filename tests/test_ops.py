@@ -88,8 +88,9 @@ def test_strided_states_of_different_layouts_are_read_where_they_lie(impl):
         lambda h: h.transpose(0, 1).contiguous().transpose(0, 1),  # tokens before images
         lambda h: h[:1].expand(3, -1, -1),  # batch stride 0
         lambda h: torch.cat([h.new_zeros(3, 1, 8), h], 1)[:, 1:],  # an offset into its storage
+        lambda h: h.mT.contiguous().mT,  # channels before tokens, as transformers' SigLIP returns them
     ]
-    states = [layout(h) for layout, h in zip([*layouts, layouts[1]], base, strict=True)]
+    states = [layout(h) for layout, h in zip(layouts, base, strict=True)]
     for skip in (0, 2):
         actual = ik.layer_mix(states, IGVA, weights, skip_tokens=skip, impl=impl)
         expected = reference.layer_mix([h.contiguous() for h in states], IGVA, weights, skip_tokens=skip)
@@ -242,9 +243,6 @@ MLP_ERRORS = {
     "another dtype": (dict(hidden_states=replace(2, lambda h: h.half())), TypeError, r"hidden_states\[2\].*float16"),
     "integers": (dict(hidden_states=replace(1, lambda h: h.int())), TypeError, r"hidden_states\[1\].*int32"),
     "another device": (dict(hidden_states=replace(2, lambda h: h.to("meta"))), ValueError, "need all layers on"),
-    "a strided width": (
-        dict(hidden_states=replace(2, lambda h: h.mT.contiguous().mT)), ValueError, "last dimension must be contiguous",
-    ),
     "no plan": (dict(plan=[[1]]), TypeError, "plan: need a MixPlan, got list"),
     "no weights": (dict(mix_weights=None), ValueError, "mix_weights: the plan has 3 weight columns"),
     "weights for nothing": (dict(plan=MixPlan.igva_uniform(6, 3)), ValueError, "has no weight column"),

@@ -1,0 +1,197 @@
+"""Run a vision tower without keeping its hidden states: they are folded into the sources of a plan as they appear.
+
+A tower asked for all hidden states keeps L of them alive (25 for CLIP ViT-L, 29.5 MB an image in bf16). A plan needs
+only the sources of ``plan.reduced()``: IGVA's five. Hooks on the encoder's layers fold each state into the sources that
+read it and let it go:
+
+* ``mode="group"`` holds the states of a group until it is complete and folds them by one kernel, which reads each once:
+  at most one group of states is alive beside the sources.
+* ``mode="layer"`` adds each state to a running sum at once: no state is alive beside taps, but every addition reads and
+  writes an fp32 sum, so it moves about three times the bytes.
+
+Where gradients flow into the tower, autograd keeps its layers alive whatever is done here, and a sum made inside a
+checkpointed layer would lose its graph: then references are collected, and folded after the tower has returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from igva_kernels.backends.base import accumulation_dtype
+from igva_kernels.ops import layer_mix
+from igva_kernels.plan import Block, MixPlan, is_tap
+
+MODES = ("group", "layer")
+
+
+def encoder_layers(vision_tower: nn.Module) -> nn.ModuleList:
+    """The layers of the tower's encoder: its longest ModuleList of modules of one class.
+
+    Counted from what is there, not from a config: some repositories cut the last layer.
+
+    Raises:
+        ValueError: the tower has no such list.
+    """
+    lists = [
+        module
+        for module in vision_tower.modules()
+        if isinstance(module, nn.ModuleList) and len({type(layer) for layer in module}) == 1
+    ]
+    if not lists:
+        raise ValueError(
+            f"vision_tower: need a module whose encoder layers are one ModuleList, got {type(vision_tower).__name__}"
+        )
+    return max(lists, key=len)
+
+
+class HiddenStateStream:
+    """The sources of a plan, gathered while a tower runs. Made by ``stream_hidden_states``."""
+
+    def __init__(self, layers: nn.ModuleList, plan: MixPlan, mode: str, impl: str) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode: got {mode!r}, need one of {', '.join(map(repr, MODES))}")
+        sources, self.plan = plan.resolve(len(layers) + 1).reduced()
+        """The plan over the sources: mixing ``s.sources`` by ``s.plan`` is mixing the hidden states by ``plan``."""
+        self._folds = [_Fold(block, mode, impl) for block in sources.blocks]
+        self._running = False
+        self._sources: list[Tensor] | None = None
+
+    @property
+    def sources(self) -> list[Tensor]:
+        """The sources ``[I, T, D]`` of the tower's latest run, with all T tokens.
+
+        Raises:
+            RuntimeError: the tower has not run to its end.
+        """
+        if self._sources is None:
+            raise RuntimeError("sources: the vision tower has not run to its end inside the with block")
+        return self._sources
+
+    def _start(self, tower: nn.Module, args: Any, kwargs: Any) -> None:
+        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        differentiates = torch.is_grad_enabled() and any(t.requires_grad for t in (*tower.parameters(), *inputs))
+        for fold in self._folds:
+            fold.start(differentiates)
+        self._sources = None
+        self._running = True
+
+    def _see(self, index: int, output: Any) -> None:
+        # A layer that checkpointing runs again in the backward is none of the tower's run.
+        if self._running:
+            state = output[0] if isinstance(output, tuple) else output
+            for fold in self._folds:
+                fold.see(index, state)
+
+    def _finish(self, *_: Any) -> None:
+        self._running = False
+        self._sources = [fold.finish() for fold in self._folds]
+
+    def _drop(self) -> None:
+        """Forget a run that did not end."""
+        if self._running:
+            self._running = False
+            for fold in self._folds:
+                fold.start(False)
+
+
+class _Fold:
+    """One source in the making."""
+
+    def __init__(self, block: Block, mode: str, impl: str) -> None:
+        self.scales = {entry.layer: entry.scale for entry in block}
+        self.layers, self.plan = MixPlan((block,)).compact()
+        self.is_tap = is_tap(block)
+        self.mode, self.impl = mode, impl
+        self.start(False)
+
+    def start(self, differentiates: bool) -> None:
+        self.differentiates = differentiates
+        self.held: dict[int, Tensor] = {}
+        self.total: Tensor | None = None
+        self.seen = 0
+
+    def see(self, index: int, state: Tensor) -> None:
+        if index not in self.scales:
+            return
+        self.seen += 1
+        if self.mode == "layer" and not self.is_tap and not self.differentiates:
+            self._add(index, state)
+            return
+        self.held[index] = state
+        if self.seen == len(self.layers) and not self.differentiates:
+            self._fold()
+
+    def finish(self) -> Tensor:
+        if self.seen != len(self.layers):
+            raise RuntimeError(f"vision_tower: layers {list(self.layers)} of the plan ran {self.seen} times in one run")
+        if self.total is None:
+            self._fold()
+        total, self.total = self.total, None
+        assert total is not None
+        return total
+
+    def _fold(self) -> None:
+        states = [self.held[layer] for layer in self.layers]
+        device = states[-1].device  # a device map may have spread the layers
+        self.held = {}
+        self.total = states[0] if self.is_tap else layer_mix([s.to(device) for s in states], self.plan, impl=self.impl)
+
+    def _add(self, index: int, state: Tensor) -> None:
+        if self.total is None:
+            self.total = torch.zeros_like(state, dtype=accumulation_dtype(state.dtype))
+        self.total = self.total.to(state.device).add_(state, alpha=self.scales[index])
+        if self.seen == len(self.layers):
+            self.total = self.total.to(state.dtype)
+
+
+@contextmanager
+def stream_hidden_states(
+    vision_tower: nn.Module, plan: MixPlan, *, mode: str = "group", impl: str = "auto"
+) -> Iterator[HiddenStateStream]:
+    """Gather the sources of ``plan`` while ``vision_tower`` runs, without keeping its hidden states.
+
+    ::
+
+        with ik.stream_hidden_states(tower, plan) as s:
+            tower(pixel_values)
+        out = ik.layer_mix_mlp(s.sources, s.plan, mix_weights, ...)
+
+    Equal to the one-shot mix within rounding. Leave ``output_hidden_states`` off, or the tower keeps them itself. Each
+    run of the tower starts anew, and several streams may watch one tower. Hooks go with the block, also when the tower
+    raises. Under torch.compile, enter the block outside the compiled function: a tower that was compiled without hooks
+    is compiled once more.
+
+    Args:
+        vision_tower: any module whose encoder layers are one ModuleList (transformers' CLIP and SigLIP, and others);
+            a layer returns its state ``[I, T, D]`` or a tuple that starts with it.
+        plan: which layers go where; ``hidden_states[0]`` is the input of the first layer.
+        mode: "group" or "layer", see above.
+        impl: which backend folds, as in ``layer_mix``.
+
+    Raises:
+        ValueError: an unknown mode, a tower without a list of layers, or a plan for another number of states.
+    """
+    layers = encoder_layers(vision_tower)
+    stream = HiddenStateStream(layers, plan, mode, impl)
+    handles = [
+        vision_tower.register_forward_pre_hook(stream._start, with_kwargs=True),
+        layers[0].register_forward_pre_hook(
+            lambda _, args, kwargs: stream._see(0, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        ),
+        *(
+            layer.register_forward_hook(lambda _, __, output, index=index: stream._see(index, output))
+            for index, layer in enumerate(layers, start=1)
+        ),
+        vision_tower.register_forward_hook(stream._finish),
+    ]
+    try:
+        yield stream
+    finally:
+        for handle in handles:
+            handle.remove()
+        stream._drop()
