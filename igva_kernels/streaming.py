@@ -80,6 +80,14 @@ class HiddenStateStream:
         self._sources = None
         self._running = True
 
+    def _see_input(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        state = args[0] if args else kwargs["hidden_states"]
+        # transformers' SigLIP starts with transposed patches, and every residual sum behind keeps their layout: one copy
+        # here, in place of one a layer in the mix.
+        state = state.contiguous()
+        self._see(0, state)
+        return ((state, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": state})
+
     def _see(self, index: int, output: Any) -> None:
         # A layer that checkpointing runs again in the backward is none of the tower's run.
         if self._running:
@@ -180,9 +188,7 @@ def stream_hidden_states(
     stream = HiddenStateStream(layers, plan, mode, impl)
     handles = [
         vision_tower.register_forward_pre_hook(stream._start, with_kwargs=True),
-        layers[0].register_forward_pre_hook(
-            lambda _, args, kwargs: stream._see(0, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-        ),
+        layers[0].register_forward_pre_hook(stream._see_input, with_kwargs=True),
         *(
             layer.register_forward_hook(lambda _, __, output, index=index: stream._see(index, output))
             for index, layer in enumerate(layers, start=1)

@@ -55,6 +55,17 @@ def test_the_sources_give_the_one_shot_mix(tower, pixels, name, mode):
     )
 
 
+def test_siglips_transposed_states_become_contiguous_at_the_first_layer(pixels):
+    tower = SiglipVisionModel(SiglipVisionConfig(**SIZES)).eval().requires_grad_(False)
+    plan = MixPlan.concat([0, 3, 6])
+    assert tower(pixels, output_hidden_states=True).hidden_states[3].stride(-1) != 1, "nothing to mend any more"
+    plain = tower(pixels)
+    with ik.stream_hidden_states(tower, plan) as stream:
+        streamed = tower(pixels)
+    assert all(source.is_contiguous() for source in stream.sources)
+    torch.testing.assert_close(streamed.last_hidden_state, plain.last_hidden_state)
+
+
 @pytest.mark.parametrize("mode", ["group", "layer"])
 def test_low_precision_sums_are_accumulated_in_fp32_and_rounded_once(pixels, mode):
     tower = CLIPVisionModel(CLIPVisionConfig(**SIZES)).eval().requires_grad_(False).bfloat16()
