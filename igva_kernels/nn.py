@@ -1,6 +1,6 @@
 """Modules: the weight allocator, the projector over mixed layers, and the loss that keeps the weights balanced.
 
-Symbols: B rows of the batch, I images, T tokens, P patches, D vision width, K weight columns, G blocks of the mixed row,
+Symbols: B rows of the batch, I images, T tokens, P patches, D vision width, K weight columns, G blocks of a mixed row,
 H language-model width, E width of the sentence embedding.
 """
 
@@ -10,18 +10,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from igva_kernels.ops import layer_mix, layer_mix_linear, layer_mix_mlp
-from igva_kernels.plan import MixPlan
+from igva_kernels.plan import Entry, MixPlan
 from igva_kernels.reference import ACTIVATIONS, Norm
 
 
 class WeightAllocator(nn.Module):
     """Layer weights from an instruction and an image: ``w = softmax(allocator(sentence, summaries of G_1..G_K))``.
 
-    IGVA (arXiv 2501.08443, section 4; sizes from its authors' code): the projected sentence asks the projected summaries
+    IGVA (arXiv 2501.08443, section 4; sizes as in its code): the projected sentence asks the projected summaries
     of the K layer groups in a row of cross-attention blocks, and a last Linear scores the groups. Their parameters map
     onto these by name: ``transformers.`` is ``blocks.`` here, ``linear.`` is ``head.``, the others are called alike.
 
@@ -100,12 +99,12 @@ def column_plan(plan: MixPlan) -> MixPlan:
     Raises:
         ValueError: a column below ``plan.num_columns`` that no entry uses.
     """
-    blocks: list[list[tuple[int, None, float]]] = [[] for _ in range(plan.num_columns)]
+    blocks: list[list[Entry]] = [[] for _ in range(plan.num_columns)]
     for block in plan.blocks:
         for layer, column, scale in block:
             if column is not None:
-                blocks[column].append((layer, None, scale))
-    return MixPlan(tuple(map(tuple, blocks)), plan.num_states)
+                blocks[column].append(Entry(layer, None, scale))
+    return MixPlan(tuple(tuple(block) for block in blocks), plan.num_states)
 
 
 def column_summaries(
@@ -148,7 +147,7 @@ class MixInput(NamedTuple):
 
 
 class LayerMixLinear(nn.Linear):
-    """An ``nn.Linear`` that also takes layers: it mixes them, multiplies, and applies the activation in one operator."""
+    """An ``nn.Linear`` that also takes layers: it mixes, multiplies, and applies the activation in one operator."""
 
     def forward(self, input: Tensor | MixInput) -> Tensor:
         """``input @ weight.T + bias`` of a tensor; ``act(norm?(A) @ weight.T + bias)`` ``[B, P, H]`` of a MixInput."""
@@ -163,7 +162,7 @@ class LayerMixLinear(nn.Linear):
 class LayerMixNorm(nn.LayerNorm):
     """An ``nn.LayerNorm`` over the mixed row: given layers, it leaves the work to the Linear behind it."""
 
-    def forward(self, input: Tensor | MixInput) -> Tensor | MixInput:  # type: ignore[override]
+    def forward(self, input: Tensor | MixInput) -> Tensor | MixInput:
         """The normalised tensor, or the same MixInput with this norm in it."""
         if not isinstance(input, MixInput):
             return super().forward(input)

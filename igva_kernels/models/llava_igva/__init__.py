@@ -1,0 +1,21 @@
+"""LLaVA-IGVA on transformers; importing it registers it with the Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from igva_kernels.models.llava_igva.configuration_llava_igva import LlavaIgvaConfig
+from igva_kernels.models.llava_igva.image_features import ImageFeatures
+from igva_kernels.models.llava_igva.modeling_llava_igva import LlavaIgvaForConditionalGeneration, LlavaIgvaModel
+from igva_kernels.models.llava_igva.processing_llava_igva import LlavaIgvaProcessor
+
+AutoConfig.register(LlavaIgvaConfig.model_type, LlavaIgvaConfig, exist_ok=True)
+AutoModel.register(LlavaIgvaConfig, LlavaIgvaModel, exist_ok=True)
+AutoModelForImageTextToText.register(LlavaIgvaConfig, LlavaIgvaForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(LlavaIgvaConfig, LlavaIgvaProcessor, exist_ok=True)
+
+__all__ = [
+    "ImageFeatures",
+    "LlavaIgvaConfig",
+    "LlavaIgvaForConditionalGeneration",
+    "LlavaIgvaModel",
+    "LlavaIgvaProcessor",
+]

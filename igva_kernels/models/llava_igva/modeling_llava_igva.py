@@ -1,0 +1,480 @@
+"""LLaVA-IGVA: a Llava whose projector reads a mix of the vision tower's layers, weighted by the instruction.
+
+The path of an image: vision tower -> its hidden states -> summaries of the layer groups -> ``WeightAllocator`` (with
+the sentence embedding) -> ``LayerMixProjector`` (the hidden states and the weights) -> visual tokens, which take the
+places of the image tokens in the prompt. Everything else is transformers' Llava.
+
+Symbols: B samples of the batch, S tokens of a prompt, I images, R image places in the prompts of the batch (I without
+an ``image_index``), P visual tokens an image, E width of the sentence embedding, K weight columns, H width of the
+language model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration, LlavaModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.auto import AutoModel
+from transformers.models.llava.modeling_llava import (
+    LlavaCausalLMOutputWithPast,
+    LlavaModelOutputWithPast,
+    LlavaPreTrainedModel,
+)
+from transformers.utils.generic import can_return_tuple
+
+from igva_kernels.models.llava_igva.configuration_llava_igva import LlavaIgvaConfig
+from igva_kernels.models.llava_igva.image_features import ImageFeatures
+from igva_kernels.models.llava_igva.sentence_encoder import encode_sentences
+from igva_kernels.models.llava_igva.upgrade import upgraded_config, upgraded_state_dict
+from igva_kernels.nn import LayerMixProjector, WeightAllocator, balance_loss, column_summaries
+from igva_kernels.ops import layer_mix
+from igva_kernels.plan import MixPlan, is_tap
+
+
+@dataclass
+class LlavaIgvaImageOutput(BaseModelOutputWithPooling):
+    """``pooler_output``: the visual tokens, one ``[P, H]`` an image place."""
+
+    layer_weights: Tensor | None = None
+    """``[R, K]``, None where the plan has no weights."""
+
+
+@dataclass
+class LlavaIgvaModelOutputWithPast(LlavaModelOutputWithPast):
+    """What ``LlavaModel`` returns, and the layer weights; ``image_hidden_states`` are ``[R, P, H]``."""
+
+    layer_weights: Tensor | None = None
+    """``[R, K]`` in fp32, in the order of the image places; None without images or where the plan has no weights."""
+    images_per_sample: Tensor | None = None
+    """int64 ``[B]``: how many rows of ``layer_weights`` belong to each sample."""
+
+
+@dataclass
+class LlavaIgvaCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
+    """What ``LlavaForConditionalGeneration`` returns, and the layer weights."""
+
+    layer_weights: Tensor | None = None
+    """``[R, K]`` in fp32, in the order of the image places; None without images or where the plan has no weights."""
+
+
+class _FrozenTowerMixin:
+    """Loading makes every parameter trainable; a tower that the config freezes is frozen again."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """``PreTrainedModel.from_pretrained``."""
+        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.freeze_vision_tower:
+            model.base_model.vision_tower.requires_grad_(False)
+        return loaded
+
+
+class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
+    """Vision tower, weight allocator, projector over the mixed layers, and language model without its head."""
+
+    config_class = LlavaIgvaConfig
+
+    def __init__(self, config: LlavaIgvaConfig) -> None:
+        LlavaPreTrainedModel.__init__(self, config)  # LlavaModel's own would build a projector for one layer
+        plan, width = config.plan, config.vision_config.hidden_size
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower.requires_grad_(not config.freeze_vision_tower)
+        self.weight_allocator = None
+        if plan.num_columns:
+            self.weight_allocator = WeightAllocator(
+                config.sentence_embed_dim, width, plan.num_columns,
+                config.allocator_hidden_dim, config.allocator_num_blocks, config.allocator_num_heads,
+            )  # fmt: skip
+        self.multi_modal_projector = LayerMixProjector(
+            plan, width, config.text_config.hidden_size,
+            bias=config.multimodal_projector_bias, activation=config.projector_activation,
+            layernorm_eps=config.projector_layernorm_eps, skip_tokens=config.skip_tokens, impl=config.impl,
+        )  # fmt: skip
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def train(self, mode: bool = True) -> LlavaIgvaModel:
+        """A frozen tower stays in eval mode: no dropout, nothing recomputed under gradient checkpointing."""
+        super().train(mode)
+        if not self._tower_learns:
+            self.vision_tower.eval()
+        return self
+
+    @property
+    def _tower_learns(self) -> bool:
+        return any(p.requires_grad for p in self.vision_tower.parameters())
+
+    def encode_sentences(self, instructions: Sequence[str]) -> Tensor:
+        """Embeddings ``[B, E]`` of instructions given as text, by the encoder that the config names; not trained."""
+        return encode_sentences(self.config.sentence_encoder, instructions, self.device)
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: Tensor) -> ImageFeatures:
+        """Run the vision tower once; ``forward`` and ``generate`` take the result in place of pixels.
+
+        Args:
+            pixel_values: ``[I, 3, height, width]``.
+
+        Returns:
+            The reduced sources of the plan (IGVA: 5 states an image instead of 25), in the tower's dtype, no gradient.
+        """
+        states = self._hidden_states(pixel_values)
+        sources, plan = states.plan.reduced()
+        reduced = (
+            states.sources[block[0].layer]
+            if is_tap(block)
+            else layer_mix(states.sources, MixPlan((block,)), impl=self.multi_modal_projector.impl)
+            for block in sources.blocks
+        )
+        return ImageFeatures(tuple(reduced), plan)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: Tensor | None = None,
+        sentence_embeds: Tensor | None = None,
+        image_features: ImageFeatures | None = None,
+        image_index: Tensor | None = None,
+        **kwargs: Any,
+    ) -> LlavaIgvaImageOutput:
+        """Visual tokens of images and their instructions.
+
+        Args:
+            pixel_values: ``[I, 3, height, width]``.
+            sentence_embeds: ``[R, E]``, one a row of the result; needed where the plan has weights.
+            image_features: encoded images in place of pixels.
+            image_index: int64 ``[R]``, the image that each row reads; None where row r reads image r.
+            kwargs: for the vision tower.
+
+        Raises:
+            ValueError: pixels and features, or neither; sentence embeddings missing or of the wrong shape.
+        """
+        features = self._image_states(pixel_values, image_features, **kwargs)
+        tokens, weights = self._connect(features, sentence_embeds, image_index)
+        return LlavaIgvaImageOutput(pooler_output=list(tokens), layer_weights=weights)
+
+    def embed(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+        image_features: ImageFeatures | None = None,
+        image_index: Tensor | None = None,
+        sentence_embeds: Tensor | None = None,
+        instructions: Sequence[str] | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, LlavaIgvaModelOutputWithPast]:
+        """The prompt's embeddings ``[B, S, H]``, visual tokens in their places, and what is known of the images.
+
+        Arguments as in ``forward``. In training mode a batch without images runs the connector on an empty image and
+        uses nothing of it: its parameters get zero gradients, and every rank of a sharded run makes the same calls.
+
+        Raises:
+            ValueError: arguments that contradict each other, or image places that do not fit the images.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids, inputs_embeds: need exactly one of the two")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        places = self._image_places(input_ids, inputs_embeds)
+        encoded = (mm_encoder_outputs or {}).get("image")
+        given = pixel_values is not None or image_features is not None or encoded is not None
+        if not given and not self.training:
+            return inputs_embeds, LlavaIgvaModelOutputWithPast()
+
+        batch = inputs_embeds.shape[0]
+        if instructions is not None and sentence_embeds is None:
+            sentence_embeds = self.encode_sentences(instructions)
+        if encoded is not None:
+            if pixel_values is not None or image_features is not None:
+                raise ValueError("mm_encoder_outputs: got them with pixel_values or image_features, need one of these")
+            tokens = torch.stack(list(encoded.pooler_output))
+            weights = encoded.get("layer_weights")
+            per_sample = self._images_per_sample(places, tokens.shape[0], tokens.shape[1])
+        elif given:
+            features = self._image_states(pixel_values, image_features)
+            rows = len(features) if image_index is None else image_index.shape[0]
+            per_sample = self._images_per_sample(places, rows, features.num_tokens - self.config.skip_tokens)
+            if sentence_embeds is not None:
+                if sentence_embeds.shape[0] != batch:
+                    raise ValueError(f"sentence_embeds: got {sentence_embeds.shape[0]} rows for {batch} samples")
+                sentence_embeds = sentence_embeds.repeat_interleave(per_sample, dim=0, output_size=rows)
+            tokens, weights = self._connect(features, sentence_embeds, image_index)
+        else:
+            size = self.config.vision_config.image_size
+            blank = self._image_states(inputs_embeds.new_zeros(1, self.config.vision_config.num_channels, size, size))
+            tokens, _ = self._connect(blank, inputs_embeds.new_zeros(1, self.config.sentence_embed_dim), None)
+            weights, per_sample, places = None, None, torch.zeros_like(places)
+        tokens = tokens.to(inputs_embeds.device, inputs_embeds.dtype)
+        inputs_embeds = inputs_embeds.masked_scatter(places.unsqueeze(-1), tokens)
+        return inputs_embeds, LlavaIgvaModelOutputWithPast(
+            image_hidden_states=tokens if given else None, layer_weights=weights, images_per_sample=per_sample
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        sentence_embeds: Tensor | None = None,
+        instructions: Sequence[str] | None = None,
+        image_features: ImageFeatures | None = None,
+        image_index: Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> LlavaIgvaModelOutputWithPast:
+        """Hidden states of the language model ``[B, S, H]`` and the layer weights.
+
+        Args:
+            input_ids: ``[B, S]``, with P image tokens for each image, samples with none, one or several.
+            pixel_values: ``[I, 3, height, width]``, the images of all samples in the order of their places.
+            attention_mask: ``[B, S]``.
+            position_ids: ``[B, S]``.
+            past_key_values: the cache of the language model.
+            inputs_embeds: ``[B, S, H]`` in place of ``input_ids``.
+            sentence_embeds: ``[B, E]``, one instruction a sample, whatever its number of images; needed with images
+                where the plan has weights.
+            instructions: B strings in place of ``sentence_embeds``.
+            image_features: what ``encode_images`` returned, in place of ``pixel_values``.
+            image_index: int64 ``[R]``, the image that each place reads, so that several places can share one.
+            mm_encoder_outputs: ``{"image": get_image_features(...)}`` in place of all of these (transformers >= 5.20).
+            kwargs: for the language model.
+
+        Raises:
+            ValueError: arguments that contradict each other, or image places that do not fit the images.
+        """
+        inputs_embeds, images = self.embed(
+            input_ids, inputs_embeds, pixel_values=pixel_values, image_features=image_features, image_index=image_index,
+            sentence_embeds=sentence_embeds, instructions=instructions, mm_encoder_outputs=mm_encoder_outputs,
+        )  # fmt: skip
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, **kwargs,
+        )  # fmt: skip
+        return LlavaIgvaModelOutputWithPast(**{**images, **outputs})
+
+    def _hidden_states(self, pixel_values: Tensor, **kwargs: Any) -> ImageFeatures:
+        """Every state of the tower: transformers counts the layers of a selection differently before 5.23."""
+        if pixel_values.ndim != 4:
+            raise ValueError(f"pixel_values: got shape {tuple(pixel_values.shape)}, need [images, 3, height, width]")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._tower_learns):
+            states = self.vision_tower(
+                pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True}
+            ).hidden_states
+        return ImageFeatures(states, self.multi_modal_projector.plan.resolve(len(states)))
+
+    def _image_states(
+        self, pixel_values: Tensor | None, image_features: ImageFeatures | None = None, **kwargs: Any
+    ) -> ImageFeatures:
+        if (pixel_values is None) == (image_features is None):
+            raise ValueError("pixel_values, image_features: need exactly one of the two")
+        return self._hidden_states(pixel_values, **kwargs) if image_features is None else image_features
+
+    def _connect(
+        self, features: ImageFeatures, sentence_embeds: Tensor | None, image_index: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Visual tokens ``[R, P, H]`` and layer weights ``[R, K]``."""
+        weights = None
+        if self.weight_allocator is not None:
+            if sentence_embeds is None:
+                raise ValueError(
+                    "sentence_embeds: images are weighted by their instructions, got none; need sentence_embeds or "
+                    "instructions, or aggregation='uniform' in the config"
+                )
+            summaries = column_summaries(
+                features.sources, features.plan, self.config.vision_has_cls, self.multi_modal_projector.impl
+            )
+            summaries = summaries if image_index is None else summaries[image_index]
+            weights = self.weight_allocator(sentence_embeds.to(summaries.device), summaries)
+        tokens = self.multi_modal_projector(features.sources, weights, plan=features.plan, image_index=image_index)
+        return tokens, weights
+
+    def _image_places(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+        """Bool ``[B, S]``: where the prompt holds image tokens."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(dim=-1)
+
+    def _images_per_sample(self, places: Tensor, rows: int, num_patches: int) -> Tensor:
+        """int64 ``[B]``."""
+        counts = places.sum(dim=1)
+        per_sample = counts // num_patches
+        if not torch.compiler.is_compiling() and (counts.sum() != rows * num_patches or per_sample.sum() != rows):
+            raise ValueError(
+                f"input_ids: got {counts.tolist()} image tokens in the samples, need {num_patches} for each of "
+                f"{rows} images"
+            )
+        return per_sample
+
+
+class LlavaIgvaForConditionalGeneration(_FrozenTowerMixin, LlavaForConditionalGeneration):
+    """LLaVA-IGVA with its language-model head: training with the balance loss, and ``generate``."""
+
+    config_class = LlavaIgvaConfig
+
+    def __init__(self, config: LlavaIgvaConfig) -> None:
+        LlavaPreTrainedModel.__init__(self, config)
+        self.model = LlavaIgvaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_llava(
+        cls, model_or_path: LlavaForConditionalGeneration | str | os.PathLike[str], **config_overrides: Any
+    ) -> LlavaIgvaForConditionalGeneration:
+        """Upgrade a Llava: the same answers at first, and layers to learn from.
+
+        The Llava's projector becomes the part of ``linear_1`` that reads the plan's base layer; the part that reads the
+        mix starts at zero. The allocator is new. Weights are taken over, not copied: a Llava given as a model must not
+        be trained beside the result.
+
+        Args:
+            model_or_path: any transformers Llava, or the name or directory of its checkpoint, old or new.
+            config_overrides: fields of ``LlavaIgvaConfig`` (``aggregation``, ``mix_groups``, ``mix_plan``, ...).
+
+        Raises:
+            ValueError: the plan has no block that is one of the layers which the Llava reads.
+            TypeError: ``model_or_path`` is neither a Llava nor a path.
+        """
+        llava = model_or_path
+        if isinstance(llava, (str, os.PathLike)):
+            llava = LlavaForConditionalGeneration.from_pretrained(llava)
+        if not isinstance(llava, LlavaForConditionalGeneration) or isinstance(llava, cls):
+            raise TypeError(
+                f"model_or_path: need a LlavaForConditionalGeneration or a path to one, got {type(llava).__name__}"
+            )
+        config = upgraded_config(llava.config, config_overrides)
+        state_dict = upgraded_state_dict(llava, config)
+        model = cls.from_pretrained(None, config=config, state_dict=state_dict, dtype=llava.dtype)
+        model.generation_config = llava.generation_config
+        return model.to(llava.device)
+
+    def encode_sentences(self, instructions: Sequence[str]) -> Tensor:
+        """As ``LlavaIgvaModel.encode_sentences``."""
+        return self.model.encode_sentences(instructions)
+
+    def encode_images(self, pixel_values: Tensor) -> ImageFeatures:
+        """As ``LlavaIgvaModel.encode_images``."""
+        return self.model.encode_images(pixel_values)
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> LlavaIgvaImageOutput:
+        """As ``LlavaIgvaModel.get_image_features``."""
+        return self.model.get_image_features(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        sentence_embeds: Tensor | None = None,
+        instructions: Sequence[str] | None = None,
+        image_features: ImageFeatures | None = None,
+        image_index: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> LlavaIgvaCausalLMOutputWithPast:
+        """Logits, layer weights, and with ``labels`` the training loss.
+
+        The loss is ``1/N * sum over the N supervised tokens t of CE_t - lambda * entropy(w of the sample of t)``: the
+        balance term is charged with each token as the cross-entropy is, and normalised with it, by the tokens of the
+        micro-batch or by ``num_items_in_batch`` where the Trainer gives it. So a step has the same loss and gradient
+        however it is split into micro-batches or over ranks. A sample of several images has their mean entropy, one
+        without images none. Where samples have equally many supervised tokens this is the mean over the batch that
+        the authors of IGVA use.
+
+        Args:
+            labels: ``[B, S]``, -100 where a token is not supervised.
+            logits_to_keep: how many logits to compute, counted from the last token (0: all), or which.
+            kwargs: for the language model and the loss (``num_items_in_batch``).
+
+        The other arguments, and the errors, are those of ``LlavaIgvaModel.forward``.
+        """
+        outputs = self.model(
+            input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, sentence_embeds=sentence_embeds,
+            instructions=instructions, image_features=image_features, image_index=image_index,
+            mm_encoder_outputs=mm_encoder_outputs, **kwargs,
+        )  # fmt: skip
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+            if outputs.layer_weights is not None and self.config.balance_coefficient:
+                share = _share_of_loss(labels, outputs.images_per_sample, len(outputs.layer_weights), **kwargs)
+                loss = loss + self.config.balance_coefficient * balance_loss(outputs.layer_weights, share)
+        return LlavaIgvaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            layer_weights=outputs.layer_weights,
+        )
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """``GenerationMixin.generate``, and the image arguments of ``forward``.
+
+        The images enter the prompt once, before a prompt is expanded into beams, so that samples with none or several
+        images need no bookkeeping in any version of transformers.
+        """
+        images = {name: kwargs.pop(name) for name in _IMAGE_ARGUMENTS if name in kwargs}
+        if any(value is not None for value in images.values()):
+            if inputs is None:
+                inputs = kwargs.pop("input_ids", None)
+            embeds = kwargs.pop("inputs_embeds", None)
+            kwargs["inputs_embeds"], _ = self.model.embed(inputs if embeds is None else None, embeds, **images)
+        return super().generate(inputs, *args, **kwargs)
+
+
+_IMAGE_ARGUMENTS = (
+    "pixel_values",
+    "image_features",
+    "image_index",
+    "sentence_embeds",
+    "instructions",
+    "mm_encoder_outputs",
+)
+
+
+def _share_of_loss(
+    labels: Tensor, images_per_sample: Tensor, rows: int, num_items_in_batch: Tensor | int | None = None, **_: Any
+) -> Tensor:
+    """``[R]``: the share of the supervised tokens that belong to each image place."""
+    supervised = (labels[:, 1:] != -100).sum(dim=1)  # token t is predicted at t - 1, so the first never is
+    total = supervised.sum() if num_items_in_batch is None else num_items_in_batch
+    share = supervised / total / images_per_sample.to(labels.device)
+    return share.repeat_interleave(images_per_sample.to(labels.device), output_size=rows)
+
+
+# Checkpoints are read and written in Llava's layout, by the renaming rules of transformers' own Llava.
+register_checkpoint_conversion_mapping(
+    LlavaIgvaConfig.model_type, get_checkpoint_conversion_mapping("llava"), overwrite=True
+)
+register_checkpoint_conversion_mapping(
+    LlavaIgvaModel.__name__, get_checkpoint_conversion_mapping("LlavaModel"), overwrite=True
+)
