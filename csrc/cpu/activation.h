@@ -1,0 +1,102 @@
+// The activations and their derivatives, for any vector type. NaN stays NaN; infinities behave as in torch.
+#pragma once
+
+#include "igva/args.h"
+
+namespace {
+
+using igva::Activation;
+
+// erfc(t) / 2 for t >= 0. In fp32: two minimax polynomials, below 1 ulp in erf; the tail keeps its relative precision.
+template <class V>
+inline V half_erfc(V t) {
+  const V s = t * t;
+  V r = fma(V::set(-1.72853470e-5f), t, V::set(3.83197126e-4f));
+  const V u = fma(V::set(-3.88396438e-3f), t, V::set(2.42546219e-2f));
+  r = fma(r, s, u);
+  r = fma(r, t, V::set(-1.06777877e-1f));
+  r = fma(r, t, V::set(-6.34846687e-1f));
+  r = fma(r, t, V::set(-1.28717512e-1f));
+  r = fma(r, t, V::set(0.0f) - t);
+  const V tail = V::set(0.5f) * exp(r);
+  V q = V::set(-5.96761703e-4f);
+  q = fma(q, s, V::set(4.99119423e-3f));
+  q = fma(q, s, V::set(-2.67681349e-2f));
+  q = fma(q, s, V::set(1.12819925e-1f));
+  q = fma(q, s, V::set(-3.76125336e-1f));
+  q = fma(q, s, V::set(1.28379166e-1f));
+  const V centre = fma(V::set(-0.5f), fma(q, t, t), V::set(0.5f));
+  return if_le(t, V::set(0.927734375f), centre, tail);
+}
+
+#ifdef IGVA_SCALAR
+inline Lane<double> half_erfc(Lane<double> t) { return {0.5 * std::erfc(t.v)}; }
+#endif
+
+template <class V>
+inline V normal_cdf(V x) {
+  const V q = half_erfc(abs(x) * V::set(typename V::Scalar(0.70710678118654752440)));
+  return if_le(x, V::set(0), q, V::set(1) - q);
+}
+
+// sigmoid(x), and its derivative without cancellation.
+template <class V>
+struct Sigmoid {
+  V value;
+  V slope;
+};
+
+template <class V>
+inline Sigmoid<V> sigmoid(V x) {
+  const V e = exp(V::set(0) - abs(x));
+  const V inverse = V::set(1) / (V::set(1) + e);
+  const V small = e * inverse;
+  return {if_le(x, V::set(0), small, inverse), small * inverse};
+}
+
+// gelu_tanh(x) = x * sigmoid(2 * inner(x)), inner(x) = sqrt(2 / pi) * (x + 0.044715 x^3).
+template <class V>
+inline V twice_inner(V x) {
+  return x * fma(x * x, V::set(typename V::Scalar(0.07135481627260025)), V::set(typename V::Scalar(1.5957691216057308)));
+}
+
+template <Activation activation, class V>
+inline V act(V x) {
+  if constexpr (activation == Activation::none) return x;
+  if constexpr (activation == Activation::gelu) return x * normal_cdf(x);
+  if constexpr (activation == Activation::gelu_tanh) return x * sigmoid(twice_inner(x)).value;
+  if constexpr (activation == Activation::relu) return if_le(x, V::set(0), V::set(0), x);
+  if constexpr (activation == Activation::silu) return x * sigmoid(x).value;
+}
+
+template <class V>
+struct ValueAndGrad {
+  V value;
+  V grad;
+};
+
+// act(x) and grad * act'(x).
+template <Activation activation, class V>
+inline ValueAndGrad<V> act_grad(V x, V grad) {
+  using S = typename V::Scalar;
+  if constexpr (activation == Activation::none) return {x, grad};
+  if constexpr (activation == Activation::gelu) {
+    const V cdf = normal_cdf(x);
+    const V density = V::set(S(0.39894228040143267794)) * exp(V::set(S(-0.5)) * x * x);
+    return {x * cdf, grad * fma(x, density, cdf)};
+  }
+  if constexpr (activation == Activation::gelu_tanh) {
+    const Sigmoid<V> s = sigmoid(twice_inner(x));
+    const V slope = fma(x * x, V::set(S(0.21406444881780076)), V::set(S(1.5957691216057308)));
+    return {x * s.value, grad * fma(x * s.slope, slope, s.value)};
+  }
+  if constexpr (activation == Activation::relu) {
+    return {if_le(x, V::set(0), V::set(0), x), if_le(x, V::set(0), V::set(0), grad)};
+  }
+  if constexpr (activation == Activation::silu) {
+    const Sigmoid<V> s = sigmoid(x);
+    return {x * s.value, grad * fma(x, s.slope, s.value)};
+  }
+}
+
+} // namespace

@@ -1,0 +1,28 @@
+// Work sharing on the OpenMP pool of the process (torch's).
+#pragma once
+
+#include <cstdint>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace {
+
+// f(begin, end, thread) over equal parts of 0..total. One thread does not enter OpenMP, so the pool keeps its size.
+template <class F>
+inline void parallel_for(int64_t total, int threads, F f) {
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    {
+      const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+      f(total * thread / team, total * (thread + 1) / team, int(thread));
+    }
+    return;
+  }
+#endif
+  f(int64_t(0), total, 0);
+}
+
+} // namespace

@@ -1,0 +1,303 @@
+"""The CPU backend's kernels: addresses and strides of torch tensors go to the C++ module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from igva_kernels import native
+from igva_kernels.backends.base import (
+    Backend,
+    Keep,
+    LayerShape,
+    MixArgs,
+    Mixed,
+    ProjectorWeights,
+    Signature,
+    accumulation_dtype,
+)
+from igva_kernels.backends.cpu import gemm
+from igva_kernels.plan import Block, MixPlan, is_tap, terms
+from igva_kernels.reference import Norm
+
+DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}
+
+SCRATCH_BYTES = 40 << 20
+"""Of the row blocks of ``project``; with the converted tiles of the weights, its scratch stays below 64 MiB."""
+
+
+class CpuBackend(Backend):
+    """Mixing, activations and the gradients of the mix in C++; GEMMs by torch, on row blocks that stay in the cache."""
+
+    name = "cpu"
+
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """None if tensors of this device and dtype can be served, otherwise the reason why not."""
+        if device.type != "cpu":
+            return f"it serves CPU tensors, not {device.type!r}"
+        if dtype not in DTYPES:
+            return f"it serves {', '.join(str(d) for d in DTYPES)}, not {dtype}"
+        return native.load()[1] or None
+
+    # ---- kernels ---------------------------------------------------------------------------------------------------
+
+    def mix(self, args: MixArgs, dtype: torch.dtype, norm: Norm | None = None, keep: Keep = Keep.NOTHING) -> Mixed:
+        """The mixed rows, rounded once to ``dtype``; ``norm`` is applied to the unrounded rows."""
+        first = args.layers[0]
+        if _mixes_fp64(dtype, first.dtype):
+            mixed = self.mix(args, first.dtype, norm, keep)
+            assert mixed.rows is not None
+            raw = [kept.to(dtype) for kept in mixed.kept] if keep == Keep.ROWS else mixed.kept
+            return Mixed(mixed.rows.to(dtype), raw, mixed.mean, mixed.rstd)
+        rows = first.new_empty((args.num_rows, args.num_patches, args.plan.num_blocks * args.width), dtype=dtype)
+        raw_rows = torch.empty_like(rows) if keep == Keep.ROWS and norm is not None else None
+        sums = _empty_sums(args) if keep == Keep.SOURCES else []
+        mean, rstd = _mix_rows(args, slice(0, args.num_rows * args.num_patches), rows, sums, norm, raw_rows)
+        return Mixed(rows, sums if raw_rows is None else [raw_rows], mean, rstd)
+
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, keep_z: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """``y = act(z)`` and, if asked for and not ``y`` itself, ``z = x @ weight.T + bias``; x is ``[M, K]``."""
+        z = x.new_empty((x.shape[0], weight.shape[0])) if keep_z and activation is not None else None
+        return _linear(x, weight, bias, activation, weight.dtype, z=z), z
+
+    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        """``a @ b`` in the dtype of both, accumulated in fp32; either may be a transposed view."""
+        return _linear(a, b.t(), None, None, b.dtype)
+
+    def linear_grad_input(
+        self, grad_out: Tensor, weight: Tensor | None, z: Tensor | None, activation: str | None, need_y: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """``grad_z = (grad_out @ weight) * act'(z)`` and, if asked for, ``y = act(z)`` again, a block at a time."""
+        if activation is None:
+            return grad_out if weight is None else self.matmul(grad_out, weight), z
+        assert z is not None
+        grad_z = torch.empty_like(z)
+        y = torch.empty_like(z) if need_y else None
+        if weight is None:
+            _activation_grad(grad_out, z, activation, grad_z, y)
+            return grad_z, y
+        for rows, columns, grad_y in gemm.products(grad_out, weight.t()):
+            at = (rows, columns)
+            _activation_grad(grad_y, z[at], activation, grad_z[at], None if y is None else y[at])
+        return grad_z, y
+
+    def mix_weights_grad(self, grad_rows: Tensor, blocks: Sequence[int], args: MixArgs) -> Tensor:
+        """``dw[b, c]`` in the accumulation dtype, summed in an order that depends on the shapes only."""
+        assert args.mix_weights is not None
+        first = args.layers[0]
+        if _mixes_fp64(grad_rows.dtype, first.dtype):
+            grad_rows = grad_rows.to(first.dtype)
+        shape, wide = args.mix_weights.shape, accumulation_dtype(first.dtype)
+        grad = first.new_empty(shape, dtype=wide)
+        entries = [
+            (position, e.column, e.layer, e.scale)
+            for position, g in enumerate(blocks)
+            for e in args.plan.blocks[g]
+            if e.column is not None
+        ]
+        _module().mix_weights_grad(
+            _dtype(grad_rows.dtype), _dtype(first.dtype), args.num_rows, args.num_patches, args.width,
+            *_address(grad_rows), [_address(layer) for layer in args.layers], args.skip_tokens, _data(args.image_index),
+            entries, shape[1], first.shape[0], _data(grad), torch.get_num_threads(),
+        )  # fmt: skip
+        return grad
+
+    def layer_grads(
+        self,
+        grad_rows: Tensor,
+        signatures: Sequence[Signature],
+        mix_weights: Tensor | None,
+        image_index: Tensor | None,
+        skip_tokens: int,
+        shape: LayerShape,
+    ) -> list[Tensor]:
+        """One gradient ``[I, T, D]`` a signature; skipped tokens get zeros, rows that share an image add in order."""
+        if _mixes_fp64(grad_rows.dtype, shape.dtype):
+            grad_rows = grad_rows.to(shape.dtype)
+        size = (shape.num_images, shape.num_tokens, shape.width)
+        grads = [grad_rows.new_empty(size, dtype=shape.dtype) for _ in signatures]
+        entries = [[(g, -1 if column is None else column, scale) for g, column, scale in s] for s in signatures]
+        _module().layer_grads(
+            _dtype(grad_rows.dtype), _dtype(shape.dtype), grad_rows.shape[0], shape.num_images, grad_rows.shape[1],
+            skip_tokens, shape.width, *_address(grad_rows), _address(mix_weights), _data(image_index), entries,
+            [_data(grad) for grad in grads], torch.get_num_threads(),
+        )  # fmt: skip
+        return grads
+
+    # ---- the operator ----------------------------------------------------------------------------------------------
+
+    def project(
+        self,
+        args: MixArgs,
+        norm: Norm | None,
+        weights: ProjectorWeights,
+        activation: str | None,
+        keep: Keep,
+        keep_z: bool,
+    ) -> tuple[Tensor, Mixed, Tensor | None]:
+        """As in ``Backend``, on blocks of rows: A, Z and Y exist whole only where they are kept."""
+        weight1, bias1, weight2, bias2 = weights
+        first, dtype = args.layers[0], weight1.dtype
+        # The sums of an image that several rows read are written once, which blocks of rows cannot see to.
+        if _mixes_fp64(dtype, first.dtype) or (keep == Keep.SOURCES and args.image_index is not None):
+            return super().project(args, norm, weights, activation, keep, keep_z)
+        batch, patches, total = args.num_rows, args.num_patches, args.num_rows * args.num_patches
+        row_width, hidden = weight1.shape[1], weight1.shape[0]
+        width = hidden if weight2 is None else weight2.shape[0]
+        out = weight1.new_empty((total, width))
+        z = weight1.new_empty((total, hidden)) if keep_z else None
+        kept_rows = weight1.new_empty((total, row_width)) if keep == Keep.ROWS else None
+        sums = _empty_sums(args) if keep == Keep.SOURCES else []
+        stats = _empty_stats(args, norm)
+
+        emulated = gemm.is_emulated(dtype)
+        # Where products are emulated, a block of inference stays in fp32 from the mix to the output.
+        block_dtype = torch.float32 if emulated and keep == Keep.NOTHING and not keep_z else dtype
+        limit = SCRATCH_BYTES // (4 * (row_width + hidden + width))
+        step = gemm.block_rows(total, max(16, min(limit, gemm.EMULATED_BLOCK_ROWS if emulated else gemm.BLOCK_ROWS)))
+        scratch = None
+        if kept_rows is None or norm is not None:
+            scratch = weight1.new_empty((min(step, total), row_width), dtype=block_dtype)
+        for start in range(0, total, step):
+            rows = slice(start, min(start + step, total))
+            kept = None if kept_rows is None else kept_rows[rows]
+            x = kept if scratch is None else scratch[: rows.stop - start]
+            assert x is not None
+            _mix_rows(args, rows, x, sums, norm, None if x is kept else kept, stats)
+            z_block = None if z is None else z[rows]
+            if weight2 is None:
+                _linear(x, weight1, bias1, activation, dtype, out[rows], z_block)
+            else:
+                y = _linear(x, weight1, bias1, activation, block_dtype, z=z_block)
+                _linear(y, weight2, bias2, None, dtype, out[rows])
+        whole = None if kept_rows is None else kept_rows.view(batch, patches, row_width)
+        raw = [whole] if whole is not None and norm is not None else sums
+        return out.view(batch, patches, width), Mixed(whole if norm is None else None, raw, *stats), z
+
+
+# ---- calls of the C++ module ---------------------------------------------------------------------------------------
+
+Stats = tuple[Tensor | None, Tensor | None]
+
+
+def _mix_rows(
+    args: MixArgs, rows: slice, out: Tensor, sums: Sequence[Tensor], norm: Norm | None, raw_rows: Tensor | None,
+    stats: Stats | None = None,
+) -> Stats:  # fmt: skip
+    """Mix the rows ``b * P + p`` of the slice into ``out`` (and ``raw_rows``: before the norm); returns the stats."""
+    first = args.layers[0]
+    threads = torch.get_num_threads()
+    mean, rstd = stats = _empty_stats(args, norm) if stats is None else stats
+    native_norm = None
+    if norm is not None:
+        assert mean is not None
+        # Named, so that they live until the call returns.
+        weight, bias = (None if p is None else p.to(mean.dtype).contiguous() for p in norm[:2])
+        scratch = mean.new_empty((threads, args.plan.num_blocks * args.width))
+        native_norm = _module().Norm(
+            _data(weight), _data(bias), norm[2], _data(raw_rows), _data(mean), _data(rstd), _data(scratch)
+        )
+    _module().mix(
+        _program(args.plan, bool(sums)), [_address(layer) for layer in args.layers], _dtype(first.dtype),
+        _dtype(out.dtype), _address(args.mix_weights), _data(args.image_index), first.shape[0], args.num_rows,
+        args.skip_tokens, args.num_patches, args.width, rows.start, rows.stop, _data(out),
+        [_data(each) for each in sums], native_norm, False, threads,
+    )  # fmt: skip
+    return stats
+
+
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, dtype: torch.dtype,
+    out: Tensor | None = None, z: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``act(x @ weight.T + bias)`` into ``out`` or a new tensor of ``dtype``, and before the activation into ``z``."""
+    shape = (x.shape[0], weight.shape[0])
+    fused = activation if z is None and gemm.fuses_activation(weight.dtype) else None
+    for rows, columns, block in gemm.products(x, weight, bias, fused):
+        if out is None:
+            out = block if block.shape == shape and block.dtype == dtype else x.new_empty(shape, dtype=dtype)
+        rest = None if fused else activation
+        if rest is not None or z is not None:
+            _epilogue(block, rest, out[rows, columns], None if z is None else z[rows, columns])
+        elif out is not block:
+            out[rows, columns] = block
+    return x.new_empty(shape, dtype=dtype) if out is None else out
+
+
+def _epilogue(x: Tensor, activation: str | None, y: Tensor, z: Tensor | None) -> None:
+    _module().epilogue(
+        _dtype(x.dtype), _dtype(y.dtype), *x.shape, _data(x), x.stride(0), _activation(activation), _data(y),
+        y.stride(0), _data(z), 0 if z is None else z.stride(0), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _activation_grad(grad_y: Tensor, z: Tensor, activation: str, grad_z: Tensor, y: Tensor | None) -> None:
+    _module().activation_grad(
+        _dtype(grad_y.dtype), _dtype(z.dtype), *z.shape, _data(grad_y), grad_y.stride(0), _data(z), z.stride(0),
+        _activation(activation), _data(grad_z), grad_z.stride(0), _data(y), 0 if y is None else y.stride(0),
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _empty_sums(args: MixArgs) -> list[Tensor]:
+    first = args.layers[0]
+    shape = (first.shape[0], args.num_patches, args.width)
+    return [first.new_empty(shape) for block in args.plan.reduced()[0].blocks if not is_tap(block)]
+
+
+def _empty_stats(args: MixArgs, norm: Norm | None) -> Stats:
+    if norm is None:
+        return None, None
+    shape, dtype = (args.num_rows, args.num_patches), accumulation_dtype(args.layers[0].dtype)
+    return args.layers[0].new_empty(shape, dtype=dtype), args.layers[0].new_empty(shape, dtype=dtype)
+
+
+def _mixes_fp64(a: torch.dtype, b: torch.dtype) -> bool:
+    """Whether fp64 meets a narrower dtype: no kernel takes the pair."""
+    return (a == torch.float64) != (b == torch.float64)
+
+
+def _data(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _address(tensor: Tensor | None) -> tuple[int, int, int]:
+    """Address and the first two strides, in elements."""
+    return (0, 0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
+
+
+def _module() -> Any:
+    module, reason = native.load()
+    if module is None:
+        raise NotImplementedError(f"impl='cpu': {reason}")
+    return module
+
+
+@cache
+def _dtype(dtype: torch.dtype) -> Any:
+    return getattr(_module().DType, DTYPES[dtype])
+
+
+@cache
+def _activation(name: str | None) -> Any:
+    return getattr(_module().Activation, name or "none")
+
+
+@cache
+def _program(plan: MixPlan, with_sums: bool) -> Any:
+    """The plan in the tables of the C++ module."""
+    sums = [block for block in plan.reduced()[0].blocks if not is_tap(block)] if with_sums else []
+    return _module().Program(_table(plan.blocks), _table(sums))
+
+
+def _table(blocks: Sequence[Block]) -> list[list[tuple[int, float, tuple[int, ...]]]]:
+    return [
+        [(-1 if column is None else column, scale, layers) for column, scale, layers in terms(block)]
+        for block in blocks
+    ]
