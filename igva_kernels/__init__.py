@@ -4,6 +4,7 @@ The per-layer weighted sum and the projector that reads it, in one operator.
 """
 
 from igva_kernels.dispatch import BackendStatus, backends
+from igva_kernels.integrations import PatchHandle, patch, patched
 from igva_kernels.ops import layer_mix, layer_mix_linear, layer_mix_mlp
 from igva_kernels.plan import MixPlan
 from igva_kernels.streaming import HiddenStateStream, stream_hidden_states
@@ -13,10 +14,13 @@ __all__ = [
     "BackendStatus",
     "HiddenStateStream",
     "MixPlan",
+    "PatchHandle",
     "__version__",
     "backends",
     "layer_mix",
     "layer_mix_linear",
     "layer_mix_mlp",
+    "patch",
+    "patched",
     "stream_hidden_states",
 ]

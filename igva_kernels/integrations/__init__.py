@@ -1,0 +1,67 @@
+"""Swap the fused operator into a model that exists: ``patch`` finds the integration that knows the model.
+
+An integration is one file of this package, for one family of hosts. It is a module with three names:
+
+    DESCRIPTION                          the models it knows, for error messages
+    matches(model) -> bool               whether it knows this one; imports no host library
+    apply(model, edits, **options)       change instances, through ``edits.set`` alone
+
+Adding a family is adding its file and its name to ``FAMILIES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from igva_kernels.integrations.handle import PatchHandle
+
+FAMILIES = ("llava_igva",)
+"""In the order in which they are asked."""
+
+
+def patch(model: nn.Module, **options: Any) -> PatchHandle:
+    """Swap the fused operator into this model instance, until ``revert``.
+
+    No class is changed, no parameter moved: keys and values of the ``state_dict`` stay as they are.
+
+    Args:
+        model: a model of a known family, bare or wrapped (peft, DDP, ...).
+        options: as the family takes them. LLaVA-IGVA: ``impl``, as in ``layer_mix`` ("auto" by default).
+
+    Returns:
+        A handle with ``revert()``; as a context manager it reverts at the end of the block.
+
+    Raises:
+        TypeError: not a module, or options that the family does not take.
+        ValueError: a model of no known family, or one that is patched already.
+        NotImplementedError: an explicit ``impl`` that cannot serve this model here.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, need a torch.nn.Module")
+    families = [import_module(f"{__name__}.{name}") for name in FAMILIES]
+    for family in families:
+        if family.matches(model):
+            handle = PatchHandle()
+            try:
+                family.apply(model, handle, **options)
+            except BaseException:
+                handle.revert()
+                raise
+            return handle
+    known = "; ".join(family.DESCRIPTION for family in families)
+    raise ValueError(f"model: no integration knows {type(model).__name__}; known are {known}")
+
+
+@contextmanager
+def patched(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
+    """The model with the fused operator inside the ``with`` block; arguments and errors as of ``patch``."""
+    with patch(model, **options):
+        yield model
+
+
+__all__ = ["FAMILIES", "PatchHandle", "patch", "patched"]
