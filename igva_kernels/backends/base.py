@@ -254,6 +254,22 @@ class Backend:
 
     # ---- the operator ----------------------------------------------------------------------------------------------
 
+    def mix_linear(
+        self,
+        args: MixArgs,
+        norm: Norm | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str | None,
+        keep: Keep,
+        keep_z: bool,
+    ) -> tuple[Tensor, Tensor | None, Mixed]:
+        """``linear`` of the mixed rows ``(y [M, N], z, mixed)``; the rows may be None where they need not be kept."""
+        mixed = self.mix(args, weight.dtype, norm, keep)
+        assert mixed.rows is not None
+        y, z = self.linear(mixed.rows.flatten(0, 1), weight, bias, activation, keep_z)
+        return y, z, mixed
+
     def project(
         self,
         args: MixArgs,
@@ -264,9 +280,10 @@ class Backend:
         keep_z: bool,
     ) -> tuple[Tensor, Mixed, Tensor | None]:
         """``(out [B, P, H], mixed, z [M, H] if kept)``."""
-        mixed = self.mix(args, weights.weight1.dtype, norm, keep)
-        assert mixed.rows is not None
-        y, z = self.linear(mixed.rows.flatten(0, 1), weights.weight1, weights.bias1, activation, keep_z)
+        y, z, mixed = self.mix_linear(args, norm, weights.weight1, weights.bias1, activation, keep, keep_z)
+        if keep != Keep.ROWS or norm is not None:
+            # The rows end here, before the second GEMM allocates its result.
+            mixed = mixed._replace(rows=None)
         if weights.weight2 is not None:
             if keep_z and z is None:
                 z = y

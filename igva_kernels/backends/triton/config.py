@@ -1,8 +1,9 @@
 """Kernel configurations: shipped as JSON, one file an architecture, or measured by ``tune`` on the user's card.
 
 A file holds the tile shapes of every kernel, at most three each, and the card's rates, from which ``cost`` chooses.
-``tune`` writes the same file under the device's name into ``$IGVA_KERNELS_CONFIG_DIR`` (``~/.cache/igva_kernels/triton``),
-which goes before the shipped one. Files are read once a process; nothing is timed or written outside ``tune``.
+``tune`` writes the same file under the device's name into ``$IGVA_KERNELS_CONFIG_DIR``
+(``~/.cache/igva_kernels/triton``), which goes before the shipped one. Files are read once a process; nothing is timed
+or written outside ``tune``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,8 +48,8 @@ class RowConfig:
         block_p = min(max(1, self.elements // block_d), _next_power_of_2(num_rows))
         if not whole_blocks:
             return RowTile(block_p, block_d, self.num_warps)
-        # At most 32 fp32 values of the row a thread.
-        warps = _next_power_of_2(whole_blocks * block_d // 1024)
+        # At most 64 fp32 values of the row a thread; with more warps than needed, loads are narrower than 16 bytes.
+        warps = _next_power_of_2(whole_blocks * block_d // 2048)
         return RowTile(1, block_d, min(max(self.num_warps, warps), 16))
 
 
@@ -78,21 +79,28 @@ class DeviceRates:
     """Dense bf16, as a large cuBLAS product reaches it."""
     copy_gbps: float
     """Device memory, bytes read plus bytes written."""
+    l2_gbps: float
+    """L2 cache, bytes read."""
     launch_us: float
     """Gap between two small kernels of one stream."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Config:
     """Everything that is chosen for one card."""
 
     status: str
-    """Where the figures come from: "modelled" or "measured"."""
+    """Where the figures come from: "modelled", "measured", or "interpreted" (no card: Triton is always chosen)."""
     rates: DeviceRates
     rows: dict[str, RowConfig]
     """By kernel: mix, mix_weights_grad, layer_grads, norm_backward."""
     gemms: dict[str, tuple[GemmConfig, ...]]
-    """By kernel: linear, linear_grad_input, mix_weights_grad_of_linear, mix_linear."""
+    """By kernel: linear, linear_grad_input, mix_weights_grad_of_linear, mix_linear (taps only), mix_linear_mixed."""
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether there is no card, and what counts is that kernels run at all."""
+        return self.status == "interpreted"
 
     def to_json(self) -> str:
         """The file's text; ``from_json`` reads it."""
@@ -132,7 +140,7 @@ def architecture(capability: tuple[int, int]) -> str:
     return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(capability[0], "sm_80")
 
 
-@lru_cache(maxsize=None)
+@cache
 def of_device(index: int | None) -> Config:
     """The configuration of a CUDA device; None is the interpreter, which runs the shipped sm_90 tiles, made small."""
     if index is None:
@@ -147,11 +155,11 @@ def of_device(index: int | None) -> Config:
 def _small(config: Config) -> Config:
     """The same choices with tiles for the interpreter, whose tests have a few dozen rows."""
     return Config(
-        config.status,
+        "interpreted",
         config.rates,
-        {name: RowConfig(64, row.num_warps) for name, row in config.rows.items()},
+        {name: RowConfig(1024, row.num_warps) for name, row in config.rows.items()},
         {
-            name: tuple(GemmConfig(32, 32, 16, 4, 2, gemm.slices, gemm.tma, gemm.efficiency, 2) for gemm in gemms)
+            name: tuple(GemmConfig(64, 64, 64, 4, 2, gemm.slices, gemm.tma, gemm.efficiency, 2) for gemm in gemms)
             for name, gemms in config.gemms.items()
         },
     )

@@ -2,20 +2,20 @@
 
 Forward, for every row (b, p) and block g, in one read of each layer:
 
-    A[b, p, g*D + d] = sum over columns c of block g of  w[b, c] * sum over terms (s, layers) of c of  s * sum over l of h_l
+    A[b, p, block g] = sum over columns c of w[b, c] * sum over terms (s, layers) of c of s * sum over l of h_l
 
-Layers are added in fp32 in index order, then scaled, then added to the block by a fused multiply-add, and rounded once.
-With a norm, mean and variance of the unrounded row come from registers (two passes), and the normalised row is what is
-rounded.
+Layers are added in fp32 in index order, then scaled, then added to the block by a fused multiply-add, and rounded
+once. With a norm, mean and variance of the unrounded row come from registers (two passes), and the normalised row is
+what is rounded.
 
 Modelled floor, CLIP-L/336 and IGVA, bf16, u = P*D*2 bytes = 1.18 MB an image: 24 layers read, 2 blocks written = 26 u =
 30.7 MB, 7.1 us an image at 4.3 TB/s; 4 u more where the group sums are kept. 27 fp32 additions and multiplications an
 element are free beside that.
 
-Gradients: ``dw[b, c] = sum over p, d of s * dA * h`` as fp32 partials a row, added afterwards in a fixed order (6 u read
-for IGVA), and the layer gradients, one a signature (2 u read, 5 u written).
+Gradients: ``dw[b, c] = sum over p, d of s * dA * h`` as fp32 partials a row, added afterwards in a fixed order (IGVA:
+5 u read), and the layer gradients, one a signature (2 u read, 5 u written).
 """
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, no-check-untyped-defs
 
 from __future__ import annotations
 
@@ -36,6 +36,14 @@ from igva_kernels.reference import Norm
 
 # What ends with a step of the program (program.py), as the kernels see it.
 _TERM, _PART, _BLOCK = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+
+
+@triton.jit
+def layer_tile(layers, LAYER: tl.constexpr, image, o_t, o_d, stride_image, stride_token):
+    """Pointers to tokens ``o_t [BP, 1]`` and columns ``o_d [1, BD]``; a stride that all layers share is given once."""
+    IMAGE: tl.constexpr = LAYER if len(stride_image) > 1 else 0
+    TOKEN: tl.constexpr = LAYER if len(stride_token) > 1 else 0
+    return layers[LAYER] + image * stride_image[IMAGE] + o_t * stride_token[TOKEN] + o_d
 
 
 @triton.jit
@@ -66,17 +74,14 @@ def mix_kernel(
     b_part = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
     b_block = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
     for i in tl.static_range(len(LAYERS)):
-        # A stride is given once where all layers share it.
-        si: tl.constexpr = LAYERS[i] if len(stride_image) > 1 else 0
-        st: tl.constexpr = LAYERS[i] if len(stride_token) > 1 else 0
-        p_x = layers[LAYERS[i]] + image * stride_image[si] + o_t * stride_token[st] + o_d
+        p_x = layer_tile(layers, LAYERS[i], image, o_t, o_d, stride_image, stride_token)
         b_term += tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
         if ENDS[i] >= _TERM:
             b_part += b_term * SCALES[i]
             b_term = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
         if ENDS[i] >= _PART:
             if KEEPS[i] >= 0:
-                b_sums = b_sums + (cast(b_part, sums[0].dtype.element_ty),)
+                b_sums = b_sums + (cast(b_part, sums[0].dtype.element_ty),)  # type: ignore[assignment]
             if rows is not None or NORM:
                 if COLUMNS[i] >= 0:
                     b_block += b_part * tl.load(weights + b * stride_wb + COLUMNS[i] * stride_wc)
@@ -86,12 +91,12 @@ def mix_kernel(
         if ENDS[i] >= _BLOCK:
             if index is not None:
                 b_block = tl.where(exists, b_block, float("nan"))
-            b_blocks = b_blocks + (b_block,)
+            b_blocks = b_blocks + (b_block,)  # type: ignore[assignment]
             b_block = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
 
     if NORM:
-        b_total = tl.sum(b_blocks[0], axis=1)
-        for g in tl.static_range(1, BLOCKS):
+        b_total = tl.zeros([BLOCK_P], tl.float32)
+        for g in tl.static_range(BLOCKS):
             b_total += tl.sum(b_blocks[g], axis=1)
         b_mean = (b_total / (BLOCKS * WIDTH))[:, None]  # [BP, 1]
         b_square = tl.zeros([BLOCK_P], tl.float32)
@@ -108,7 +113,7 @@ def mix_kernel(
         if raw is not None:
             tl.store(raw + p_row + g * WIDTH, cast(b_blocks[g], raw.dtype.element_ty), mask=m_x)
         if rows is not None:
-            b_row = b_blocks[g]
+            b_row = b_blocks[g]  # type: ignore[var-annotated]
             if NORM:
                 b_row = (b_row - b_mean) * b_rstd
                 if norm_weight is not None:
@@ -134,9 +139,7 @@ def dot_entries(
         b_dot = tl.zeros([BLOCK_P], tl.float32)
         for i in tl.static_range(len(LAYERS)):
             if COLUMNS[i] == c:
-                si: tl.constexpr = LAYERS[i] if len(stride_image) > 1 else 0
-                st: tl.constexpr = LAYERS[i] if len(stride_token) > 1 else 0
-                p_x = layers[LAYERS[i]] + image * stride_image[si] + o_t * stride_token[st] + o_d
+                p_x = layer_tile(layers, LAYERS[i], image, o_t, o_d, stride_image, stride_token)
                 b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
                 b_dot += tl.sum(b_grad * b_x, axis=1) * SCALES[i]
         b_dot = tl.where(exists, b_dot, float("nan"))
@@ -200,7 +203,7 @@ def layer_grads_kernel(
                 b_share *= tl.load(weights + image * stride_wb + COLUMNS[i] * stride_wc)
         else:
             b_share = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
-            b = image * 0
+            b = tl.full((), 0, tl.int64)
             while b < num_rows:
                 if tl.load(index + b) == image:
                     p_row = p_grad + b * stride_gb + BLOCKS[i] * WIDTH
@@ -211,7 +214,7 @@ def layer_grads_kernel(
                 b += 1
         b_grad += b_share * SCALES[i]
         if ENDS[i] == 1:
-            b_grads = b_grads + (b_grad,)
+            b_grads = b_grads + (b_grad,)  # type: ignore[assignment]
             b_grad = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
     for k in tl.static_range(len(b_grads)):
         tl.store(outs[k] + p_out, cast(b_grads[k], outs[k].dtype.element_ty), mask=m_out)

@@ -6,7 +6,7 @@ layer becomes a list of steps, one a layer, each saying what ends with it.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 from igva_kernels.backends.base import Signature
@@ -17,7 +17,7 @@ TERM, PART, BLOCK = 1, 2, 3
 
 
 class MixProgram(NamedTuple):
-    """Steps of the mix: ``sum += layer``; at a term's end ``part += scale * sum``; at a part's ``block += w * part``."""
+    """Steps: ``sum += layer``; at a term's end ``part += scale * sum``; at a part's end ``block += w * part``."""
 
     layers: tuple[int, ...]
     ends: tuple[int, ...]
@@ -56,7 +56,7 @@ class Run(NamedTuple):
     taps: int
 
 
-@lru_cache(maxsize=256)
+@cache
 def mix_program(plan: MixPlan, keep_sums: bool) -> MixProgram:
     """The steps of a resolved plan; with ``keep_sums`` the sums of ``plan.reduced()`` are by-products."""
     slots: dict[Block, int] = {}
@@ -77,10 +77,10 @@ def mix_program(plan: MixPlan, keep_sums: bool) -> MixProgram:
                 steps[-1][1] = TERM
             steps[-1][1] = PART
         steps[-1][1] = BLOCK
-    return MixProgram(*(tuple(step) for step in zip(*steps, strict=True)))  # type: ignore[arg-type]
+    return MixProgram(*(tuple(step) for step in zip(*steps, strict=True)))
 
 
-@lru_cache(maxsize=256)
+@cache
 def dot_program(plan: MixPlan, block: int) -> DotProgram:
     """The weighted entries of one block."""
     entries = [entry for entry in plan.blocks[block] if entry.column is not None]
@@ -89,7 +89,7 @@ def dot_program(plan: MixPlan, block: int) -> DotProgram:
     )
 
 
-@lru_cache(maxsize=256)
+@cache
 def grad_program(signatures: tuple[Signature, ...]) -> GradProgram:
     """The shares of every signature, one after the other."""
     shares = [
@@ -97,10 +97,10 @@ def grad_program(signatures: tuple[Signature, ...]) -> GradProgram:
         for signature in signatures
         for i, (block, column, scale) in enumerate(signature)
     ]
-    return GradProgram(*(tuple(share) for share in zip(*shares, strict=True)))  # type: ignore[arg-type]
+    return GradProgram(*(tuple(share) for share in zip(*shares, strict=True)))
 
 
-@lru_cache(maxsize=256)
+@cache
 def runs(plan: MixPlan) -> tuple[Run, ...]:
     """The runs of a plan, in the order of its blocks and steps."""
     found: list[Run] = []

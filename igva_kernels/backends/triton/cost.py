@@ -1,0 +1,125 @@
+"""Which kernel, with which tile, for a plan and a shape: the cheapest by a small model, cuBLAS among the choices.
+
+A matrix product takes waves of tiles; a pass over memory takes its bytes; a small kernel its launch gap:
+
+    product = ceil(tiles / slots) * slots * tile FLOPs / (rate * efficiency)        pass = bytes / copy bandwidth
+
+The rates and efficiencies are a card's (``config``): modelled in the shipped files, measured in those that ``tune``
+writes. Only differences between choices matter, so what all of them pay is left out. A choice is a pure function of
+shapes, remembered, and takes no time inside a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+
+from igva_kernels.backends.triton.config import Config, GemmConfig
+from igva_kernels.backends.triton.program import runs
+from igva_kernels.plan import MixPlan
+
+# Layers that a mixed run may read: more do not fit the shared memory of its pipeline.
+MAX_MIXED_LAYERS = 4
+
+
+def product_us(config: Config, rows: int, columns: int, length: int, gemm: GemmConfig) -> float:
+    """A Triton GEMM ``[rows, length] @ [length, columns]``."""
+    area = gemm.block_m * gemm.block_n
+    tiles = -(-rows // gemm.block_m) * -(-columns // gemm.block_n)
+    # Tiles of 128 x 128 and smaller run two to an SM: one computes while the other stores.
+    slots = config.rates.sms * (2 if area <= 128 * 128 else 1)
+    waves = -(-tiles // slots)
+    return waves * slots * 2.0 * area * length / (config.rates.matmul_tflops * gemm.efficiency * 1e6)
+
+
+def cublas_us(config: Config, rows: int, columns: int, length: int) -> float:
+    """The same product by cuBLAS, which chooses among tiles too."""
+    tiles = ((256, 128), (128, 128), (64, 128), (64, 64))
+    gemms = (GemmConfig(m, n, 64, 8, 3, 1, True, 1.0) for m, n in tiles)
+    return min(product_us(config, rows, columns, length, gemm) for gemm in gemms)
+
+
+def pass_us(config: Config, elements: float, dtype: torch.dtype) -> float:
+    """An elementwise kernel that moves ``elements``."""
+    return elements * dtype.itemsize / (config.rates.copy_gbps * 1e3) + config.rates.launch_us
+
+
+def _choose(
+    config: Config, name: str, dtype: torch.dtype, cost: Callable[[GemmConfig], float], rival: float
+) -> GemmConfig | None:
+    if config.interpreted:
+        return config.gemms[name][0]
+    if dtype == torch.float32:
+        # cuBLAS, with whatever torch allows it to do to fp32; Triton's exact fp32 product leaves the matrix units idle.
+        return None
+    best = min(config.gemms[name], key=cost)
+    return best if cost(best) < rival else None
+
+
+@lru_cache(maxsize=1024)
+def linear(
+    config: Config, rows: int, columns: int, length: int, dtype: torch.dtype, activation: bool
+) -> GemmConfig | None:
+    """The tile for ``linear``; None for cuBLAS, which has the bias, and an activation kernel."""
+    if not activation and not config.interpreted:
+        return None
+    return _choose(
+        config, "linear", dtype, lambda gemm: product_us(config, rows, columns, length, gemm),
+        cublas_us(config, rows, columns, length) + pass_us(config, 2 * rows * columns, dtype),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def linear_grad_input(
+    config: Config, rows: int, columns: int, length: int, dtype: torch.dtype, need_y: bool
+) -> GemmConfig | None:
+    """The tile for ``linear_grad_input``; None for cuBLAS and elementwise kernels."""
+    # Both read Z and write dZ (and Y). Elementwise kernels move dY twice more, and read Z again for Y.
+    passes = pass_us(config, 2 * rows * columns, dtype) + (pass_us(config, rows * columns, dtype) if need_y else 0.0)
+    return _choose(
+        config, "linear_grad_input", dtype, lambda gemm: product_us(config, rows, columns, length, gemm),
+        cublas_us(config, rows, columns, length) + passes,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def mix_weights_grad_of_linear(
+    config: Config, rows: int, columns: int, length: int, dtype: torch.dtype
+) -> GemmConfig | None:
+    """The tile for ``mix_weights_grad_of_linear``; None for cuBLAS and the dot kernel."""
+    # Both read the sources; only cuBLAS's route writes and reads dA.
+    return _choose(
+        config, "mix_weights_grad_of_linear", dtype, lambda gemm: product_us(config, rows, columns, length, gemm),
+        cublas_us(config, rows, columns, length) + pass_us(config, 2 * rows * columns, dtype),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def mix_linear(
+    config: Config, plan: MixPlan, width: int, rows: int, columns: int, dtype: torch.dtype, activation: bool,
+    norm: bool,
+) -> GemmConfig | None:  # fmt: skip
+    """The tile for a GEMM that reads the rows from the layers; None for the mix kernel and ``linear``."""
+    length, reads = plan.num_blocks * width, len(plan.layers) * width
+    mixed = [run.stop - run.start for run in runs(plan) if not run.taps]
+    if max(mixed, default=0) > MAX_MIXED_LAYERS:
+        return None
+
+    def prologue_us(gemm: GemmConfig) -> float:
+        # A mixed run reads its layers again for every column of tiles; taps are read like any operand.
+        again = -(-columns // gemm.block_n) * rows * sum(mixed) * width * dtype.itemsize
+        return product_us(config, rows, columns, length, gemm) + again / (config.rates.l2_gbps * 1e3)
+
+    chosen = linear(config, rows, columns, length, dtype, activation)
+    rival = pass_us(config, rows * (reads + length), dtype)
+    if chosen is not None:
+        rival += product_us(config, rows, columns, length, chosen)
+    else:
+        rival += cublas_us(config, rows, columns, length)
+        rival += pass_us(config, 2 * rows * columns, dtype) if activation else 0.0
+    if norm:
+        # One pass for the statistics, one to scale the weight.
+        rival -= pass_us(config, rows * reads, dtype) + pass_us(config, 2 * columns * length, dtype)
+    return _choose(config, "mix_linear_mixed" if mixed else "mix_linear", dtype, prologue_us, rival)
