@@ -1,0 +1,47 @@
+// The activations and their derivatives on a device, as torch defines them; W is float or double.
+#pragma once
+
+#include "igva/args.h"
+
+namespace igva::cuda {
+
+// The standard normal distribution function; erfc keeps the relative precision of the left tail.
+template <class W>
+__device__ inline W normal_cdf(W x) { return W(0.5) * erfc(x * W(-0.70710678118654752440)); }
+
+// gelu_tanh(x) = x * sigmoid(2 * inner(x)), inner(x) = sqrt(2 / pi) * (x + 0.044715 x^3).
+template <class W>
+__device__ inline W twice_inner(W x) { return x * (W(1.5957691216057308) + W(0.07135481627260025) * x * x); }
+
+template <class W>
+__device__ inline W sigmoid(W x) { return W(1) / (W(1) + exp(-x)); }
+
+template <class W>
+__device__ inline W act(Activation activation, W x) {
+  switch (activation) {
+    case Activation::gelu: return x * normal_cdf(x);
+    case Activation::gelu_tanh: return x * sigmoid(twice_inner(x));
+    case Activation::relu: return x <= W(0) ? W(0) : x; // NaN stays NaN
+    case Activation::silu: return x * sigmoid(x);
+    default: return x;
+  }
+}
+
+template <class W>
+__device__ inline W act_slope(Activation activation, W x) {
+  switch (activation) {
+    case Activation::gelu: return normal_cdf(x) + x * W(0.39894228040143267794) * exp(W(-0.5) * x * x);
+    case Activation::gelu_tanh: {
+      const W s = sigmoid(twice_inner(x));
+      return s + x * s * (W(1) - s) * (W(1.5957691216057308) + W(0.21406444881780076) * x * x);
+    }
+    case Activation::relu: return x <= W(0) ? W(0) : W(1);
+    case Activation::silu: {
+      const W s = sigmoid(x);
+      return s + x * s * (W(1) - s);
+    }
+    default: return W(1);
+  }
+}
+
+} // namespace igva::cuda

@@ -1,0 +1,234 @@
+// The Python module `igva_kernels._cuda`: raw addresses and a stream in, work queued, nothing allocated, no torch.
+//
+// It links the CUDA runtime statically and touches no driver until the first launch.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "igva/cuda_args.h"
+#include "runtime.h"
+
+#ifndef IGVA_CUDA_MODULE
+#define IGVA_CUDA_MODULE _cuda
+#endif
+
+namespace py = pybind11;
+using namespace igva;
+using namespace igva::cuda;
+
+namespace {
+
+using Address = uintptr_t;
+using LayerTuple = std::tuple<Address, int64_t, int64_t>;   // data, image stride, token stride
+using WeightsTuple = std::tuple<Address, int64_t, int64_t>; // data, row stride, column stride
+using View = std::tuple<Address, int64_t, int64_t>;         // data, batch stride, token stride
+
+void* pointer(Address address) { return reinterpret_cast<void*>(address); }
+
+const int64_t* index_pointer(Address address) { return reinterpret_cast<const int64_t*>(address); }
+
+void check_capacity(size_t count, size_t capacity, const char* what) {
+  if (count > capacity) {
+    throw py::value_error(std::string("the CUDA kernels take at most ") + std::to_string(capacity) + " " + what + ", got " +
+                          std::to_string(count));
+  }
+}
+
+void check(int error) {
+  if (error != 0) throw std::runtime_error(std::string("igva_kernels: CUDA launch failed: ") + error_name(error));
+}
+
+void fill_layers(Layer* layers, const std::vector<LayerTuple>& tuples, int64_t skip, int64_t element) {
+  for (const auto& [data, image_stride, token_stride] : tuples) {
+    *layers++ = {reinterpret_cast<const char*>(data) + skip * token_stride * element, image_stride, token_stride};
+  }
+}
+
+int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+MixWeights weights_of(const WeightsTuple& tuple) {
+  const auto& [data, row_stride, column_stride] = tuple;
+  return {pointer(data), row_stride, column_stride};
+}
+
+// A plan in the form in which kernels take it; made once a plan. A block is a list of parts (column or -1, kept sum or -1,
+// terms), a term (scale, layers).
+class MixProgram {
+ public:
+  using TermTuple = std::tuple<double, std::vector<int>>;
+  using PartTuple = std::tuple<int, int, std::vector<TermTuple>>;
+
+  explicit MixProgram(const std::vector<std::vector<PartTuple>>& blocks) : params_() {
+    size_t entries = 0, terms = 0;
+    for (const auto& block : blocks) {
+      for (const auto& [column, sum, part] : block) {
+        for (const auto& [scale, layers] : part) {
+          check_capacity(entries + layers.size(), max_entries, "layers in all blocks together");
+          check_capacity(terms + 1, max_terms, "terms");
+          for (int layer : layers) params_.entries[entries++] = uint8_t(layer);
+          params_.terms[terms++] = {scale, int16_t(column), uint8_t(entries), -1, false, false};
+        }
+        params_.terms[terms - 1].sum = int8_t(sum);
+        params_.terms[terms - 1].ends_part = true;
+      }
+      params_.terms[terms - 1].ends_block = true;
+    }
+    params_.num_terms = int32_t(terms);
+    params_.num_blocks = int32_t(blocks.size());
+  }
+
+  MixParams params_;
+};
+
+MixParams mix_params(const MixProgram& program, const std::vector<LayerTuple>& layers, int64_t skip, DType in,
+                     const WeightsTuple& weights, Address image_index, int64_t images, int64_t batch, int64_t patches,
+                     int64_t width, Address rows, DType out, const std::vector<Address>& sums) {
+  check_capacity(layers.size(), max_layers, "layers");
+  check_capacity(sums.size(), max_sums, "kept sums");
+  MixParams params = program.params_;
+  fill_layers(params.layers, layers, skip, size_of(in));
+  for (size_t i = 0; i < sums.size(); ++i) params.sums[i] = pointer(sums[i]);
+  params.weights = weights_of(weights);
+  params.image_index = index_pointer(image_index);
+  params.num_images = images;
+  params.num_rows = int32_t(batch * patches);
+  params.num_patches = int32_t(patches);
+  params.width = int32_t(width);
+  params.out = out;
+  params.rows = pointer(rows);
+  return params;
+}
+
+void run_mix(const MixProgram& program, const std::vector<LayerTuple>& layers, int64_t skip, DType in,
+             const WeightsTuple& weights, Address image_index, int64_t images, int64_t batch, int64_t patches,
+             int64_t width, Address rows, DType out, const std::vector<Address>& sums, bool vector, Address stream) {
+  check(mix(mix_params(program, layers, skip, in, weights, image_index, images, batch, patches, width, rows, out, sums),
+            in, vector, pointer(stream)));
+}
+
+void run_mix_norm(const MixProgram& program, const std::vector<LayerTuple>& layers, int64_t skip, DType in,
+                  const WeightsTuple& weights, Address image_index, int64_t images, int64_t batch, int64_t patches,
+                  int64_t width, Address rows, DType out, const std::vector<Address>& sums, Address norm_weight,
+                  DType norm_weight_dtype, Address norm_bias, DType norm_bias_dtype, double eps, Address raw_rows,
+                  Address mean, Address rstd, bool vector, Address stream) {
+  const NormParams norm = {pointer(norm_weight), pointer(norm_bias), norm_weight_dtype, norm_bias_dtype, eps,
+                           pointer(raw_rows),    pointer(mean),      pointer(rstd)};
+  check(mix_norm(
+      mix_params(program, layers, skip, in, weights, image_index, images, batch, patches, width, rows, out, sums), norm,
+      in, vector, pointer(stream)));
+}
+
+void run_norm_grad(DType dtype, int64_t rows, int64_t width, Address grad, Address row_values, Address mean, Address rstd,
+                   Address weight, DType weight_dtype, Address grad_rows, Address partials, int64_t chunk, bool vector,
+                   Address stream) {
+  const NormGradParams params = {rows,          int32_t(width), pointer(grad),   pointer(row_values),
+                                 pointer(mean), pointer(rstd),  pointer(weight), weight_dtype,
+                                 pointer(grad_rows), pointer(partials), int32_t(chunk)};
+  check(norm_grad(params, dtype, vector, pointer(stream)));
+}
+
+void run_activation(DType dtype, Activation kind, int64_t count, Address z, Address y, Address stream) {
+  check(activation({count, kind, pointer(z), pointer(y)}, dtype, pointer(stream)));
+}
+
+void run_activation_grad(DType dtype, Activation kind, int64_t count, Address grad_y, Address z, Address grad_z,
+                         Address y, Address stream) {
+  check(activation_grad({count, kind, pointer(grad_y), pointer(z), pointer(grad_z), pointer(y)}, dtype,
+                        pointer(stream)));
+}
+
+// (block, layer, column, scale)
+using DotTuple = std::tuple<int, int, int, double>;
+
+void run_mix_weights_grad(DType grad_dtype, DType in, const View& grad, const std::vector<LayerTuple>& layers,
+                          const std::vector<DotTuple>& dots, Address image_index, int64_t images, int64_t batch,
+                          int64_t patches, int64_t width, int64_t chunk, int64_t columns, Address partials, Address out,
+                          bool vector, Address stream) {
+  check_capacity(dots.size(), max_dots, "weighted entries over the reduced sources");
+  DotsParams params = {};
+  for (const auto& [block, layer, column, scale] : dots) {
+    const auto& [data, image_stride, token_stride] = layers.at(layer);
+    params.layers[params.num_dots] = {pointer(data), image_stride, token_stride};
+    params.dots[params.num_dots++] = {block, int16_t(layer), int16_t(column), scale};
+  }
+  params.num_columns = int32_t(columns);
+  params.image_index = index_pointer(image_index);
+  params.num_images = images;
+  params.batch = int32_t(batch);
+  params.num_patches = int32_t(patches);
+  params.width = int32_t(width);
+  params.chunk = int32_t(chunk);
+  params.grad = pointer(std::get<0>(grad));
+  params.grad_batch_stride = std::get<1>(grad);
+  params.grad_token_stride = std::get<2>(grad);
+  params.partials = static_cast<double*>(pointer(partials));
+  params.grad_weights = pointer(out);
+  check(mix_weights_grad(params, grad_dtype, in, vector, pointer(stream)));
+}
+
+// (block, column or -1, scale)
+using ShareTuple = std::tuple<int, int, double>;
+
+void run_layer_grads(DType grad_dtype, DType out, const View& grad, const std::vector<std::vector<ShareTuple>>& signatures,
+                     const WeightsTuple& weights, Address image_index, int64_t batch, int64_t images, int64_t tokens,
+                     int64_t skip, int64_t width, const std::vector<Address>& grads, bool vector, Address stream) {
+  check_capacity(signatures.size(), max_signatures, "different layer gradients");
+  LayerGradsParams params = {};
+  size_t entries = 0;
+  for (size_t s = 0; s < signatures.size(); ++s) {
+    check_capacity(entries + signatures[s].size(), max_grad_entries, "entries in all layer gradients together");
+    for (const auto& [block, column, scale] : signatures[s]) params.entries[entries++] = {block, column, scale};
+    params.signature_end[s] = uint8_t(entries);
+    params.grads[s] = pointer(grads.at(s));
+  }
+  params.num_signatures = int32_t(signatures.size());
+  params.image_index = index_pointer(image_index);
+  params.weights = weights_of(weights);
+  params.batch = int32_t(batch);
+  params.num_images = int32_t(images);
+  params.num_tokens = int32_t(tokens);
+  params.skip = int32_t(skip);
+  params.width = int32_t(width);
+  params.out = out;
+  params.grad = pointer(std::get<0>(grad));
+  params.grad_batch_stride = std::get<1>(grad);
+  params.grad_token_stride = std::get<2>(grad);
+  check(layer_grads(params, grad_dtype, vector, pointer(stream)));
+}
+
+} // namespace
+
+PYBIND11_MODULE(IGVA_CUDA_MODULE, m) {
+  py::enum_<DType>(m, "DType", py::module_local())
+      .value("f32", DType::f32)
+      .value("bf16", DType::bf16)
+      .value("f16", DType::f16)
+      .value("f64", DType::f64);
+  py::enum_<Activation>(m, "Activation", py::module_local())
+      .value("none", Activation::none)
+      .value("gelu", Activation::gelu)
+      .value("gelu_tanh", Activation::gelu_tanh)
+      .value("relu", Activation::relu)
+      .value("silu", Activation::silu);
+  py::class_<MixProgram>(m, "MixProgram", py::module_local())
+      .def(py::init<const std::vector<std::vector<MixProgram::PartTuple>>&>());
+  m.attr("LIMITS") = py::dict(py::arg("layers") = max_layers, py::arg("entries") = max_entries,
+                              py::arg("terms") = max_terms, py::arg("sums") = max_sums, py::arg("dots") = max_dots,
+                              py::arg("signatures") = max_signatures, py::arg("grad_entries") = max_grad_entries);
+  m.def("set_device", [](int device) { check(set_device(device)); }, "Makes the current device of torch that of this module.");
+  m.def("versions", versions, "(CUDA version of the driver, 0 without one; that of the runtime inside), as 13000.");
+  m.def("mix", run_mix);
+  m.def("mix_norm", run_mix_norm);
+  m.def("norm_grad", run_norm_grad);
+  m.def("activation", run_activation);
+  m.def("activation_grad", run_activation_grad);
+  m.def("mix_weights_grad", run_mix_weights_grad);
+  m.def("layer_grads", run_layer_grads);
+}

@@ -1,0 +1,160 @@
+// What the portable kernels share: dtypes, 16-byte vectors, the place of a thread in [rows, width], reductions, launches.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "igva/cuda_args.h"
+
+namespace igva::cuda {
+
+constexpr int block_threads = 256;
+
+template <class T>
+struct Accumulator {
+  using type = float;
+};
+template <>
+struct Accumulator<double> {
+  using type = double;
+};
+template <class T>
+using Wide = typename Accumulator<T>::type;
+
+// Elements of a 16-byte vector.
+template <class T>
+constexpr int vector_width = 16 / sizeof(T);
+
+template <class T, int V>
+struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Vector {
+  T element[V];
+};
+
+template <class W>
+__device__ inline W widen(float x) { return W(x); }
+template <class W>
+__device__ inline W widen(double x) { return W(x); }
+template <class W>
+__device__ inline W widen(__nv_bfloat16 x) { return W(__bfloat162float(x)); }
+template <class W>
+__device__ inline W widen(__half x) { return W(__half2float(x)); }
+
+template <class T, class W>
+__device__ inline T narrow(W x) {
+  if constexpr (sizeof(T) > 2) return T(x);
+  else if constexpr (std::is_same_v<T, __half>) return __float2half_rn(float(x));
+  else return __float2bfloat16_rn(float(x));
+}
+
+template <int V, class T, class W>
+__device__ inline void load(const T* from, W (&to)[V]) {
+  const auto vector = *reinterpret_cast<const Vector<T, V>*>(from);
+#pragma unroll
+  for (int i = 0; i < V; ++i) to[i] = widen<W>(vector.element[i]);
+}
+
+template <int V, class T, class W>
+__device__ inline void store(T* to, const W (&from)[V]) {
+  Vector<T, V> vector;
+#pragma unroll
+  for (int i = 0; i < V; ++i) vector.element[i] = narrow<T>(from[i]);
+  *reinterpret_cast<Vector<T, V>*>(to) = vector;
+}
+
+// Stores fp32 values in a dtype chosen at run time (fp64 values always in fp64): a uniform branch instead of a kernel for
+// each pair of dtypes.
+template <int V>
+__device__ inline void store(void* to, DType dtype, int64_t at, const float (&from)[V]) {
+  if (dtype == DType::bf16) store<V>(static_cast<__nv_bfloat16*>(to) + at, from);
+  else if (dtype == DType::f16) store<V>(static_cast<__half*>(to) + at, from);
+  else store<V>(static_cast<float*>(to) + at, from);
+}
+template <int V>
+__device__ inline void store(void* to, DType, int64_t at, const double (&from)[V]) {
+  store<V>(static_cast<double*>(to) + at, from);
+}
+
+// One element in a dtype chosen at run time.
+template <class W>
+__device__ inline W load(const void* from, DType dtype, int64_t at) {
+  switch (dtype) {
+    case DType::bf16: return widen<W>(static_cast<const __nv_bfloat16*>(from)[at]);
+    case DType::f16: return widen<W>(static_cast<const __half*>(from)[at]);
+    case DType::f64: return W(static_cast<const double*>(from)[at]);
+    default: return W(static_cast<const float*>(from)[at]);
+  }
+}
+
+// The vector that a thread of a one-dimensional grid owns in a matrix of `vectors` vectors a row. The 64-bit division is
+// that of the block's first vector; what a thread adds to it fits 32 bits.
+struct Place {
+  int64_t row;
+  int vector;
+};
+__device__ inline Place place(int64_t block, int thread, int vectors) {
+  const int64_t first = block * block_threads;
+  const int64_t row = first / vectors;
+  const int offset = int(first - row * vectors) + thread;
+  return {row + offset / vectors, offset % vectors};
+}
+
+inline unsigned blocks_for(int64_t threads) { return unsigned((threads + block_threads - 1) / block_threads); }
+
+// The image that row b reads, or -1 where there is no such image.
+__device__ inline int64_t image_of(const int64_t* image_index, int64_t b, int64_t num_images) {
+  if (image_index == nullptr) return b;
+  const int64_t image = image_index[b];
+  return image >= 0 && image < num_images ? image : -1;
+}
+
+// The sum of every thread's value, for all of them, always in the same order. `scratch` holds a value a warp.
+template <class W>
+__device__ inline W block_sum(W value, W* scratch) {
+#pragma unroll
+  for (int lane = 16; lane > 0; lane /= 2) value += __shfl_xor_sync(0xffffffffu, value, lane);
+  __syncthreads(); // the sum before this one has been read
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
+  __syncthreads();
+  W sum = 0;
+#pragma unroll
+  for (int warp = 0; warp < block_threads / 32; ++warp) sum += scratch[warp];
+  return sum;
+}
+
+#ifndef IGVA_EMULATION // tests run the kernels on a CPU: threads are fibers there
+__device__ inline void* dynamic_shared() {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  return shared;
+}
+
+template <class... Params>
+int launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, Stream stream, const Params&... params) {
+  if (grid.x == 0 || grid.y == 0) return cudaSuccess;
+  if (shared > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = static_cast<cudaStream_t>(stream);
+  return cudaLaunchKernelEx(&config, kernel, params...);
+}
+#endif
+
+// Calls f with a value of the type that `dtype` names.
+template <class F>
+int with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f32: return f(float());
+    case DType::bf16: return f(__nv_bfloat16());
+    case DType::f16: return f(__half());
+    default: return f(double());
+  }
+}
+
+} // namespace igva::cuda

@@ -1,0 +1,195 @@
+"""CudaBackend: which kernel serves which step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from igva_kernels.backends.base import Backend, Keep, LayerShape, MixArgs, Mixed, Signature, accumulation_dtype
+from igva_kernels.backends.cuda import launch, programs
+from igva_kernels.plan import MixPlan
+from igva_kernels.reference import Norm
+
+
+class CudaBackend(Backend):
+    """The operator by CUDA kernels and cuBLAS, on NVIDIA GPUs from compute capability 8.0 on."""
+
+    name = "cuda"
+
+    def why_not(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """None if tensors of this device and dtype can be served, otherwise the reason why not."""
+        if device.type != "cuda":
+            return f"it serves CUDA tensors, not {device.type!r}"
+        if dtype not in launch.DTYPES:
+            return f"it serves {', '.join(str(d) for d in launch.DTYPES)}, not {dtype}"
+        return launch.load()[1] or launch.why_not_device(device)
+
+    # ---- kernels ---------------------------------------------------------------------------------------------------
+
+    def mix(self, args: MixArgs, dtype: torch.dtype, norm: Norm | None = None, keep: Keep = Keep.NOTHING) -> Mixed:
+        """The mixed rows, rounded once to ``dtype``; ``norm`` is applied to the unrounded rows."""
+        first = args.layers[0]
+        if not programs.dtype_pair_is_served(first.dtype, dtype):
+            mixed = self.mix(args, first.dtype, norm, keep)
+            assert mixed.rows is not None
+            kept = [raw.to(dtype) for raw in mixed.kept] if keep == Keep.ROWS else mixed.kept
+            return Mixed(mixed.rows.to(dtype), kept, mixed.mean, mixed.rstd)
+        sums: list[Tensor] = []
+        if keep == Keep.SOURCES:
+            shape = (first.shape[0], args.num_patches, args.width)
+            sums = [first.new_empty(shape) for _ in programs.kept_sums(args.plan)]
+            if sums and args.image_index is not None:
+                # Sums belong to images and rows to the batch: with an index they are two grids.
+                _launch_mix(MixArgs(args.layers, args.plan, None, None, args.skip_tokens), None, sums)
+        along = sums if args.image_index is None else []
+        rows = first.new_empty((args.num_rows, args.num_patches, args.plan.num_blocks * args.width), dtype=dtype)
+        if norm is None:
+            _launch_mix(args, rows, along)
+            return Mixed(rows, sums, None, None)
+        raw = torch.empty_like(rows) if keep == Keep.ROWS else None
+        wide = accumulation_dtype(first.dtype)
+        mean, rstd = (first.new_empty(rows.shape[:2], dtype=wide) for _ in range(2))
+        _launch_mix(args, rows, along, norm, raw, mean, rstd)
+        return Mixed(rows, sums if raw is None else [raw], mean, rstd)
+
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, keep_z: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """``y = act(z)`` and, if asked for and not ``y`` itself, ``z = x @ weight.T + bias``; x is ``[M, K]``."""
+        z = F.linear(x, weight, bias)
+        if activation is None:
+            return z, None
+        y = torch.empty_like(z) if keep_z else z
+        with launch.on_device_of(z) as stream:
+            launch.module().activation(
+                launch.dtype(z), launch.activation(activation), z.numel(), z.data_ptr(), y.data_ptr(), stream
+            )
+        return y, z if keep_z else None
+
+    def linear_grad_input(
+        self, grad_out: Tensor, weight: Tensor | None, z: Tensor | None, activation: str | None, need_y: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """``grad_z = (grad_out @ weight) * act'(z)`` and, if asked for, ``y = act(z)`` again."""
+        grad_y = grad_out if weight is None else self.matmul(grad_out, weight)
+        if activation is None:
+            return grad_y, z
+        assert z is not None
+        grad_y, z = grad_y.contiguous(), z.contiguous()
+        grad_z = torch.empty_like(z) if weight is None else grad_y  # the caller's gradient is not ours to overwrite
+        y = torch.empty_like(z) if need_y else None
+        with launch.on_device_of(z) as stream:
+            launch.module().activation_grad(
+                launch.dtype(z), launch.activation(activation), z.numel(), grad_y.data_ptr(), z.data_ptr(),
+                grad_z.data_ptr(), launch.data(y), stream,
+            )  # fmt: skip
+        return grad_z, y
+
+    def mix_weights_grad(self, grad_rows: Tensor, blocks: Sequence[int], args: MixArgs) -> Tensor:
+        """``dw[b, c]``, summed in an order that depends on the shapes only. See ``Backend``."""
+        assert args.mix_weights is not None
+        first = args.layers[0]
+        grad_rows = _readable(grad_rows, first.dtype)
+        grad = first.new_empty(args.mix_weights.shape, dtype=accumulation_dtype(first.dtype))
+        dots = programs.dots(args.plan, blocks)
+        partials = first.new_empty(
+            (args.num_rows, programs.chunks(args.num_patches, programs.DOT_CHUNK), len(dots)), dtype=torch.float64
+        )
+        vector = programs.allows_vectors(args.width, [grad_rows, *args.layers])
+        with launch.on_device_of(first) as stream:
+            launch.module().mix_weights_grad(
+                launch.dtype(grad_rows), launch.dtype(first), launch.view(grad_rows),
+                launch.views([layer[:, args.skip_tokens :] for layer in args.layers]), dots,
+                launch.data(_contiguous(args.image_index)), first.shape[0], args.num_rows, args.num_patches, args.width,
+                programs.DOT_CHUNK, grad.shape[1], partials.data_ptr(), grad.data_ptr(), vector, stream,
+            )  # fmt: skip
+        return grad
+
+    def layer_grads(
+        self,
+        grad_rows: Tensor,
+        signatures: Sequence[Signature],
+        mix_weights: Tensor | None,
+        image_index: Tensor | None,
+        skip_tokens: int,
+        shape: LayerShape,
+    ) -> list[Tensor]:
+        """One gradient ``[I, T, D]`` a signature; rows that share an image add in row order. See ``Backend``."""
+        grad_rows = _readable(grad_rows, shape.dtype)
+        size = (shape.num_images, shape.num_tokens, shape.width)
+        grads = [grad_rows.new_empty(size, dtype=shape.dtype) for _ in signatures]
+        entries = [[(g, -1 if column is None else column, scale) for g, column, scale in s] for s in signatures]
+        with launch.on_device_of(grad_rows) as stream:
+            launch.module().layer_grads(
+                launch.dtype(grad_rows), launch.dtype(grads[0]), launch.view(grad_rows), entries,
+                launch.weights(mix_weights), launch.data(_contiguous(image_index)), grad_rows.shape[0], *size[:2],
+                skip_tokens, shape.width, [grad.data_ptr() for grad in grads],
+                programs.allows_vectors(shape.width, [grad_rows, *grads]), stream,
+            )  # fmt: skip
+        return grads
+
+    def norm_backward(
+        self, grad_out: Tensor, rows: Tensor, norm: Norm, mean: Tensor, rstd: Tensor, need_params: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """LayerNorm's gradients: ``(grad_rows, grad_weight, grad_bias)``; all matrices ``[M, G*D]``, stats ``[M]``."""
+        if mean.dtype != accumulation_dtype(rows.dtype) or grad_out.dtype != rows.dtype:
+            return super().norm_backward(grad_out, rows, norm, mean, rstd, need_params)
+        grad_out, rows = grad_out.contiguous(), rows.contiguous()
+        grad_rows = torch.empty_like(rows)
+        (count, width), chunk = rows.shape, programs.NORM_CHUNK
+        partials = mean.new_empty((programs.chunks(count, chunk), 2, width)) if need_params else None
+        weight = _contiguous(norm[0])
+        with launch.on_device_of(rows) as stream:
+            launch.module().norm_grad(
+                launch.dtype(rows), count, width, grad_out.data_ptr(), rows.data_ptr(), mean.data_ptr(),
+                rstd.data_ptr(), launch.data(weight), launch.dtype(weight), grad_rows.data_ptr(),
+                launch.data(partials), chunk, programs.allows_vectors(width, [grad_out, rows]), stream,
+            )  # fmt: skip
+        if partials is None:
+            return grad_rows, None, None
+        grads = partials.sum(0)
+        return grad_rows, *(None if p is None else grad.to(p.dtype) for grad, p in zip(grads, norm[:2], strict=True))
+
+
+@lru_cache(maxsize=256)
+def _program(plan: MixPlan, keep_sums: bool) -> Any:
+    return launch.module().MixProgram(programs.mix_blocks(plan, keep_sums))
+
+
+def _launch_mix(
+    args: MixArgs, rows: Tensor | None, sums: Sequence[Tensor], norm: Norm | None = None, raw: Tensor | None = None,
+    mean: Tensor | None = None, rstd: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Rows and sums in one launch; without ``rows`` the sums alone."""
+    first = args.layers[0]
+    vector = programs.allows_vectors(args.width, [*args.layers, *sums])
+    image_index = _contiguous(args.image_index)
+    call = [
+        _program(args.plan, bool(sums)), launch.views(args.layers), args.skip_tokens, launch.dtype(first),
+        launch.weights(args.mix_weights), launch.data(image_index), first.shape[0], args.num_rows, args.num_patches,
+        args.width, launch.data(rows), launch.dtype(rows), [out.data_ptr() for out in sums],
+    ]  # fmt: skip
+    with launch.on_device_of(first) as stream:
+        if norm is None:
+            launch.module().mix(*call, vector, stream)
+            return
+        weight, bias, eps = (_contiguous(norm[0]), _contiguous(norm[1]), norm[2])
+        launch.module().mix_norm(
+            *call, launch.data(weight), launch.dtype(weight), launch.data(bias), launch.dtype(bias), eps,
+            launch.data(raw), launch.data(mean), launch.data(rstd), vector, stream,
+        )  # fmt: skip
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _readable(grad_rows: Tensor, layers: torch.dtype) -> Tensor:
+    """The gradient of the mixed row as the kernels read it: adjacent channels, fp64 beside fp64 layers only."""
+    if not programs.dtype_pair_is_served(layers, grad_rows.dtype):
+        grad_rows = grad_rows.to(layers)
+    return grad_rows if grad_rows.stride(-1) == 1 else grad_rows.contiguous()

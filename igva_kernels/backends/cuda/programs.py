@@ -1,0 +1,90 @@
+"""Plans as the CUDA kernels take them, and what a kernel may assume of its tensors: pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from igva_kernels.plan import Block, Entry, MixPlan, is_tap, terms
+
+Part = tuple[int, int, list[tuple[float, list[int]]]]
+"""(column or -1, kept sum or -1, terms as (scale, layers)): one weight column's share of a block."""
+
+VECTOR_BYTES = 16
+
+DOT_CHUNK = 32
+"""Patches of a block of the weight gradient's first stage."""
+
+NORM_CHUNK = 128
+"""Rows of a block of the column sums for the norm's parameters."""
+
+
+@lru_cache(maxsize=256)
+def mix_blocks(plan: MixPlan, keep_sums: bool) -> list[list[Part]]:
+    """The blocks of a plan in parts; with ``keep_sums`` the sums of ``plan.reduced()`` are by-products."""
+    slots: dict[Block, int] = {}
+    if keep_sums:
+        slots = {block: slot for slot, block in enumerate(kept_sums(plan))}
+    blocks = []
+    for block in plan.blocks:
+        parts: list[Part] = []
+        for column in dict.fromkeys(entry.column for entry in block):
+            part = tuple(entry for entry in block if entry.column == column)
+            # A sum that several blocks use is written by the first of them.
+            slot = slots.pop(tuple(Entry(e.layer, None, e.scale) for e in part), -1)
+            share = [(term.scale, list(term.layers)) for term in terms(part)]
+            parts.append((-1 if column is None else column, slot, share))
+        blocks.append(parts)
+    return blocks
+
+
+def kept_sums(plan: MixPlan) -> list[Block]:
+    """The sources of the plan that are sums, in the order of ``plan.reduced()``."""
+    return [block for block in plan.reduced()[0].blocks if not is_tap(block)]
+
+
+def dots(plan: MixPlan, blocks: Sequence[int]) -> list[tuple[int, int, int, float]]:
+    """``(position of the block, layer, column, scale)`` of every weighted entry of ``blocks``."""
+    return [
+        (position, e.layer, e.column, e.scale)
+        for position, g in enumerate(blocks)
+        for e in plan.blocks[g]
+        if e.column is not None
+    ]
+
+
+def allows_vectors(width: int, tensors: Iterable[Tensor]) -> bool:
+    """Whether rows of ``width`` elements can be read in 16-byte pieces: every address and stride is a multiple."""
+    return all(
+        width * tensor.element_size() % VECTOR_BYTES == 0
+        and tensor.data_ptr() % VECTOR_BYTES == 0
+        and all(stride * tensor.element_size() % VECTOR_BYTES == 0 for stride in tensor.stride()[:-1])
+        for tensor in tensors
+    )
+
+
+def chunks(count: int, size: int) -> int:
+    """Chunks of ``size`` that cover ``count``."""
+    return -(-count // size)
+
+
+def runs_on(archs: Sequence[str], ptx: str | None, capability: tuple[int, int]) -> bool:
+    """Whether machine code for ``archs``, or the PTX of one, runs on a device.
+
+    Machine code runs on its own major version from its own minor version on; with an "a" on its own version only. PTX
+    is compiled by the driver for any newer device.
+    """
+    major, minor = capability
+    for arch in archs:
+        own = divmod(int(arch.rstrip("af")), 10)
+        if own == capability or (not arch.endswith("a") and own[0] == major and own[1] <= minor):
+            return True
+    return ptx is not None and divmod(int(ptx), 10) <= (major, minor)
+
+
+def dtype_pair_is_served(layers: torch.dtype, rows: torch.dtype) -> bool:
+    """fp64 is mixed with fp64 only; the other dtypes freely."""
+    return (layers == torch.float64) == (rows == torch.float64)
