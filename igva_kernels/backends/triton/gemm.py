@@ -382,7 +382,8 @@ def mix_linear(
 
 def fits_tma(x: Tensor) -> bool:
     """Whether a descriptor can address the matrix: 16-byte aligned start and rows, and rows that are contiguous."""
-    return x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return x.numel() > 0 and x.stride(1) == 1 and aligned
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -1,0 +1,280 @@
+"""Every Triton kernel in the interpreter against fp64, by the rule of igva_kernels.testing."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import igva_kernels as ik
+from igva_kernels import MixPlan, reference, verify
+from igva_kernels.backends.base import ACTIVATION_GRADS, Backend, Keep, LayerShape, MixArgs
+from igva_kernels.backends.triton import BACKEND, gemm
+from igva_kernels.backends.triton.config import GemmConfig, of_device
+from igva_kernels.reference import ACTIVATIONS
+from igva_kernels.testing import assert_within_rule, relative_error
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", verify.DTYPES)
+@pytest.mark.parametrize("case", verify.SMALL_CASES, ids=lambda case: case.name)
+def test_values_and_every_gradient_obey_the_error_rule(case, dtype, monkeypatch):
+    # The interpreter is slow; the CPU and GPU tests judge the gradient of mix_weights on all draws.
+    monkeypatch.setattr(verify, "MIX_WEIGHT_DRAWS", 2)
+    for row in verify.judge(case, dtype, ["triton"], "cpu"):
+        assert row.ok, str(row.worst)
+
+
+def make_plan(num_layers, columns):
+    """Two blocks: the last layer, and ``columns`` uneven groups of all the layers, with uneven scales."""
+    groups = [range(num_layers)[c::columns] for c in range(columns)]
+    mixed = [(layer, c, 1 / (1 + c)) for c, group in enumerate(groups) for layer in group]
+    return MixPlan((((num_layers - 1, None, 1.0),), tuple(mixed)), num_layers)
+
+
+def run_mix(layers, plan, weights, grad, impl, dtype, **options):
+    layers = [layer.detach().to(dtype).as_strided(layer.shape, layer.stride()).requires_grad_() for layer in layers]
+    weights = weights.detach().to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
+    out = ik.layer_mix(layers, plan, weights, impl=impl, **options)
+    grads = torch.autograd.grad(out, [weights, *layers], grad.to(dtype), allow_unused=True)
+    return [out, *(g for g in grads if g is not None)]
+
+
+def check_mix(layers, plan, rows, dtype, **options):
+    rounded = [layer.to(dtype).double() for layer in layers]
+    tokens = layers[0].shape[1] - options.get("skip_tokens", 0)
+    grad = torch.randn(rows, tokens, plan.num_blocks * layers[0].shape[2]).to(dtype)
+    weights = torch.randn(rows, plan.num_columns)
+    oracle = run_mix(rounded, plan, weights.double(), grad, "reference", torch.float64, **options)
+    plain = run_mix(rounded, plan, weights, grad, "reference", dtype, **options)
+    actual = run_mix(layers, plan, weights, grad, "triton", dtype, **options)
+    # The error of one draw of the gradient of mix_weights is mostly luck.
+    assert relative_error(actual.pop(1), oracle.pop(1)) <= 16 * torch.finfo(dtype).eps
+    plain.pop(1)
+    for i, results in enumerate(zip(actual, oracle, plain, strict=True)):
+        assert_within_rule(*results, dtype, f"result {i}")
+
+
+@pytest.mark.parametrize("num_layers", range(1, 50))
+def test_mix_of_1_to_49_layers_and_1_to_8_columns(num_layers):
+    plan = make_plan(num_layers, min(num_layers, 1 + num_layers % 8))
+    check_mix([torch.randn(1, 4, 24) for _ in range(num_layers)], plan, 1, torch.float32, skip_tokens=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 7, 64, 136, 1280])
+@pytest.mark.parametrize("index", [None, [1, 1, 0]])
+def test_mix_of_odd_shapes(dtype, width, index):
+    options = {"skip_tokens": 2, "image_index": None if index is None else torch.tensor(index)}
+    check_mix([torch.randn(2, 5, width) for _ in range(4)], make_plan(4, 2), len(index or [0, 0]), dtype, **options)
+
+
+def strided(images, tokens, width, pad_tokens, pad_width):
+    buffer = torch.randn(images, tokens + pad_tokens, width + pad_width)
+    return buffer[:, pad_tokens:, :width]
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["shared strides", "strides of their own"])
+def test_layers_are_read_where_they_lie(same):
+    layers = [strided(2, 6, 32, 1 + i * (not same), 8 * (1 + i * (not same))) for i in range(5)]
+    plan = make_plan(5, 2)
+    weights = torch.randn(2, 2)
+    expected = reference.layer_mix(layers, plan, weights, skip_tokens=1)
+    actual = ik.layer_mix(layers, plan, weights, skip_tokens=1, impl="triton")
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("index", [None, torch.tensor([1, 0, 1])])
+@pytest.mark.parametrize("norm", [False, True])
+def test_what_is_kept(index, norm):
+    plan = MixPlan(
+        (((0, None, 1.0),), ((1, 0, 0.5), (2, 0, 0.5), (3, 1, 2.0)), ((1, None, 0.5), (2, None, 0.5))), 4
+    )  # fmt: skip
+    layers = [torch.randn(2, 5, 16) for _ in range(4)]
+    rows = 2 if index is None else 3
+    args = MixArgs(layers, plan, torch.rand(rows, 2), index, 1)
+    norm = (torch.rand(48), torch.randn(48), 1e-5) if norm else None
+    mixed = BACKEND.mix(args, torch.float32, norm, Keep.SOURCES)
+    # The sum that two blocks share is kept once, the single layers not at all.
+    (total,) = mixed.kept
+    torch.testing.assert_close(total, (layers[1] + layers[2])[:, 1:] / 2)
+    plain = reference.layer_mix(layers, plan, args.mix_weights, skip_tokens=1, image_index=index)
+    if norm is None:
+        torch.testing.assert_close(mixed.rows, plain, rtol=1e-5, atol=1e-5)
+        return
+    with_rows = BACKEND.mix(args, torch.float32, norm, Keep.ROWS)
+    for result in (mixed, with_rows):
+        torch.testing.assert_close(
+            result.rows, torch.nn.functional.layer_norm(plain, (48,), *norm), rtol=1e-4, atol=1e-5
+        )  # fmt: skip
+        torch.testing.assert_close(result.mean, plain.mean(-1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result.rstd, (plain.var(-1, unbiased=False) + 1e-5).rsqrt(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(with_rows.kept[0], plain, rtol=1e-5, atol=1e-5)
+
+
+def test_an_image_that_does_not_exist_gives_nan_rows_and_nothing_else():
+    layers = [torch.randn(2, 4, 16) for _ in range(3)]
+    plan, weights = make_plan(3, 2), torch.rand(4, 2)
+    index = torch.tensor([0, -1, 2, 1])
+    args = MixArgs(layers, plan, weights, index, 1)
+    rows = BACKEND.mix(args, torch.float32).rows
+    good = [0, 3]
+    expected = reference.layer_mix(layers, plan, weights[good], skip_tokens=1, image_index=index[good])
+    torch.testing.assert_close(rows[good], expected, rtol=1e-5, atol=1e-5)
+    assert rows[[1, 2]].isnan().all()
+    grad = torch.randn(4, 3, 32)
+    dw = BACKEND.mix_weights_grad(
+        grad[..., 16:], (1,), args.over_sources([layers[2], torch.randn(2, 3, 16), layers[1]])
+    )
+    assert dw[good].isfinite().all()
+    assert dw[[1, 2]].isnan().all()
+    shape = LayerShape(2, 4, 16, torch.float32)
+    (grads,) = BACKEND.layer_grads(grad, [((0, None, 1.0),)], weights, index, 1, shape)
+    torch.testing.assert_close(grads[:, 1:], grad[good, :, :16])
+    weight = torch.randn(8, 32)
+    taps = dataclasses.replace(args, plan=MixPlan.concat([0, 1], 3))
+    y, _, _ = BACKEND.mix_linear(taps, None, weight, None, "gelu", Keep.NOTHING, False)
+    assert y.view(4, 3, 8)[[1, 2]].isnan().all()
+    assert y.view(4, 3, 8)[good].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 1)], ids=["no rows", "no patches"])
+def test_nothing_to_do(shape):
+    layers = [torch.randn(*shape, 16) for _ in range(3)]
+    weights = torch.rand(shape[0], 2, requires_grad=True)
+    w1, w2 = torch.randn(12, 32, requires_grad=True), torch.randn(8, 12, requires_grad=True)
+    out = ik.layer_mix_mlp(layers, make_plan(3, 2), weights, w1, None, w2, None, skip_tokens=1, impl="triton")
+    assert out.shape == (shape[0], shape[1] - 1, 8)
+    out.sum().backward()
+    for leaf in (weights, w1, w2):
+        assert leaf.grad.eq(0).all()
+
+
+TILES = [
+    GemmConfig(32, 32, 16, 4, 2, slices, tma, 1.0, group_m)
+    for slices, tma, group_m in [(1, True, 1), (2, False, 2), (4, True, 8)]
+]
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.slices} slices, {'TMA' if tile.tma else 'pointers'}")
+def test_linear(tile, activation):
+    x, weight, bias = torch.randn(70, 48), torch.randn(40, 48), torch.randn(40)
+    y, z = gemm.linear(x, weight, bias, activation, True, tile)
+    expected = torch.nn.functional.linear(x, weight, bias)
+    if activation is not None:
+        torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-4)
+        expected = ACTIVATIONS[activation](expected)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.slices} slices, {'TMA' if tile.tma else 'pointers'}")
+def test_linear_grad_input(tile, activation):
+    grad, weight, z = torch.randn(70, 48), torch.randn(48, 40), torch.randn(70, 40)
+    grad_z, y = gemm.linear_grad_input(grad, weight, z, activation, True, tile)
+    torch.testing.assert_close(grad_z, ACTIVATION_GRADS[activation](grad @ weight, z), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y, ACTIVATIONS[activation](z), rtol=1e-5, atol=1e-5)
+
+
+def test_activations_at_the_edges():
+    z = torch.tensor([[0.0, -0.0, 1e-30, -40.0, 40.0, float("nan"), 3.0, -3.0]])
+    identity = torch.eye(8)
+    for activation, fn in ACTIVATIONS.items():
+        grad_z, y = gemm.linear_grad_input(torch.ones(1, 8), identity, z, activation, True, TILES[1])
+        torch.testing.assert_close(y, fn(z), equal_nan=True, rtol=1e-5, atol=1e-6)
+        expected = ACTIVATION_GRADS[activation](torch.ones(1, 8), z)
+        if activation != "relu":
+            torch.testing.assert_close(grad_z, expected, equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("index", [None, [1, 0, 0]])
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.slices} slices, {'TMA' if tile.tma else 'pointers'}")
+def test_mix_weights_grad_of_linear(tile, index):
+    """Two weighted blocks, a width that no tile divides, and a column that the first block does not have."""
+    plan = MixPlan((((0, 0, 0.5), (1, 0, 2.0)), ((1, None, 1.0),), ((2, 1, 1.0), (0, 0, -1.0), (3, None, 1.0))), 4)
+    layers = [torch.randn(2, 5, 40) for _ in range(4)]
+    index = None if index is None else torch.tensor(index)
+    args = MixArgs(layers, plan, torch.rand(2 if index is None else 3, 2), index, 0)
+    grad_z, weight = torch.randn(5 * args.num_rows, 24), torch.randn(24, 120)
+    actual = gemm.mix_weights_grad_of_linear(grad_z, weight, plan.weighted_blocks, args, tile)
+    rows = (grad_z @ weight).view(args.num_rows, 5, 120)
+    rows = torch.cat([rows[..., :40], rows[..., 80:]], -1)
+    torch.testing.assert_close(actual, BACKEND.mix_weights_grad(rows, (0, 2), args), rtol=1e-4, atol=1e-3)
+
+
+PROLOGUES = {
+    "taps": MixPlan.concat([3, 0, 1, 2], 5),
+    "taps, mixed, taps": MixPlan(
+        (((0, None, 1.0),), ((1, 0, 0.5), (2, 0, 0.25), (3, 1, 1.0), (0, None, -1.0)), ((4, None, 1.0),)), 5
+    ),
+    "reduced igva": MixPlan.igva(4, 4).reduced()[1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", ["no norm", "norm", "norm without parameters"])
+@pytest.mark.parametrize("width", [32, 40])
+@pytest.mark.parametrize("index", [None, [1, 0, 1]])
+@pytest.mark.parametrize("name", PROLOGUES)
+def test_a_gemm_that_reads_the_layers(name, index, width, norm, dtype, monkeypatch):
+    if (dtype, norm) == (torch.float16, "no norm") or (name, width) == ("reduced igva", 40):
+        pytest.skip("covered by its neighbours")
+    plan = PROLOGUES[name]
+    calls = []
+    monkeypatch.setattr(gemm, "mix_linear", lambda *args, run=gemm.mix_linear: calls.append(1) or run(*args))
+    layers = [torch.randn(2, 9, width).to(dtype) + 0.5 for _ in range(5)]
+    weights = torch.rand(2 if index is None else 3, plan.num_columns) if plan.num_columns else None
+    row = plan.num_blocks * width
+    w1, b1 = (torch.randn(72, row) / row**0.5).to(dtype), torch.randn(72).to(dtype)
+    params = {
+        "no norm": None,
+        "norm": (torch.rand(row) + 0.5, torch.randn(row)),
+        "norm without parameters": (None, None),
+    }
+
+    def run(impl, cast):
+        given = params[norm]
+        return ik.layer_mix_linear(
+            [cast(layer) for layer in layers[: plan.num_states]], plan, weights, cast(w1), cast(b1), activation="gelu",
+            norm=None if given is None else (*(None if p is None else cast(p.to(dtype)) for p in given), 1e-5),
+            skip_tokens=1, image_index=None if index is None else torch.tensor(index), impl=impl,
+        )  # fmt: skip
+
+    actual = run("triton", lambda x: x)
+    assert calls
+    assert_within_rule(actual, run("reference", lambda x: x.double()), run("reference", lambda x: x), dtype)
+
+
+@pytest.mark.parametrize("params", [True, False])
+@pytest.mark.parametrize("width", [40, 64])
+def test_norm_backward(width, params):
+    rows, grad = torch.randn(9, width), torch.randn(9, width)
+    norm = (torch.rand(width) if params else None, None, 1e-5)
+    mean, rstd = rows.mean(-1), (rows.var(-1, unbiased=False) + 1e-5).rsqrt()
+    actual = BACKEND.norm_backward(grad, rows, norm, mean, rstd, params)
+    expected = Backend.norm_backward(BACKEND, grad, rows, norm, mean, rstd, params)
+    for a, e in zip(actual, expected, strict=True):
+        assert (a is None) == (e is None)
+        if a is not None:
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_to_nearest_even(dtype):
+    layer = torch.cat(
+        [torch.randn(2000), torch.tensor([1.00390625, 1.01171875, 0.0, float("inf"), 3e38, float("nan")])]
+    )
+    args = MixArgs([layer.view(1, 1, -1)], MixPlan((((0, None, 1.0),),), 1), None, None, 0)
+    rows = BACKEND.mix(args, dtype).rows
+    assert torch.equal(rows.nan_to_num(7.0), layer.to(dtype).view(1, 1, -1).nan_to_num(7.0))
+
+
+def test_same_bits_again():
+    case = verify.SMALL_CASES[2]
+    runs = [case.run(case.draw(0, torch.bfloat16, "cpu"), "triton") for _ in range(2)]
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_the_interpreter_has_a_configuration_of_its_own():
+    assert of_device(None).interpreted
