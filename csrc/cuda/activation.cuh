@@ -27,6 +27,18 @@ __device__ inline W act(Activation activation, W x) {
   }
 }
 
+// gelu for the epilogue of a matrix product, where it stands in the way of the next tile: erfc by Abramowitz and Stegun
+// 7.1.26, within 1.5e-7, far below the rounding of the 16-bit result.
+__device__ inline float fast_gelu(float x) {
+  const float t = fabsf(x) * 0.70710678f;
+  const float k = __fdividef(1.0f, fmaf(0.3275911f, t, 1.0f));
+  float erfc = fmaf(1.061405429f, k, -1.453152027f);
+  erfc = fmaf(erfc, k, 1.421413741f);
+  erfc = fmaf(erfc, k, -0.284496736f);
+  erfc = fmaf(erfc, k, 0.254829592f) * k * __expf(-t * t);
+  return x * (x < 0 ? 0.5f * erfc : fmaf(-0.5f, erfc, 1.0f));
+}
+
 template <class W>
 __device__ inline W act_slope(Activation activation, W x) {
   switch (activation) {

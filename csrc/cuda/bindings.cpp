@@ -5,8 +5,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -14,6 +14,9 @@
 
 #include "igva/cuda_args.h"
 #include "runtime.h"
+#ifdef IGVA_HOPPER
+#include "gemm_sm90.h"
+#endif
 
 #ifndef IGVA_CUDA_MODULE
 #define IGVA_CUDA_MODULE _cuda
@@ -203,6 +206,52 @@ void run_layer_grads(DType grad_dtype, DType out, const View& grad, const std::v
   check(layer_grads(params, grad_dtype, vector, pointer(stream)));
 }
 
+#ifdef IGVA_HOPPER
+// A tap: (address of its first token, row stride). A block: (map, first column there, position in the mixed row, mixed).
+using TapTuple = std::tuple<Address, int64_t>;
+using BlockTuple = std::tuple<int, int, int, bool>;
+
+// A GEMM over flat rows; `program`, `layers` and what follows them describe the mixed blocks, `scratch` is F.
+void run_gemm_sm90(DType dtype, const std::vector<TapTuple>& taps, const std::vector<BlockTuple>& blocks, int64_t images,
+                   int64_t tokens, int64_t skip, int64_t width, const View& weight, int64_t columns, Address bias,
+                   Activation kind, Address y, Address z, const std::optional<MixProgram>& program,
+                   const std::vector<LayerTuple>& layers, const WeightsTuple& weights, const std::vector<Address>& sums,
+                   Address scratch, Address flags, int grid, Address stream) {
+  check_capacity(taps.size(), gemm_max_taps, "taps");
+  check_capacity(blocks.size(), 2 * gemm_max_taps, "blocks");
+  const int64_t rows = images * tokens;
+  GemmParams params = {};
+  for (const auto& [map, offset, position, mixed] : blocks) {
+    params.blocks[params.num_blocks++] = {map, offset, position, mixed};
+  }
+  for (size_t i = 0; i < taps.size(); ++i) {
+    const auto& [data, stride] = taps[i];
+    check(describe_matrix(&params.a[i], dtype, pointer(data), rows, width, stride, gemm_tile_m));
+  }
+  const auto& [weight_data, weight_stride, depth] = weight;
+  check(describe_matrix(&params.w, dtype, pointer(weight_data), columns, depth, weight_stride, gemm_tile_n));
+  if (program) {
+    const int64_t f_width = program->params_.num_blocks * width;
+    check(describe_matrix(&params.a[taps.size()], dtype, pointer(scratch), rows, f_width, f_width, gemm_tile_m));
+    params.mix = mix_params(*program, layers, skip, dtype, weights, 0, images, images, tokens - skip, width, scratch,
+                            dtype, sums);
+  }
+  params.width = int32_t(width);
+  params.rows = int32_t(rows);
+  params.tokens = int32_t(tokens);
+  params.skip = int32_t(skip);
+  params.columns = int32_t(columns);
+  params.grid = grid;
+  params.num_mix_layers = int32_t(layers.size());
+  params.activation = kind;
+  params.bias = pointer(bias);
+  params.y = pointer(y);
+  params.z = pointer(z);
+  params.flags = static_cast<int32_t*>(pointer(flags));
+  check(gemm_sm90(params, dtype, pointer(stream)));
+}
+#endif
+
 } // namespace
 
 PYBIND11_MODULE(IGVA_CUDA_MODULE, m) {
@@ -231,4 +280,9 @@ PYBIND11_MODULE(IGVA_CUDA_MODULE, m) {
   m.def("activation_grad", run_activation_grad);
   m.def("mix_weights_grad", run_mix_weights_grad);
   m.def("layer_grads", run_layer_grads);
+#ifdef IGVA_HOPPER
+  m.attr("GEMM_SM90") = py::dict(py::arg("tile_m") = gemm_tile_m, py::arg("tile_n") = gemm_tile_n,
+                                 py::arg("tile_k") = gemm_tile_k, py::arg("taps") = gemm_max_taps);
+  m.def("gemm_sm90", run_gemm_sm90);
+#endif
 }

@@ -144,6 +144,13 @@ int launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, Str
   config.stream = static_cast<cudaStream_t>(stream);
   return cudaLaunchKernelEx(&config, kernel, params...);
 }
+
+// For kernels whose blocks wait for what others do.
+template <class... Params>
+int launch_together(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, Stream stream,
+                    const Params&... params) {
+  return launch(kernel, grid, threads, shared, stream, params...);
+}
 #endif
 
 // Calls f with a value of the type that `dtype` names.

@@ -5,6 +5,9 @@
 
 namespace igva::cuda {
 
+// Independent 16-byte loads of a thread before the first use: a group of layers of IGVA in one round trip.
+constexpr int loads_at_once = 6;
+
 // Every block of the mixed row at (b, patch, d .. d + V - 1): emit(g, values), unrounded. Layers are added in the order of
 // the plan, then scaled, then weighed by a fused multiply-add. Kept sums are written on the way, where there are any.
 template <class T, int V, class Emit>
@@ -16,14 +19,20 @@ __device__ inline void mix_vector(const MixParams& params, int64_t b, int64_t pa
   for (int t = 0; t < params.num_terms; ++t) {
     const MixTerm& term = params.terms[t];
     W sum[V] = {};
-    if (image >= 0) {
-#pragma unroll 4
-      for (int e = entry; e < term.end; ++e) {
-        const Layer& layer = params.layers[params.entries[e]];
-        W value[V];
-        load<V>(static_cast<const T*>(layer.data) + image * layer.image_stride + patch * layer.token_stride + d, value);
+    for (int e = entry; image >= 0 && e < term.end; e += loads_at_once) {
+      Vector<T, V> loaded[loads_at_once];
 #pragma unroll
-        for (int i = 0; i < V; ++i) sum[i] += value[i];
+      for (int u = 0; u < loads_at_once; ++u) {
+        if (e + u >= term.end) continue;
+        const Layer& layer = params.layers[params.entries[e + u]];
+        const T* from = static_cast<const T*>(layer.data) + image * layer.image_stride + patch * layer.token_stride + d;
+        loaded[u] = *reinterpret_cast<const Vector<T, V>*>(from);
+      }
+#pragma unroll
+      for (int u = 0; u < loads_at_once; ++u) {
+        if (e + u >= term.end) continue;
+#pragma unroll
+        for (int i = 0; i < V; ++i) sum[i] += widen<W>(loaded[u].element[i]);
       }
     }
     entry = term.end;

@@ -1,7 +1,8 @@
-// The CUDA module with its kernels emulated; `runtime.cu` is replaced, the rest is compiled as it is.
+// The launchers of the CUDA kernels, with the kernels emulated. `runtime.cu` and `tensor_map.cu` are replaced.
 #include "emulation.h"
 
 #include "activation.cu"
+#include "gemm_sm90.cu"
 #include "layer_grads.cu"
 #include "mix.cu"
 #include "mix_norm.cu"
@@ -9,11 +10,18 @@
 #include "norm_grad.cu"
 
 #include "runtime.h"
+
 namespace igva::cuda {
+
 const char* error_name(int) { return "an error of the emulation"; }
 int set_device(int) { return 0; }
 std::pair<int, int> versions() { return {0, 0}; }
-} // namespace igva::cuda
 
-#define IGVA_CUDA_MODULE _cuda_emulated
-#include "bindings.cpp"
+int describe_matrix(CUtensorMap* map, DType, const void* data, int64_t rows, int64_t columns, int64_t row_stride,
+                    int box_rows) {
+  const emulation::TensorMap matrix = {static_cast<const unsigned char*>(data), rows, columns, row_stride, box_rows};
+  std::memcpy(map, &matrix, sizeof(matrix));
+  return 0;
+}
+
+} // namespace igva::cuda

@@ -29,6 +29,8 @@ using std::max;
 using std::min;
 inline float rsqrt(float x) { return 1.0f / sqrtf(x); }
 inline double rsqrt(double x) { return 1.0 / sqrt(x); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __expf(float x) { return expf(x); }
 
 namespace emulation {
 
@@ -190,6 +192,11 @@ inline void* dynamic_shared() { return emulation::current->block->shared; }
 template <class... Params>
 int launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, void*, const Params&... params) {
   return emulation::launch_blocks(false, kernel, grid, threads, shared, params...);
+}
+
+template <class... Params>
+int launch_together(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, void*, const Params&... params) {
+  return emulation::launch_blocks(true, kernel, grid, threads, shared, params...);
 }
 
 } // namespace igva::cuda

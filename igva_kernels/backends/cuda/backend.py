@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from igva_kernels.backends.base import Backend, Keep, LayerShape, MixArgs, Mixed, Signature, accumulation_dtype
-from igva_kernels.backends.cuda import launch, programs
-from igva_kernels.plan import MixPlan
+from igva_kernels.backends.base import (
+    Backend,
+    Keep,
+    LayerShape,
+    MixArgs,
+    Mixed,
+    ProjectorWeights,
+    Signature,
+    accumulation_dtype,
+)
+from igva_kernels.backends.cuda import gemm, launch, programs
 from igva_kernels.reference import Norm
 
 
@@ -41,8 +47,7 @@ class CudaBackend(Backend):
             return Mixed(mixed.rows.to(dtype), kept, mixed.mean, mixed.rstd)
         sums: list[Tensor] = []
         if keep == Keep.SOURCES:
-            shape = (first.shape[0], args.num_patches, args.width)
-            sums = [first.new_empty(shape) for _ in programs.kept_sums(args.plan)]
+            sums = _new_sums(args)
             if sums and args.image_index is not None:
                 # Sums belong to images and rows to the batch: with an index they are two grids.
                 _launch_mix(MixArgs(args.layers, args.plan, None, None, args.skip_tokens), None, sums)
@@ -154,10 +159,47 @@ class CudaBackend(Backend):
         grads = partials.sum(0)
         return grad_rows, *(None if p is None else grad.to(p.dtype) for grad, p in zip(grads, norm[:2], strict=True))
 
+    # ---- the operator ----------------------------------------------------------------------------------------------
 
-@lru_cache(maxsize=256)
-def _program(plan: MixPlan, keep_sums: bool) -> Any:
-    return launch.module().MixProgram(programs.mix_blocks(plan, keep_sums))
+    def why_not_fused(
+        self,
+        args: MixArgs,
+        norm: Norm | None,
+        weights: ProjectorWeights,
+        activation: str | None,
+        keep: Keep,
+    ) -> str | None:
+        """None if one kernel mixes and multiplies at once, otherwise why ``project`` takes two."""
+        index = args.layers[0].device.index
+        return gemm.why_not_device(-1 if index is None else index) or gemm.why_not(
+            args, norm, weights.weight1, weights.bias1, activation, keep
+        )
+
+    def project(
+        self,
+        args: MixArgs,
+        norm: Norm | None,
+        weights: ProjectorWeights,
+        activation: str | None,
+        keep: Keep,
+        keep_z: bool,
+    ) -> tuple[Tensor, Mixed, Tensor | None]:
+        """``(out [B, P, H], mixed, z [M, H] if kept)``."""
+        if self.why_not_fused(args, norm, weights, activation, keep) is not None:
+            return super().project(args, norm, weights, activation, keep, keep_z)
+        sums = _new_sums(args) if keep == Keep.SOURCES else []
+        out, z = gemm.run(args, weights.weight1, weights.bias1, activation, keep_z, sums)
+        if weights.weight2 is not None:
+            if keep_z and z is None:
+                z = out
+            out = F.linear(out, weights.weight2, weights.bias2)
+        return out.view(args.num_rows, args.num_patches, out.shape[-1]), Mixed(None, sums, None, None), z
+
+
+def _new_sums(args: MixArgs) -> list[Tensor]:
+    first = args.layers[0]
+    shape = (first.shape[0], args.num_patches, args.width)
+    return [first.new_empty(shape) for _ in programs.kept_sums(args.plan)]
 
 
 def _launch_mix(
@@ -169,7 +211,7 @@ def _launch_mix(
     vector = programs.allows_vectors(args.width, [*args.layers, *sums])
     image_index = _contiguous(args.image_index)
     call = [
-        _program(args.plan, bool(sums)), launch.views(args.layers), args.skip_tokens, launch.dtype(first),
+        programs.program(args.plan, bool(sums)), launch.views(args.layers), args.skip_tokens, launch.dtype(first),
         launch.weights(args.mix_weights), launch.data(image_index), first.shape[0], args.num_rows, args.num_patches,
         args.width, launch.data(rows), launch.dtype(rows), [out.data_ptr() for out in sums],
     ]  # fmt: skip

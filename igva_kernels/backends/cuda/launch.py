@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from igva_kernels import native
-from igva_kernels.backends.cuda import programs
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}
 
@@ -56,13 +55,27 @@ def _why_not_index(index: int) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     built = native.build_info().get("cuda", {})
     archs, ptx = built.get("archs", []), built.get("ptx") or None
-    if not programs.runs_on(archs, ptx, capability):
+    if not runs_on(archs, ptx, capability):
         major, minor = capability
         return (
             f"the module has code for {', '.join(archs)}{f' and PTX for {ptx}' if ptx else ''}, the device has compute "
             f"capability {major}.{minor}; rebuild with IGVA_KERNELS_CUDA_ARCHS={major}{minor}"
         )
     return None
+
+
+def runs_on(archs: Sequence[str], ptx: str | None, capability: tuple[int, int]) -> bool:
+    """Whether machine code for ``archs``, or the PTX of one, runs on a device.
+
+    Machine code runs on its own major version from its own minor version on; with an "a" on its own version only. PTX
+    is compiled by the driver for any newer device.
+    """
+    major, minor = capability
+    for arch in archs:
+        own = divmod(int(arch.rstrip("af")), 10)
+        if own == capability or (not arch.endswith("a") and own[0] == major and own[1] <= minor):
+            return True
+    return ptx is not None and divmod(int(ptx), 10) <= (major, minor)
 
 
 def _version(number: int) -> str:

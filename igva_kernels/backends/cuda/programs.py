@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from igva_kernels.backends.cuda import launch
 from igva_kernels.plan import Block, Entry, MixPlan, is_tap, terms
 
 Part = tuple[int, int, list[tuple[float, list[int]]]]
@@ -41,6 +43,12 @@ def mix_blocks(plan: MixPlan, keep_sums: bool) -> list[list[Part]]:
     return blocks
 
 
+@lru_cache(maxsize=256)
+def program(plan: MixPlan, keep_sums: bool) -> Any:
+    """The module's object for ``mix_blocks``."""
+    return launch.module().MixProgram(mix_blocks(plan, keep_sums))
+
+
 def kept_sums(plan: MixPlan) -> list[Block]:
     """The sources of the plan that are sums, in the order of ``plan.reduced()``."""
     return [block for block in plan.reduced()[0].blocks if not is_tap(block)]
@@ -69,20 +77,6 @@ def allows_vectors(width: int, tensors: Iterable[Tensor]) -> bool:
 def chunks(count: int, size: int) -> int:
     """Chunks of ``size`` that cover ``count``."""
     return -(-count // size)
-
-
-def runs_on(archs: Sequence[str], ptx: str | None, capability: tuple[int, int]) -> bool:
-    """Whether machine code for ``archs``, or the PTX of one, runs on a device.
-
-    Machine code runs on its own major version from its own minor version on; with an "a" on its own version only. PTX
-    is compiled by the driver for any newer device.
-    """
-    major, minor = capability
-    for arch in archs:
-        own = divmod(int(arch.rstrip("af")), 10)
-        if own == capability or (not arch.endswith("a") and own[0] == major and own[1] <= minor):
-            return True
-    return ptx is not None and divmod(int(ptx), 10) <= (major, minor)
 
 
 def dtype_pair_is_served(layers: torch.dtype, rows: torch.dtype) -> bool:

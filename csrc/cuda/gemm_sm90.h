@@ -1,0 +1,51 @@
+// Parameters and host side of the Hopper GEMM (gemm_sm90.cu).
+#pragma once
+
+#include <cuda.h>
+
+#include "igva/cuda_args.h"
+
+namespace igva::cuda {
+
+constexpr int gemm_tile_m = 128, gemm_tile_n = 256, gemm_tile_k = 64;
+constexpr int gemm_mix_rows = 8; // rows that a warp mixes for one count of a flag
+constexpr int gemm_max_taps = 8;
+
+// A block of A: where the copy engine finds it and which columns of W it meets.
+struct GemmBlock {
+  int32_t map;      // among GemmParams::a
+  int32_t offset;   // its first column there
+  int32_t position; // in the mixed row
+  int32_t mixed;    // it is in F
+};
+
+// 5.5 KB: more than the 4 KB of old drivers, which no driver for Hopper with CUDA 12.1 or newer is.
+struct GemmParams {
+  CUtensorMap a[gemm_max_taps + 1]; // the taps, then F
+  CUtensorMap w;
+  GemmBlock blocks[2 * gemm_max_taps]; // in the order in which they are multiplied: the mixed ones last
+  int32_t num_blocks;
+  int32_t width;   // D
+  int32_t rows;    // B * T
+  int32_t tokens;  // T
+  int32_t skip;
+  int32_t columns; // H
+  int32_t grid;
+  int32_t num_mix_layers;
+  Activation activation; // none or gelu
+  const void* bias;      // [H] or null
+  void* y;               // [B * P, H]
+  void* z;               // or null
+  int32_t* flags;        // the ticket, then one flag a block of 128 rows; zero at launch
+  MixParams mix;         // rows is F; num_terms == 0 without mixed blocks
+};
+static_assert(sizeof(GemmParams) <= 32764);
+
+int gemm_sm90(const GemmParams& params, DType dtype, Stream stream);
+
+// Describes a row-major matrix [rows, columns] of 2-byte elements to the copy engine, in boxes of box_rows x 64 columns
+// with the 128-byte swizzle. Returns a driver error.
+int describe_matrix(CUtensorMap* map, DType dtype, const void* data, int64_t rows, int64_t columns, int64_t row_stride,
+                    int box_rows);
+
+} // namespace igva::cuda

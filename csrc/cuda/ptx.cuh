@@ -1,0 +1,145 @@
+// The instructions of sm_90a that C++ has no words for: barriers, the tensor copy engine, warpgroup matrix products,
+// register reallocation. One wrapper an instruction.
+#pragma once
+
+#ifdef IGVA_EMULATION
+#include "ptx_emulation.h"
+#else
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace igva::cuda::ptx {
+
+__device__ inline uint32_t shared_address(const void* pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }
+
+// ---- barriers in shared memory ----------------------------------------------------------------------------------------
+
+__device__ inline void barrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+// Makes initialised barriers visible to the copy engine.
+__device__ inline void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ inline void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Arrives, and lets the phase wait for `bytes` from the copy engine.
+__device__ inline void barrier_arrive_expecting(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+
+// Waits until the phase of this parity is complete.
+__device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred complete;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 complete, [%0], %1;\n"
+      "@!complete bra again;\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// ---- the tensor copy engine -------------------------------------------------------------------------------------------
+
+// The box of a 2-D map at column x, row y into shared memory; what lies outside the matrix arrives as zeros, and counts.
+__device__ inline void copy_box(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+          shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y)
+      : "memory");
+}
+
+__device__ inline void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Asks for `bytes` (a multiple of 16) to be brought to L2.
+__device__ inline void prefetch_l2(const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
+// Orders ordinary accesses to global memory and those of the copy engine.
+__device__ inline void proxy_fence() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// ---- flags in global memory -------------------------------------------------------------------------------------------
+
+__device__ inline int load_acquire(const int* from) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+
+__device__ inline void add_release(int* to, int value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+
+// ---- registers --------------------------------------------------------------------------------------------------------
+
+template <int count>
+__device__ inline void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count)); }
+
+template <int count>
+__device__ inline void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count)); }
+
+// ---- matrix products --------------------------------------------------------------------------------------------------
+
+__device__ inline void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until at most `pending` committed groups are under way; the accumulators cannot be read before.
+template <int pending>
+__device__ inline void product_wait(float (&d)[128]) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+  if constexpr (pending == 0) {
+#pragma unroll
+    for (int i = 0; i < 128; ++i) asm volatile("" : "+f"(d[i])::"memory");
+  }
+}
+
+// A matrix in shared memory, K-major, in rows of 128 bytes with the 128-byte swizzle; groups of 8 rows are adjacent.
+__device__ inline uint64_t matrix(const void* pointer) {
+  return uint64_t((shared_address(pointer) & 0x3ffff) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 |
+         uint64_t(1) << 62;
+}
+
+// d [64 x 256] += a [64 x 16] * b [256 x 16]^T, asynchronously. Thread t of the warpgroup holds, for j < 32 and h < 2,
+// d[16 * (t / 32) + t % 32 / 4 + 8 * h][8 * j + t % 4 * 2 + {0, 1}] in d[4 * j + 2 * h + {0, 1}].
+#define IGVA_F8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+    "+f"(d[i + 6]), "+f"(d[i + 7])
+#define IGVA_F32(i) IGVA_F8(i), IGVA_F8(i + 8), IGVA_F8(i + 16), IGVA_F8(i + 24)
+#define IGVA_PRODUCT(type)                                                                                       \
+  asm volatile(                                                                                                  \
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {"                                          \
+      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,"   \
+      "%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53," \
+      "%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79," \
+      "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,"     \
+      "%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,"     \
+      "%124,%125,%126,%127}, %128, %129, 1, 1, 1, 0, 0;"                                                         \
+      : IGVA_F32(0), IGVA_F32(32), IGVA_F32(64), IGVA_F32(96)                                                    \
+      : "l"(a), "l"(b))
+
+template <class T>
+__device__ inline void product(float (&d)[128], uint64_t a, uint64_t b) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) IGVA_PRODUCT("bf16");
+  else IGVA_PRODUCT("f16");
+}
+
+#undef IGVA_PRODUCT
+#undef IGVA_F32
+#undef IGVA_F8
+
+} // namespace igva::cuda::ptx
+
+#endif
