@@ -24,6 +24,7 @@ from igva_kernels.backends.triton import config, cost, gemm, mix, norm
 from igva_kernels.backends.triton.config import Config, DeviceRates, GemmConfig, RowConfig
 from igva_kernels.plan import MixPlan
 
+DEVICE = "cuda"
 BATCHES = (1, 8, 32)
 PATCHES, WIDTH, HIDDEN = 576, 1024, 4096
 TAPS = MixPlan.concat(range(5), 5)
@@ -158,11 +159,11 @@ def _row_job(name: str) -> Callable[[RowConfig], object]:
         return lambda rows: mix.mix_weights_grad(grad[..., WIDTH:], (1,), args, rows)
     if name == "layer_grads":
         signatures = [((0, None, 1.0),), *(((1, k, 1 / 6),) for k in range(4))]
-        weights = torch.rand(batch, 4, device="cuda")
+        weights = torch.rand(batch, 4, device=DEVICE)
         shape = LayerShape(batch, PATCHES + 1, WIDTH, torch.bfloat16)
         return lambda rows: mix.layer_grads(grad, signatures, weights, None, 1, shape, rows)
     rows_of_taps = _random(batch * PATCHES, 5 * WIDTH)
-    mean, rstd = (torch.rand(batch * PATCHES, device="cuda") for _ in range(2))
+    mean, rstd = (torch.rand(batch * PATCHES, device=DEVICE) for _ in range(2))
     norm_weights = (_random(5 * WIDTH), _random(5 * WIDTH), 1e-5)
     programs = 2 * torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
     return lambda rows: norm.norm_backward(rows_of_taps, rows_of_taps, norm_weights, mean, rstd, True, programs, rows)
@@ -189,9 +190,9 @@ def _gemm_job(name: str, batch: int) -> tuple[Callable[[GemmConfig], object], tu
 def _args(plan: MixPlan, batch: int, skip: int) -> MixArgs:
     _, plan = plan.compact()
     layers = [_random(batch, PATCHES + skip, WIDTH) for _ in plan.layers]
-    weights = torch.rand(batch, plan.num_columns, device="cuda") if plan.num_columns else None
+    weights = torch.rand(batch, plan.num_columns, device=DEVICE) if plan.num_columns else None
     return MixArgs(layers, plan, weights, None, skip)
 
 
 def _random(*shape: int) -> Tensor:
-    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+    return torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16)

@@ -1,0 +1,81 @@
+"""tune: every job runs, and the file it writes is what a process then uses. The card and its times are made up."""
+
+import contextlib
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from igva_kernels.backends.triton import config, cost, tune
+from igva_kernels.plan import MixPlan
+
+
+@pytest.fixture
+def card(monkeypatch, tmp_path):
+    monkeypatch.setenv("IGVA_KERNELS_CONFIG_DIR", str(tmp_path))
+    facts = {
+        "is_available": lambda: True,
+        "current_device": lambda: 0,
+        "device": lambda _: contextlib.nullcontext(),
+        "get_device_capability": lambda _: (9, 0),
+        "get_device_name": lambda _: "Made-up Card 1",
+        "get_device_properties": lambda _: SimpleNamespace(multi_processor_count=4),
+    }
+    for name, fact in facts.items():
+        monkeypatch.setattr(torch.cuda, name, fact)
+    small = {"DEVICE": "cpu", "PATCHES": 4, "WIDTH": 32, "HIDDEN": 32, "BATCHES": (1, 2), "ROWS": tune.ROWS[:2]}
+    for name, value in small.items():
+        monkeypatch.setattr(tune, name, value)
+    yield tmp_path
+    config.of_device.cache_clear()
+
+
+def test_a_tuned_card_uses_its_file(card, monkeypatch):
+    shipped = config.shipped("sm_90")
+    rates = replace(shipped.rates, sms=4, matmul_tflops=1.0)
+    monkeypatch.setattr(tune, "_rates", lambda index, given: rates)
+    tiles = [config.GemmConfig(32, 32, 32, 4, stages, 1, True, 1.0) for stages in (2, 3)]
+    monkeypatch.setattr(tune, "_candidates", lambda name, blank: tiles)
+    ticks = iter(range(1, 10_000))
+    monkeypatch.setattr(tune, "time_us", lambda job: (job(), 5.0 + next(ticks) % 7)[1])
+    lines = []
+    path, tuned = tune.tune(log=lines.append)
+    assert path == card / "Made_up_Card_1.json"
+    assert config.of_device(0).to_json() == tuned.to_json() == path.read_text()
+    assert tuned.status == "measured"
+    assert tuned.rates == rates
+    assert set(tuned.gemms) == set(shipped.gemms)
+    assert set(tuned.rows) == set(shipped.rows)
+    assert all(1 <= len(tiles) <= 3 for tiles in tuned.gemms.values())
+    assert len(lines) >= 1 + len(tuned.rows) + len(tuned.gemms)
+
+
+def test_without_a_card_it_says_so():
+    with pytest.raises(RuntimeError, match="torch sees none"):
+        tune.tune()
+
+
+def test_choices_follow_the_rates():
+    """More to save than to lose: fused; a kernel that is too slow: cuBLAS."""
+    rows, dtype = 64 * 576, torch.bfloat16
+    shipped = config.shipped("sm_90")
+
+    def with_efficiency(efficiency):
+        tiles = {name: tuple(replace(t, efficiency=efficiency) for t in ts) for name, ts in shipped.gemms.items()}
+        return replace(shipped, gemms=tiles)
+
+    fast, slow = with_efficiency(0.97), with_efficiency(0.5)
+    taps, reduced = MixPlan.concat(range(5), 5), MixPlan.igva().reduced()[1]
+    for model, fused in ((fast, True), (slow, False)):
+        assert (cost.linear(model, rows, 4096, 2048, dtype, True) is not None) == fused
+        assert (cost.linear_grad_input(model, rows, 4096, 4096, dtype, True) is not None) == fused
+        assert (cost.mix_weights_grad_of_linear(model, rows, 1024, 4096, dtype) is not None) == fused
+        assert (cost.mix_linear(model, taps, 1024, rows, 4096, dtype, True, False) is not None) == fused
+    # A product without an activation is cuBLAS's, fp32 too, and a GEMM over 24 layers nobody's.
+    assert cost.linear(fast, rows, 4096, 2048, dtype, False) is None
+    assert cost.linear(fast, rows, 4096, 2048, torch.float32, True) is None
+    assert cost.mix_linear(fast, MixPlan.igva(), 1024, rows, 4096, dtype, True, False) is None
+    # Layers that every column of tiles reads again pay where there are few columns.
+    assert cost.mix_linear(fast, reduced, 1024, rows, 4096, dtype, True, False) is None
+    assert cost.mix_linear(fast, reduced, 1024, rows, 256, dtype, True, False) is not None
