@@ -246,6 +246,18 @@ def test_a_gemm_that_reads_the_layers(name, index, width, norm, dtype, monkeypat
     assert_within_rule(actual, run("reference", lambda x: x.double()), run("reference", lambda x: x), dtype)
 
 
+def test_vectors_may_have_strides():
+    layers, plan = [torch.randn(2, 4, 16) for _ in range(3)], make_plan(3, 2)
+    index, weights = torch.tensor([1, 7, 0, 7, 1, 7])[::2], torch.rand(2, 3).t()
+    w1, b1 = torch.randn(8, 32), torch.randn(8, 2)[:, 0]
+    norm = (torch.rand(32, 2)[:, 1], torch.randn(1).expand(32), 1e-5)
+    results = [
+        ik.layer_mix_linear(layers, plan, weights, w1, b1, norm=norm, image_index=index, activation="silu", impl=impl)
+        for impl in ("triton", "reference")
+    ]
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("params", [True, False])
 @pytest.mark.parametrize("width", [40, 64])
 def test_norm_backward(width, params):

@@ -142,8 +142,9 @@ class TritonBackend(Backend):
     ) -> GemmConfig | None:
         """The tile of a GEMM that reads the layers itself, where one pays and nothing needs the rows as such."""
         needs_rows = keep == Keep.ROWS or (keep == Keep.SOURCES and not all(map(is_tap, args.plan.reduced()[0].blocks)))
-        layouts = {(layer.stride(0), layer.stride(1)) for layer in args.layers}
-        if needs_rows or len(layouts) > 1 or weight.stride(1) != 1:
+        # One row offset serves all layers, and their tiles go to the matrix units as they are.
+        layouts = {(layer.stride(0), layer.stride(1), layer.dtype) for layer in args.layers}
+        if needs_rows or len(layouts) > 1 or args.layers[0].dtype != weight.dtype or weight.stride(1) != 1:
             return None
         return cost.mix_linear(
             _config(weight), args.plan, args.width, args.num_rows * args.num_patches, weight.shape[0], weight.dtype,

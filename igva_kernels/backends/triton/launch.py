@@ -12,11 +12,13 @@ from torch import Tensor
 def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **constants: Any) -> None:
     """``kernel[(programs,)](*args, **constants)`` on ``device``; no launch where there is nothing to do.
 
-    Triton launches on the current device, which need not be the tensors' own. Fused multiply-adds are asked for by
-    name: they are part of the specified rounding, and Triton 3.10 stops assuming them.
+    Vectors (indices, biases, norm parameters) become contiguous: kernels take no strides for them. Triton launches on
+    the current device, which need not be the tensors' own. Fused multiply-adds are asked for by name: they are part of
+    the specified rounding, and Triton 3.10 stops assuming them.
     """
     if programs == 0:
         return
+    args = tuple(x.contiguous() if isinstance(x, Tensor) and x.dim() == 1 else x for x in args)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[(programs,)](*args, **constants, enable_fp_fusion=True)
 

@@ -1,0 +1,72 @@
+"""The Triton backend where it cannot run: what it says, what importing it touches, where it launches."""
+
+import contextlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import igva_kernels as ik
+from igva_kernels.backends.triton import BACKEND, launch
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_without_triton_it_imports_and_says_why_not():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from igva_kernels.backends.triton import BACKEND
+print(BACKEND.why_not(torch.device("cuda"), torch.float32))
+"""
+    assert "pip install triton" in run(code)
+
+
+def test_importing_it_touches_no_driver():
+    code = """
+import torch
+def driver(*args):
+    raise AssertionError("touched the driver")
+torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.device_count = driver
+from igva_kernels.backends.triton import BACKEND
+print(BACKEND.why_not(torch.device("cpu"), torch.float32))
+"""
+    assert "TRITON_INTERPRET=1" in run(code)
+
+
+def test_it_says_what_it_cannot_serve():
+    assert "float64" in BACKEND.why_not(CUDA, torch.float64)
+    assert "TRITON_INTERPRET=1" in BACKEND.why_not(CPU, torch.float32)
+    with pytest.raises(NotImplementedError, match="TRITON_INTERPRET=1"):
+        ik.layer_mix([torch.randn(1, 2, 8)], ik.MixPlan.concat([0], 1), impl="triton")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_it_says_that_there_is_no_gpu():
+    assert "no CUDA device" in BACKEND.why_not(CUDA, torch.bfloat16)
+
+
+def test_a_launch_goes_to_the_tensors_device(monkeypatch):
+    current, seen = [], []
+
+    @contextlib.contextmanager
+    def device(wanted):
+        current.append(wanted)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: seen.append((grid, list(current), options))
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    launch.launch(Kernel(), 7, torch.device("cuda:1"))
+    assert seen == [((7,), [torch.device("cuda:1")], {"enable_fp_fusion": True})]
+    launch.launch(Kernel(), 0, torch.device("cuda:1"))
+    assert len(seen) == 1
