@@ -208,6 +208,22 @@ def block_forward(rounds: int) -> Iterator[Record]:
         yield from records("block forward", "eager", batch, in_turn(calls, rounds), "published")
 
 
+def concat_forward(rounds: int) -> Iterator[Record]:
+    """VipLlava's five taps and its first Linear: the concat, or a GEMM that reads the taps."""
+    plan = ik.MixPlan.concat([-2, -5, -8, -11, 6], 25)
+    for batch in (1, 16, 64):
+        connector = Connector(batch)
+        weight, bias = torch.randn(HIDDEN, 5 * WIDTH, device="cuda").bfloat16() / 64, connector.params[1]
+        calls = {
+            name: lambda s=connector.states, w=weight, b=bias, i=impl: ik.layer_mix_linear(
+                s, plan, None, w, b, activation="gelu", skip_tokens=1, impl=i
+            )
+            for name, impl in (("published", "reference"), ("fused", IMPL))
+        }  # fmt: skip
+        graphs = {name: captured(call) for name, call in calls.items()}
+        yield from records("concat + Linear", "graph", batch, in_turn(graphs, rounds), "published")
+
+
 def training(rounds: int) -> Iterator[Record]:
     """Forward and backward of stage 2."""
     for batch in (1, 64):
@@ -254,7 +270,7 @@ def memory(rounds: int) -> Iterator[Record]:
         yield Record("memory, saved", name, "eager", batch, "MB an image", saved, saved, saved)
 
 
-GROUPS = (ceilings, mix_forward, block_forward, training, memory, whole_connector)
+GROUPS = (ceilings, mix_forward, block_forward, training, memory, whole_connector, concat_forward)
 
 
 def check(seconds: float) -> None:

@@ -1,11 +1,13 @@
 """The Triton backend on a GPU: every dtype, compile, CUDA graphs, streams, devices, the same bits, no waiting."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import igva_kernels as ik
 from igva_kernels import MixPlan, verify
-from igva_kernels.backends.triton import BACKEND
+from igva_kernels.backends.triton import BACKEND, backend, config
 from igva_kernels.nn import WeightAllocator, column_summaries
 from igva_kernels.testing import relative_error
 
@@ -54,6 +56,19 @@ def test_values_and_every_gradient_obey_the_error_rule(case, dtype):
 @pytest.mark.parametrize("case", verify.REAL_CASES, ids=lambda case: case.name)
 def test_real_shapes_obey_the_error_rule(case):
     for row in verify.judge(case, "bf16", ["triton"], "cuda"):
+        assert row.ok, str(row.worst)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("case", [*verify.SMALL_CASES, verify.REAL_CASES[1]], ids=lambda case: case.name)
+@pytest.mark.parametrize("i", range(3))
+def test_every_tile_where_the_cost_model_would_rather_not(i, case, dtype, monkeypatch):
+    chosen = config.of_device(torch.cuda.current_device())
+    tiles = {name: (tiles[min(i, len(tiles) - 1)],) for name, tiles in chosen.gemms.items()}
+    # As in the interpreter: always Triton, always the first tile.
+    forced = dataclasses.replace(chosen, status="interpreted", gemms=tiles)
+    monkeypatch.setattr(backend, "_config", lambda tensor: forced)
+    for row in verify.judge(case, dtype, ["triton"], "cuda"):
         assert row.ok, str(row.worst)
 
 

@@ -8,8 +8,9 @@ import torch
 import igva_kernels as ik
 from igva_kernels import MixPlan, reference, verify
 from igva_kernels.backends.base import ACTIVATION_GRADS, Backend, Keep, LayerShape, MixArgs
-from igva_kernels.backends.triton import BACKEND, gemm
+from igva_kernels.backends.triton import BACKEND, gemm, mix
 from igva_kernels.backends.triton.config import GemmConfig, of_device
+from igva_kernels.nn import column_summaries
 from igva_kernels.reference import ACTIVATIONS
 from igva_kernels.testing import assert_within_rule, relative_error
 
@@ -280,6 +281,18 @@ def test_rounding_is_to_nearest_even(dtype):
     args = MixArgs([layer.view(1, 1, -1)], MixPlan((((0, None, 1.0),),), 1), None, None, 0)
     rows = BACKEND.mix(args, dtype).rows
     assert torch.equal(rows.nan_to_num(7.0), layer.to(dtype).view(1, 1, -1).nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("has_cls", [True, False])
+def test_what_the_allocator_sees_is_one_launch(has_cls, monkeypatch):
+    launches = []
+    monkeypatch.setattr(mix, "launch", lambda *args, run=mix.launch, **kw: launches.append(args[0]) or run(*args, **kw))
+    states, plan = [torch.randn(3, 5, 16) for _ in range(7)], MixPlan.igva(6, 3)
+    summaries = column_summaries(states, plan, has_cls, impl="triton")
+    assert len(launches) == 1
+    groups = torch.stack([torch.stack(states[1 + 2 * k : 3 + 2 * k]).mean(0) for k in range(3)], 1)
+    expected = groups[:, :, 0] if has_cls else groups.mean(2)
+    torch.testing.assert_close(summaries, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_same_bits_again():
