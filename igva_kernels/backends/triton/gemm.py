@@ -220,6 +220,66 @@ def mix_weights_grad_of_linear_kernel(
 
 
 @triton.jit
+def add_taps(
+    b_acc, layers, o_x, weight, n, columns, stride_w,
+    START: tl.constexpr, TAPS: tl.constexpr, FIRST: tl.constexpr, LAYERS: tl.constexpr, WIDTH: tl.constexpr,
+    K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Adds a run of taps to the accumulator: one loop, so that the pipeline stays full from one tap to the next."""
+    STEPS: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
+    for step in range(0, TAPS * STEPS):
+        tap = step // STEPS
+        k = (step % STEPS) * BLOCK_K
+        p_x = layers[LAYERS[START]]
+        for t in tl.static_range(1, TAPS):
+            p_x = tl.where(tap == t, layers[LAYERS[START + t]], p_x)
+        o_k = (k + tl.arange(0, BLOCK_K))[None, :]
+        if WIDTH % BLOCK_K == 0:
+            b_x = tl.load(p_x + o_x + o_k)
+        else:
+            b_x = tl.load(p_x + o_x + o_k, mask=o_k < WIDTH, other=0.0)
+        k_w = (FIRST + tap) * WIDTH + k
+        b_w = weight_tile(weight, n, k_w, columns, K, stride_w, True, TMA, BLOCK_N, BLOCK_K)
+        b_acc = dot(b_x, b_w, b_acc, PRECISION)
+    return b_acc
+
+
+@triton.jit
+def add_mixed(
+    b_acc, layers, mix_weights, b, o_x, weight, n, columns, stride_wb, stride_wc, stride_w,
+    START: tl.constexpr, STOP: tl.constexpr, FIRST: tl.constexpr, LAYERS: tl.constexpr, ENDS: tl.constexpr,
+    SCALES: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, K: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Adds a mixed block to the accumulator: each tile of it is mixed as in the mix kernel, and rounded."""
+    for step in range(0, (WIDTH + BLOCK_K - 1) // BLOCK_K):
+        o_k = (step * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
+        b_term = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+        b_part = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+        b_block = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+        for i in tl.static_range(START, STOP):
+            p_x = layers[LAYERS[i]] + o_x + o_k
+            if WIDTH % BLOCK_K == 0:
+                b_term += tl.load(p_x).to(tl.float32)
+            else:
+                b_term += tl.load(p_x, mask=o_k < WIDTH, other=0.0).to(tl.float32)
+            if ENDS[i] >= 1:
+                b_part += b_term * SCALES[i]
+                b_term = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+            if ENDS[i] >= 2:
+                if COLUMNS[i] >= 0:
+                    p_mix = mix_weights + b.to(tl.int64) * stride_wb + COLUMNS[i] * stride_wc
+                    b_block += b_part * tl.load(p_mix)[:, None]
+                else:
+                    b_block += b_part
+                b_part = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+        k_w = FIRST * WIDTH + step * BLOCK_K
+        b_w = weight_tile(weight, n, k_w, columns, K, stride_w, True, TMA, BLOCK_N, BLOCK_K)
+        b_acc = dot(cast(b_block, b_w.dtype), b_w, b_acc, PRECISION)
+    return b_acc
+
+
+@triton.jit
 def mix_linear_kernel(
     layers, mix_weights, index, weight, bias, mean, rstd, column_sums, y, z,
     rows, columns, num_images, num_patches, skip, stride_image, stride_token, stride_wb, stride_wc, stride_w,
@@ -229,7 +289,6 @@ def mix_linear_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``mix_linear``, the rows read from the layers run by run."""
-    STEPS: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
     m, n = tile_of(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
     o_m = m + tl.arange(0, BLOCK_M)
     o_row = tl.where(o_m < rows, o_m, 0)
@@ -239,48 +298,16 @@ def mix_linear_kernel(
     b_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for r in tl.static_range(len(TAPS)):
         if TAPS[r] > 0:
-            # One loop over all the taps of a run keeps its pipeline full from one tap to the next.
-            for step in range(0, TAPS[r] * STEPS):
-                tap = step // STEPS
-                k = (step % STEPS) * BLOCK_K
-                p_x = layers[LAYERS[STARTS[r]]]
-                for t in tl.static_range(1, TAPS[r]):
-                    p_x = tl.where(tap == t, layers[LAYERS[STARTS[r] + t]], p_x)
-                o_k = (k + tl.arange(0, BLOCK_K))[None, :]
-                if WIDTH % BLOCK_K == 0:
-                    b_x = tl.load(p_x + o_x + o_k)
-                else:
-                    b_x = tl.load(p_x + o_x + o_k, mask=o_k < WIDTH, other=0.0)
-                k_w = (FIRSTS[r] + tap) * WIDTH + k
-                b_w = weight_tile(weight, n, k_w, columns, K, stride_w, True, TMA, BLOCK_N, BLOCK_K)
-                if b_x.dtype != b_w.dtype:
-                    b_x = cast(b_x.to(tl.float32), b_w.dtype)
-                b_acc = dot(b_x, b_w, b_acc, PRECISION)
+            b_acc = add_taps(
+                b_acc, layers, o_x, weight, n, columns, stride_w, STARTS[r], TAPS[r], FIRSTS[r], LAYERS, WIDTH, K,
+                TMA, PRECISION, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
         else:
-            for step in range(0, STEPS):
-                o_k = (step * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
-                b_term = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-                b_part = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-                b_block = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-                for i in tl.static_range(STARTS[r], STOPS[r]):
-                    p_x = layers[LAYERS[i]] + o_x + o_k
-                    if WIDTH % BLOCK_K == 0:
-                        b_term += tl.load(p_x).to(tl.float32)
-                    else:
-                        b_term += tl.load(p_x, mask=o_k < WIDTH, other=0.0).to(tl.float32)
-                    if ENDS[i] >= 1:
-                        b_part += b_term * SCALES[i]
-                        b_term = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-                    if ENDS[i] >= 2:
-                        if COLUMNS[i] >= 0:
-                            p_mix = mix_weights + b.to(tl.int64) * stride_wb + COLUMNS[i] * stride_wc
-                            b_block += b_part * tl.load(p_mix)[:, None]
-                        else:
-                            b_block += b_part
-                        b_part = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-                k_w = FIRSTS[r] * WIDTH + step * BLOCK_K
-                b_w = weight_tile(weight, n, k_w, columns, K, stride_w, True, TMA, BLOCK_N, BLOCK_K)
-                b_acc = dot(cast(b_block, b_w.dtype), b_w, b_acc, PRECISION)
+            b_acc = add_mixed(
+                b_acc, layers, mix_weights, b, o_x, weight, n, columns, stride_wb, stride_wc, stride_w,
+                STARTS[r], STOPS[r], FIRSTS[r], LAYERS, ENDS, SCALES, COLUMNS, WIDTH, K, TMA, PRECISION,
+                BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
     if index is not None:
         b_acc = tl.where(exists[:, None], b_acc, float("nan"))
     store_activated(
