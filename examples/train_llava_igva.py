@@ -1,0 +1,184 @@
+"""Train LLaVA-IGVA as its authors do, on transformers' Trainer: one process, DDP, FSDP2 or DeepSpeed ZeRO.
+
+Stage 1 trains the projector on captions, with every layer group weighted alike. Stage 2 trains allocator, projector and
+language model on instructions, with the entropy of the layer weights in the loss. ``docs/training.md`` has the launch
+lines. Options that are not listed here are transformers' TrainingArguments.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from llava_data import CHAT_TEMPLATES, LlavaCollator, LlavaDataset
+from torch import nn
+from transformers import AutoProcessor, HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import TrainerState
+
+from igva_kernels.models import LlavaIgvaForConditionalGeneration, LlavaIgvaProcessor
+
+
+def _option(default: Any, text: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass
+class ModelArguments:
+    """What is trained; an option that is not given is the checkpoint's."""
+
+    model_name_or_path: str = _option(None, "LLaVA-IGVA checkpoint and processor; assemble_llava_igva.py makes one")
+    stage: Literal[1, 2] = _option(2, "1: projector only, uniform weights. 2: allocator, projector, language model")
+    mix_groups: str | None = _option(None, "layer groups: a number, or lists as JSON: [[1,2,3],[4,5,6]]")
+    mm_vision_select_layer: int | None = _option(None, "the base layer beside the mix")
+    balance_coefficient: float | None = _option(None, "lambda, the factor of the negative entropy in the loss")
+    sentence_encoder: str | None = _option(None, "frozen sentence-transformers model that embeds the instructions")
+    attn_implementation: str | None = _option(None, "flash_attention_2, sdpa or eager")
+    impl: str = _option("auto", "which implementation the connector uses: auto, reference, cpu, triton or cuda")
+    dtype: str = _option("float32", "of the weights; with --bf16 and float32 weights the products run in bf16")
+    freeze_backbone: bool = _option(False, "stage 2 without the language model")
+    unfreeze_vision_tower: bool = _option(False, "stage 2 with the vision tower")
+    lora_enable: bool = _option(False, "LoRA on projector and language model; the allocator is trained in full")
+    lora_r: int = _option(64, "rank of LoRA")
+    lora_alpha: int = _option(16, "scale of LoRA")
+    lora_dropout: float = _option(0.05, "dropout of LoRA")
+
+
+@dataclass
+class DataArguments:
+    """What it is trained on."""
+
+    data_path: str = _option(None, "LLaVA's JSON")
+    image_folder: str = _option("", "where the names of images in it start")
+    version: Literal["plain", "vicuna_v1", "checkpoint"] | None = _option(
+        None, "prompt: plain (default of stage 1), vicuna_v1 (of stage 2), or the checkpoint's chat template"
+    )
+    image_aspect_ratio: Literal["square", "pad"] = _option("pad", "pad: squares with the mean colour around the image")
+    model_max_length: int | None = _option(2048, "tokens after which a prompt is cut")
+    sentence_embeds: str | None = _option(
+        None, "safetensors file of instruction embeddings, made where it does not exist; else embedded when read"
+    )
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    """TrainingArguments with a rate for the projector, and resumption by default."""
+
+    mm_projector_lr: float | None = _option(None, "learning rate of the projector, if another")
+    resume_from_checkpoint: str | None = _option(
+        "auto", "a checkpoint; auto: the last complete one of output_dir, if any; never"
+    )
+    remove_unused_columns: bool = _option(False, "must stay false: the collator reads samples, not columns")
+
+
+class LlavaTrainer(Trainer):
+    """A Trainer whose projector may have a learning rate of its own."""
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As the Trainer's, with the projector in groups of its own."""
+        optimizer = super().create_optimizer(model)
+        if self.args.mm_projector_lr is not None:
+            named = (self.model if model is None else model).named_parameters()
+            projector = {id(p) for name, p in named if "multi_modal_projector" in name}
+            groups = []
+            for group in optimizer.param_groups:
+                own = [p for p in group["params"] if id(p) in projector]
+                others = [p for p in group["params"] if id(p) not in projector]
+                groups += [{**group, "params": others}, {**group, "params": own, "lr": self.args.mm_projector_lr}]
+            optimizer.param_groups[:] = [group for group in groups if group["params"]]
+        return optimizer
+
+
+def load_model(args: ModelArguments) -> PreTrainedModel:
+    """The checkpoint, with what the stage trains set to take gradients."""
+    overrides = {
+        "aggregation": "uniform" if args.stage == 1 else "instruction",
+        "mix_groups": None if args.mix_groups is None else json.loads(args.mix_groups),
+        "vision_feature_layer": args.mm_vision_select_layer,
+        "balance_coefficient": args.balance_coefficient,
+        "sentence_encoder": args.sentence_encoder,
+        "attn_implementation": args.attn_implementation,
+        "freeze_vision_tower": not (args.stage == 2 and args.unfreeze_vision_tower),
+    }
+    model = LlavaIgvaForConditionalGeneration.from_pretrained(
+        args.model_name_or_path, impl=args.impl, dtype=args.dtype,
+        **{name: value for name, value in overrides.items() if value is not None},
+    )  # fmt: skip
+    model.config.use_cache = False
+    if args.stage == 1:
+        model.requires_grad_(False)
+        model.model.multi_modal_projector.requires_grad_(True)
+    elif args.freeze_backbone:
+        model.model.language_model.requires_grad_(False)
+        model.lm_head.requires_grad_(False)
+    return with_lora(model, args) if args.lora_enable else model
+
+
+def with_lora(model: PreTrainedModel, args: ModelArguments) -> PreTrainedModel:
+    """LoRA on every Linear of the language model and the projector; the allocator is trained and saved whole."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, task_type="CAUSAL_LM",
+        target_modules=r".*language_model.*_proj|.*multi_modal_projector\.linear_[12]",
+        modules_to_save=["weight_allocator"] if args.stage == 2 else None,
+    )  # fmt: skip
+    model.enable_input_require_grads()
+    return get_peft_model(model, config)
+
+
+def load_data(
+    args: DataArguments, stage: int, processor: LlavaIgvaProcessor, sentence_encoder: str | None
+) -> tuple[LlavaDataset, LlavaCollator]:
+    """The dataset, and the collator with the processor's chat template set."""
+    version = args.version or ("plain" if stage == 1 else "vicuna_v1")
+    if version != "checkpoint":
+        processor.chat_template = CHAT_TEMPLATES[version]
+    mean = tuple(round(255 * value) for value in processor.image_processor.image_mean)
+    dataset = LlavaDataset(
+        args.data_path, args.image_folder, sentence_encoder if stage == 2 else None, args.sentence_embeds,
+        args.image_aspect_ratio, mean,
+    )  # fmt: skip
+    return dataset, LlavaCollator(processor, args.model_max_length)
+
+
+def last_complete_checkpoint(output_dir: str) -> str | None:
+    """The newest checkpoint that was written to its end: the Trainer writes its own state last."""
+    checkpoints = [path.parent for path in Path(output_dir).glob("checkpoint-*/trainer_state.json") if _is_json(path)]
+    return str(max(checkpoints, key=lambda path: int(path.name.split("-")[1]))) if checkpoints else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def main(argv: Sequence[str] | None = None) -> TrainerState:
+    """Train as the command line says; the state has the log."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainArguments), description=__doc__)
+    model_args, data_args, args = parser.parse_args_into_dataclasses(list(sys.argv[1:] if argv is None else argv))
+    set_seed(args.seed)  # a new allocator is the same on every rank
+    model = load_model(model_args)
+    processor = AutoProcessor.from_pretrained(model_args.model_name_or_path)
+    dataset, collator = load_data(data_args, model_args.stage, processor, model.config.sentence_encoder)
+    trainer = LlavaTrainer(
+        model=model, args=args, train_dataset=dataset, data_collator=collator, processing_class=processor
+    )
+    checkpoint = {"auto": last_complete_checkpoint(args.output_dir), "never": None}.get(
+        args.resume_from_checkpoint, args.resume_from_checkpoint
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    return trainer.state
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The recipe of ``examples`` on a handful of drawn pictures, for the tests of training."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import draw_shapes
+import shapes_model
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CONFIGS = EXAMPLES / "configs"
+WORKER = Path(__file__).parent / "distributed" / "worker.py"
+
+
+class Result(NamedTuple):
+    """What a run left behind."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    weights: dict[str, Tensor]
+
+
+def make_inputs(folder: Path) -> None:
+    """A checkpoint, and samples of which every third has no image: some micro-batches have none at all."""
+    draw_shapes.write_dataset(folder, pictures=12, held_out=1)
+    samples = json.loads((folder / "train.json").read_text())
+    for sample in samples[::3] + samples[1:13:3]:
+        del sample["image"]
+        question = sample["conversations"][0]
+        question["value"] = question["value"].removeprefix("<image>\n")
+    (folder / "mixed.json").write_text(json.dumps(samples))
+    shapes_model.save_checkpoint(folder / "base", vision_dim=16, text_dim=32, text_layers=2)
+
+
+def arguments(inputs: Path, output: Path, *more: str, **options: Any) -> list[str]:
+    """The recipe's command line: eight samples and four steps of SGD, whatever the number of processes."""
+    given = {
+        "model_name_or_path": inputs / "base",
+        "data_path": inputs / "mixed.json",
+        "image_folder": inputs / "images",
+        "sentence_embeds": inputs / "embeds.safetensors",
+        "version": "checkpoint",
+        "balance_coefficient": 0.1,
+        "output_dir": output,
+        "per_device_train_batch_size": 8,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "optim": "sgd",
+        "learning_rate": 0.5,
+        "max_grad_norm": 0.5,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **options,
+    }
+    return [*(text for name, value in given.items() for text in (f"--{name}", str(value))), "--use_cpu", *more]
+
+
+def result(output: Path) -> Result:
+    """Read what a run left behind."""
+    log = [entry for entry in json.loads((output / "trainer_state.json").read_text())["log_history"] if "loss" in entry]
+    return Result(
+        [entry["loss"] for entry in log],
+        [entry["grad_norm"] for entry in log],
+        load_file(output / "model.safetensors"),
+    )
+
+
+def launch(folder: Path, runs: list[dict[str, Any]], processes: int = 2, timeout: float = 240) -> None:
+    """Run ``worker.py`` under torchrun; a rank that waits for ever ends with the timeout."""
+    file = folder / "runs.json"
+    file.write_text(json.dumps(runs))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
+        str(WORKER), str(file),
+    ]  # fmt: skip
+    run_command(command, timeout)
+
+
+def run_command(command: list[str], timeout: float = 240) -> None:
+    """A subprocess that must succeed; its last lines are in the error if it does not."""
+    done = subprocess.run(command, env=environment(), timeout=timeout, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+
+
+def environment() -> dict[str, str]:
+    """For processes of the recipe: where its modules are, and one thread each."""
+    path = os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+def assert_same(actual: Result, expected: Result, tolerance: float = 2e-5) -> None:
+    """Losses, gradient norms and every weight agree within rounding."""
+    close = {"rtol": tolerance, "atol": tolerance}
+    torch.testing.assert_close(torch.tensor(actual.losses), torch.tensor(expected.losses), **close)
+    torch.testing.assert_close(torch.tensor(actual.grad_norms), torch.tensor(expected.grad_norms), **close)
+    assert actual.weights.keys() == expected.weights.keys()
+    for name, weight in expected.weights.items():
+        torch.testing.assert_close(actual.weights[name], weight, **close, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def fresh(folder: Path) -> Path:
+    """An empty folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
