@@ -13,16 +13,24 @@ __device__ inline W normal_cdf(W x) { return W(0.5) * erfc(x * W(-0.707106781186
 template <class W>
 __device__ inline W twice_inner(W x) { return x * (W(1.5957691216057308) + W(0.07135481627260025) * x * x); }
 
+// sigmoid(x), and its derivative without cancellation.
 template <class W>
-__device__ inline W sigmoid(W x) { return W(1) / (W(1) + exp(-x)); }
+struct Sigmoid {
+  W value, slope;
+};
+template <class W>
+__device__ inline Sigmoid<W> sigmoid(W x) {
+  const W e = exp(-abs(x)), inverse = W(1) / (W(1) + e), small = e * inverse;
+  return {x <= W(0) ? small : inverse, small * inverse};
+}
 
 template <class W>
 __device__ inline W act(Activation activation, W x) {
   switch (activation) {
     case Activation::gelu: return x * normal_cdf(x);
-    case Activation::gelu_tanh: return x * sigmoid(twice_inner(x));
+    case Activation::gelu_tanh: return x * sigmoid(twice_inner(x)).value;
     case Activation::relu: return x <= W(0) ? W(0) : x; // NaN stays NaN
-    case Activation::silu: return x * sigmoid(x);
+    case Activation::silu: return x * sigmoid(x).value;
     default: return x;
   }
 }
@@ -44,13 +52,13 @@ __device__ inline W act_slope(Activation activation, W x) {
   switch (activation) {
     case Activation::gelu: return normal_cdf(x) + x * W(0.39894228040143267794) * exp(W(-0.5) * x * x);
     case Activation::gelu_tanh: {
-      const W s = sigmoid(twice_inner(x));
-      return s + x * s * (W(1) - s) * (W(1.5957691216057308) + W(0.21406444881780076) * x * x);
+      const Sigmoid<W> s = sigmoid(twice_inner(x));
+      return s.value + x * s.slope * (W(1.5957691216057308) + W(0.21406444881780076) * x * x);
     }
     case Activation::relu: return x <= W(0) ? W(0) : W(1);
     case Activation::silu: {
-      const W s = sigmoid(x);
-      return s + x * s * (W(1) - s);
+      const Sigmoid<W> s = sigmoid(x);
+      return s.value + x * s.slope;
     }
     default: return W(1);
   }

@@ -49,11 +49,41 @@ __device__ inline T narrow(W x) {
   else return __float2bfloat16_rn(float(x));
 }
 
+// Pairs of 16-bit elements stay packed until they are used: one register for two.
+template <int V, class T, class W>
+__device__ inline void widen(const Vector<T, V>& from, W (&to)[V]) {
+  if constexpr (sizeof(T) == 2 && V % 2 == 0) {
+    const auto* words = reinterpret_cast<const uint32_t*>(&from);
+#pragma unroll
+    for (int i = 0; i < V; i += 2) {
+      const uint32_t word = words[i / 2];
+      float2 pair;
+      if constexpr (std::is_same_v<T, __half>) pair = __half22float2(reinterpret_cast<const __half2&>(word));
+      else pair = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(word));
+      to[i] = W(pair.x);
+      to[i + 1] = W(pair.y);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < V; ++i) to[i] = widen<W>(from.element[i]);
+  }
+}
+
+// Keeps a loaded vector in its registers as it is: the compiler would widen it at once, and spill.
+template <class T, int V>
+__device__ inline void stay_packed(Vector<T, V>& vector) {
+#ifndef IGVA_EMULATION
+  if constexpr (sizeof(vector) == 16) {
+    auto* words = reinterpret_cast<uint32_t*>(&vector);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(words[i]));
+  }
+#endif
+}
+
 template <int V, class T, class W>
 __device__ inline void load(const T* from, W (&to)[V]) {
-  const auto vector = *reinterpret_cast<const Vector<T, V>*>(from);
-#pragma unroll
-  for (int i = 0; i < V; ++i) to[i] = widen<W>(vector.element[i]);
+  widen<V>(*reinterpret_cast<const Vector<T, V>*>(from), to);
 }
 
 template <int V, class T, class W>

@@ -9,7 +9,7 @@
 namespace igva::cuda {
 
 template <class T, int V>
-__global__ void __launch_bounds__(block_threads) mix_kernel(const __grid_constant__ MixParams params) {
+__global__ void __launch_bounds__(block_threads, 3) mix_kernel(const __grid_constant__ MixParams params) {
   const Place at = place(blockIdx.x, threadIdx.x, params.width / V);
   if (at.row >= params.num_rows) return;
   const int row = int(at.row), b = row / params.num_patches, patch = row - b * params.num_patches, d = at.vector * V;

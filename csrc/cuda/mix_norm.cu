@@ -9,7 +9,7 @@
 namespace igva::cuda {
 
 template <class T, int V>
-__global__ void __launch_bounds__(block_threads)
+__global__ void __launch_bounds__(block_threads, 3)
     mix_norm_kernel(const __grid_constant__ MixParams params, const __grid_constant__ NormParams norm) {
   using W = Wide<T>;
   __shared__ W scratch[block_threads / 32];

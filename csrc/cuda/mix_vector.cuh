@@ -31,8 +31,11 @@ __device__ inline void mix_vector(const MixParams& params, int64_t b, int64_t pa
 #pragma unroll
       for (int u = 0; u < loads_at_once; ++u) {
         if (e + u >= term.end) continue;
+        W value[V];
+        stay_packed(loaded[u]);
+        widen<V>(loaded[u], value);
 #pragma unroll
-        for (int i = 0; i < V; ++i) sum[i] += widen<W>(loaded[u].element[i]);
+        for (int i = 0; i < V; ++i) sum[i] += value[i];
       }
     }
     entry = term.end;

@@ -25,6 +25,7 @@
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 
+using std::abs;
 using std::max;
 using std::min;
 inline float rsqrt(float x) { return 1.0f / sqrtf(x); }
@@ -52,7 +53,6 @@ struct Block {
 
 struct Fiber {
   ucontext_t context;
-  std::unique_ptr<char[]> stack;
   Block* block;
   int thread;
   bool done = false;
@@ -89,7 +89,8 @@ inline void entry() {
   swapcontext(&current->context, &scheduler);
 }
 
-constexpr size_t stack_bytes = 128 << 10;
+constexpr size_t stack_bytes = 64 << 10;
+inline std::vector<std::unique_ptr<char[]>> stacks; // kept: fresh memory costs more than the kernels
 
 inline void run(std::vector<Block>& blocks, size_t first, size_t count, const std::function<void()>& kernel) {
   std::vector<Fiber> fibers;
@@ -99,11 +100,11 @@ inline void run(std::vector<Block>& blocks, size_t first, size_t count, const st
   for (size_t b = first; b < first + count; ++b) {
     for (int t = 0; t < blocks[b].threads; ++t) {
       Fiber& fiber = fibers.emplace_back();
-      fiber.stack.reset(new char[stack_bytes]);
+      if (stacks.size() < fibers.size()) stacks.emplace_back(new char[stack_bytes]);
       fiber.block = &blocks[b];
       fiber.thread = t;
       getcontext(&fiber.context);
-      fiber.context.uc_stack = {fiber.stack.get(), 0, stack_bytes};
+      fiber.context.uc_stack = {stacks[fibers.size() - 1].get(), 0, stack_bytes};
       fiber.context.uc_link = nullptr;
       makecontext(&fiber.context, entry, 0);
     }

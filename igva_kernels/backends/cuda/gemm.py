@@ -87,11 +87,11 @@ def why_not(
         tap = args.layers[layer]
         if tap.shape[0] > 1 and tap.stride(0) != tokens * tap.stride(1):
             return f"layer {layer} is not flat: its images are {tap.stride(0)} elements apart, not T * {tap.stride(1)}"
+    if weight.stride(1) != 1 or (bias is not None and (bias.stride(0) != 1 or bias.data_ptr() % 4)):
+        return "weight or bias is not contiguous"
     read = [args.layers[layer] for layer in (*plan.taps, *plan.mixed_layers)]
     if not programs.allows_vectors(args.width, read) or not programs.allows_vectors(weight.shape[1], [weight]):
         return "an address or a stride is not a multiple of 16 bytes"
-    if weight.stride(1) != 1 or (bias is not None and (bias.stride(0) != 1 or bias.data_ptr() % 4)):
-        return "weight or bias is not contiguous"
     return None
 
 

@@ -1,0 +1,120 @@
+"""The CUDA sources as machine code, without a GPU: every architecture compiles, nothing spills, budgets hold, and the
+Hopper kernel is made of Hopper's own instructions."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from cuda_tools import ROOT, compile_cubin, cuobjdump, machine_code, nvcc, usage
+
+pytestmark = [
+    pytest.mark.skipif(nvcc() is None, reason="no nvcc"),
+    pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump"),
+]
+
+PORTABLE = ["activation", "layer_grads", "mix", "mix_norm", "mix_weights_grad", "norm_grad"]
+ARCHS = ["80", "86", "89", "90a", "100a", "120"]
+
+BUDGET = {"mix": 80, "mix_norm": 80, "norm_grad": 64, "activation": 40, "mix_weights_grad": 64, "layer_grads": 64}
+"""Registers of the 16-byte kernels in fp32 and 16 bits; with 256 threads, 80 leave three blocks on a multiprocessor."""
+
+HOT = r"I(13__nv_bfloat16|6__half|f)(S\w*|13__nv_bfloat16|6__half|f|N4igva\w+)?(Li[48])?E"
+"""Instantiations for 16-bit and fp32 data in 16-byte vectors; fp64 serves tests."""
+
+
+def hot(kernels):
+    return {name: used for name, used in kernels.items() if re.search(HOT, name)}
+
+
+def check_portable(source, arch, folder):
+    cubin = compile_cubin(source, arch, folder)
+    kernels = hot(usage(cubin))
+    assert len(kernels) >= 3, list(usage(cubin))
+    for name, used in kernels.items():
+        assert used.stack == used.local == 0, (name, used)
+        assert used.registers <= BUDGET[source], (name, used)
+        assert used.shared <= 2048, (name, used)
+    return machine_code(cubin)
+
+
+def test_the_mix_kernel_reads_16_bytes_at_a_time(tmp_path):
+    assert "LDG.E.128" in check_portable("mix", "90a", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("source", PORTABLE)
+def test_portable_kernels_compile_for_every_architecture_without_spills(source, arch, tmp_path):
+    number = arch.rstrip("a")
+    known = subprocess.run([nvcc(), "--list-gpu-code"], capture_output=True, text=True).stdout
+    if f"sm_{number}" not in known.split():
+        pytest.skip(f"this nvcc does not know {arch}")
+    check_portable(source, arch, tmp_path)
+
+
+def test_the_hopper_gemm_is_made_of_hoppers_instructions_and_spills_nothing(tmp_path):
+    cubin = compile_cubin("gemm_sm90", "90a", tmp_path)
+    kernels = usage(cubin)
+    assert len(kernels) == 2
+    for name, used in kernels.items():
+        assert used.stack == used.local == 0, (name, used)
+        assert used.registers <= 168, (name, used)  # 384 threads of a multiprocessor's 65536 registers
+    code = machine_code(cubin)
+    for instruction in ("HGMMA.64x256x16.F32.BF16", "HGMMA.64x256x16.F32 ", "UTMALDG.2D", "USETMAXREG", "UBLKPF.L2"):
+        assert instruction in code, instruction
+    assert "STL" not in code and "LDL" not in code
+    # A product is never waited for where it is issued: the compiler serialises them when it loses track of registers.
+    assert "STG.E.128" in code and "LDG.E.128" in code
+
+
+def test_shared_memory_of_the_hopper_gemm_fits_a_multiprocessor():
+    source = (ROOT / "csrc" / "cuda" / "gemm_sm90.cu").read_text() + (
+        ROOT / "csrc" / "cuda" / "gemm_sm90.h"
+    ).read_text()
+    stages = int(re.search(r"int stages = (\d+)", source)[1])
+    m, n, k = map(int, re.search(r"tile_m = (\d+), gemm_tile_n = (\d+), gemm_tile_k = (\d+)", source).groups())
+    assert stages * (m + n) * k * 2 + 1024 <= 227 * 1024
+
+
+# ---- installation ----
+
+
+def build_wheel(folder, **environment):
+    """Seconds of `pip wheel` in an isolated environment, and what the wheel says of itself."""
+    import json
+    import zipfile
+
+    start = time.monotonic()
+    command = [sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", "-w", str(folder)]
+    subprocess.run(command, check=True, env=os.environ | environment, capture_output=True)
+    seconds = time.monotonic() - start
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        modules = {name.split("/")[-1].split(".")[0] for name in wheel.namelist() if name.endswith(".so")}
+        return seconds, modules, json.loads(wheel.read("igva_kernels/build_info.json"))
+
+
+@pytest.mark.slow
+def test_a_wheel_has_both_modules_and_says_what_was_built(tmp_path):
+    seconds, modules, info = build_wheel(tmp_path, IGVA_KERNELS_FORCE_CUDA="1", IGVA_KERNELS_CUDA_ARCHS="80 90a 42")
+    assert seconds < 240
+    assert modules == {"_native", "_cuda"}
+    assert info["cuda"]["archs"] == ["80", "90a"] and info["cuda"]["left_out"] == ["42"]
+    assert info["cuda"]["ptx"] == "90" and info["cuda"]["reason"] == ""
+
+
+@pytest.mark.slow
+def test_without_cuda_the_wheel_has_the_cpu_module_and_the_reason(tmp_path):
+    seconds, modules, info = build_wheel(tmp_path, IGVA_KERNELS_SKIP_CUDA="1")
+    assert seconds < 90
+    assert modules == {"_native"}
+    assert "IGVA_KERNELS_SKIP_CUDA=1" in info["cuda"]["reason"] and info["reason"] == ""
+
+
+@pytest.mark.slow
+def test_forced_cuda_fails_where_it_cannot_be_built(tmp_path):
+    with pytest.raises(subprocess.CalledProcessError) as failure:
+        build_wheel(tmp_path, IGVA_KERNELS_FORCE_CUDA="1", IGVA_KERNELS_CUDA_ARCHS="42")
+    assert b"knows none of the architectures" in failure.value.stderr + failure.value.stdout

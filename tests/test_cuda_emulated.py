@@ -1,0 +1,236 @@
+"""The CUDA backend with its own kernels, emulated on the CPU: values and gradients beside fp64, and the protocol of the
+Hopper GEMM (stages, phases, tickets, flags, coordinates). What an emulation cannot show is the hardware's own rules."""
+
+import pytest
+import torch
+from cuda_tools import emulated_module, include
+
+import igva_kernels as ik
+from igva_kernels import MixPlan, verify
+from igva_kernels.backends.base import Keep, MixArgs, ProjectorWeights
+from igva_kernels.backends.cuda import BACKEND, gemm, launch, programs
+from igva_kernels.testing import assert_within_rule
+from igva_kernels.verify import Case
+
+pytestmark = pytest.mark.skipif(include() is None, reason="the emulation needs the headers of a CUDA toolkit")
+
+MULTIPROCESSORS = 2
+QUICK = ("odd sizes", "several instructions an image", "concat + LayerNorm", "mix alone")
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    """CPU tensors go to the emulated module, and the fused GEMM is on."""
+    module = emulated_module()
+    monkeypatch.setattr(launch, "module", lambda: module)
+    monkeypatch.setattr(type(BACKEND), "why_not", lambda *_: None)
+    monkeypatch.setattr(gemm, "why_not_device", lambda index: None)
+    monkeypatch.setattr(gemm, "multiprocessors", lambda device: MULTIPROCESSORS)
+    programs.program.cache_clear()
+    yield module
+    programs.program.cache_clear()
+
+
+def judge(case, dtype):
+    for row in verify.judge(case, dtype, ["cuda"], "cpu"):
+        assert row.ok, str(row.worst)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", [c for c in verify.SMALL_CASES if c.name in QUICK], ids=lambda case: case.name)
+def test_values_and_every_gradient_obey_the_error_rule(case, dtype):
+    judge(case, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", verify.DTYPES)
+@pytest.mark.parametrize("case", verify.SMALL_CASES, ids=lambda case: case.name)
+def test_every_small_case_obeys_the_error_rule(case, dtype):
+    judge(case, dtype)
+
+
+def test_fp64_matches_the_reference():
+    states = [torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True) for _ in range(7)]
+    weights = torch.rand(2, 3, dtype=torch.float64, requires_grad=True)
+    results = []
+    for impl in ("cuda", "reference"):
+        out = ik.layer_mix(states, MixPlan.igva(6, 3), weights, skip_tokens=1, impl=impl)
+        results.append((out, *torch.autograd.grad(out.square().sum(), [weights, *states[1:]])))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", ["bf16", "fp16"])
+def test_layers_of_fp32_are_rounded_once_to_the_weights_dtype(rows):
+    states, dtype = [torch.randn(2, 5, 12) for _ in range(3)], verify.DTYPES[rows]
+    plan = MixPlan.weighted_sum([0, 1, 2])
+    weights = torch.rand(2, 3)
+    weight = torch.eye(12, dtype=dtype)
+    out = ik.layer_mix_linear(states, plan, weights, weight, impl="cuda")
+    exact = ik.layer_mix([state.double() for state in states], plan, weights, impl="reference")
+    torch.testing.assert_close(out.double(), exact, rtol=0.6 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_strides_offsets_and_a_none_layer():
+    wide = torch.randn(3, 8, 40)
+    states = [wide[:2, 1:7, 8:24], None, torch.randn(6, 2, 16).transpose(0, 1)]
+    plan = MixPlan((((0, 0, 0.5), (2, 0, 0.5)), ((2, None, 1.0),)), 3)
+    for weights in (torch.rand(2, 1), torch.rand(1, 1)):
+        args = (states, plan, weights)
+        actual = ik.layer_mix(*args, skip_tokens=2, impl="cuda")
+        torch.testing.assert_close(actual, ik.layer_mix(*args, skip_tokens=2, impl="reference"))
+
+
+@pytest.mark.parametrize("norm", [None, (None, None, 1e-5)])
+def test_an_image_out_of_range_gives_nan_rows_and_reads_nothing(norm):
+    states = [torch.randn(2, 5, 16, requires_grad=True) for _ in range(3)]
+    index = torch.tensor([1, 7, 0, -1])
+    weights = torch.rand(4, 2, requires_grad=True)
+    plan = MixPlan.weighted_sum([0, 1], 2)
+    out = ik.layer_mix_linear(states, plan, weights, torch.eye(16), image_index=index, norm=norm, impl="cuda")
+    assert out[[1, 3]].isnan().all() and out[[0, 2]].isfinite().all()
+    grads = torch.autograd.grad(out[[0, 2]].sum(), [weights, *states])
+    assert grads[0][[1, 3]].isnan().all() and grads[0][[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 16), (2, 0, 16), (2, 1, 16)])
+def test_empty_inputs(shape):
+    states = [torch.randn(shape) for _ in range(2)]
+    skip = min(1, shape[1])
+    out = ik.layer_mix(states, MixPlan.concat([0, 1]), skip_tokens=skip, impl="cuda")
+    assert out.shape == (shape[0], shape[1] - skip, 32)
+
+
+@pytest.mark.parametrize("layers", [1, 49, 72])
+def test_as_many_layers_as_the_parameters_hold(layers):
+    states = [torch.randn(1, 2, 8) for _ in range(layers)]
+    plan, weights = MixPlan.weighted_sum(range(layers)), torch.rand(1, layers)
+    expected = ik.layer_mix(states, plan, weights, impl="reference")
+    torch.testing.assert_close(ik.layer_mix(states, plan, weights, impl="cuda"), expected)
+
+
+def test_one_layer_too_many_is_refused_by_name():
+    states = [torch.randn(1, 2, 8) for _ in range(73)]
+    with pytest.raises(ValueError, match="at most 72 layers"):
+        ik.layer_mix(states, MixPlan.weighted_sum(range(73)), torch.rand(1, 73), impl="cuda")
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_activations_and_their_slopes(activation, dtype):
+    """103 elements: the last thread has a tail."""
+    z = torch.cat([torch.linspace(-12, 12, 101), torch.tensor([0.0, float("nan")])]).to(dtype)[:, None]
+    grad = torch.randn_like(z)
+    forward, kept = BACKEND.linear(z, torch.ones(1, 1, dtype=dtype), None, activation, True)
+    assert torch.equal(kept.nan_to_num(), z.nan_to_num())
+    wide = z.double().requires_grad_()
+    exact = ik.reference.ACTIVATIONS[activation](wide)
+    (slope,) = torch.autograd.grad(exact, wide, grad.double())
+    grad_z, y = BACKEND.linear_grad_input(grad, None, z, activation, True)
+    eps = torch.finfo(dtype).eps
+    tolerance = {"rtol": 4 * eps, "atol": (32 if dtype == torch.float64 else 4) * eps, "equal_nan": True}
+    torch.testing.assert_close(y.double(), exact.detach(), **tolerance)
+    assert torch.equal(forward.nan_to_num(), y.nan_to_num())
+    torch.testing.assert_close(grad_z.double(), slope, **tolerance)
+
+
+def test_the_gradient_of_the_caller_is_not_overwritten():
+    grad, z = torch.randn(3, 8), torch.randn(3, 8)
+    before = grad.clone()
+    BACKEND.linear_grad_input(grad, None, z, "gelu", False)
+    assert torch.equal(grad, before)
+
+
+# ---- the fused GEMM ----
+
+FUSED = [
+    Case("igva", "layer_mix_mlp", MixPlan.igva(6, 3), 2, 101, 64, 264, activation="gelu"),
+    Case("three steps of K a block", "layer_mix_mlp", MixPlan.igva(6, 2), 1, 150, 192, 296, activation="gelu"),
+    Case("no tap", "layer_mix_linear", MixPlan.weighted_sum(range(1, 6), -1, 7), 2, 66, 128, 520, skip=0),
+]
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Calls of the fused GEMM."""
+    calls = []
+    run = gemm.run
+    monkeypatch.setattr(gemm, "run", lambda *args: calls.append(args) or run(*args))
+    return calls
+
+
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", FUSED, ids=lambda case: case.name)
+@pytest.mark.parametrize("multiprocessors", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_the_fused_gemm_obeys_the_error_rule_with_its_gradients(case, dtype, multiprocessors, fused, monkeypatch):
+    monkeypatch.setattr(gemm, "multiprocessors", lambda device: multiprocessors)
+    judge(case, dtype)
+    assert fused
+
+
+@pytest.mark.parametrize("plan", [MixPlan.concat([-2, -3, 1, 1], 6), MixPlan.dense_connector("dci")])
+@pytest.mark.parametrize("skip", [0, 1, 3])
+def test_the_fused_gemm_on_taps_and_constant_means(plan, skip, fused):
+    case = Case("", "layer_mix_linear", plan, 3, 45, 64, 280, skip=skip, activation="gelu")
+    inputs = case.draw(0, torch.bfloat16, "cpu")
+    with torch.no_grad():
+        results = [
+            case.forward(x, impl)
+            for x, impl in ((inputs, "cuda"), (inputs.double(), "reference"), (inputs, "reference"))
+        ]
+    assert_within_rule(*results, torch.bfloat16)
+    assert fused
+
+
+def test_the_fused_gemm_keeps_the_bits_of_the_mix_kernel():
+    """Sums kept for backward are those of the two-kernel path, bit for bit; so is F, which the output shows."""
+    case = FUSED[0]
+    inputs = case.draw(1, torch.bfloat16, "cpu")
+    args = [layer for layer in inputs.layers if layer is not None]
+    plan = case.plan.compact()[1]
+    call = MixArgs(args, plan, inputs.mix_weights, None, 1)
+    two = BACKEND.mix(call, torch.bfloat16, None, Keep.SOURCES)
+    width, row = plan.num_blocks * 64, two.rows.shape[-1]
+    sums = [torch.empty_like(kept) for kept in two.kept]
+    out, z = gemm.run(call, torch.eye(row, width, dtype=torch.bfloat16), None, None, False, sums)
+    assert z is None
+    assert torch.equal(out, two.rows.flatten(0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(sums, two.kept, strict=True))
+
+
+def test_flags_are_complete_and_every_launch_starts_from_zero(monkeypatch):
+    """Each flag counts the 16 groups of its rows; tickets end beyond the groups by one a mixer warp."""
+    made = []
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *args, **kw: made.append(zeros(*args, **kw)) or made[-1])
+    case = FUSED[0]
+    inputs = case.draw(2, torch.bfloat16, "cpu")
+    with torch.no_grad():
+        outs = [case.forward(inputs, "cuda") for _ in range(3)]
+    flags = [tensor for tensor in made if tensor.dtype == torch.int32]
+    assert len(flags) == 3
+    assert all(torch.equal(outs[0], out) for out in outs)
+    for ticket, *counts in (tensor.tolist() for tensor in flags):
+        assert counts == [16, 16]
+        assert ticket == 32 + 3 * MULTIPROCESSORS
+
+
+def test_a_layout_that_is_not_flat_takes_two_kernels(fused):
+    case = FUSED[0]
+    inputs = case.draw(3, torch.bfloat16, "cpu")
+    base = case.plan.blocks[0][0].layer
+    flat = case.forward(inputs, "cuda")
+    assert len(fused) == 1
+    padded = torch.empty(2, 103, 64, dtype=torch.bfloat16)[:, 1:102]
+    padded.copy_(inputs.layers[base])
+    inputs.layers[base] = padded
+    torch.testing.assert_close(case.forward(inputs, "cuda"), flat, rtol=2e-2, atol=2e-2)
+    assert len(fused) == 1
+    assert "not flat" in why_not_fused(case, inputs)
+
+
+def why_not_fused(case, inputs):
+    layers = [layer for layer in inputs.layers if layer is not None]
+    args = MixArgs(layers, case.plan.compact()[1], inputs.mix_weights, None, case.skip)
+    weights = ProjectorWeights(inputs.params["weight1"], inputs.params["bias1"], None, None)
+    return BACKEND.why_not_fused(args, None, weights, "gelu", Keep.NOTHING)

@@ -1,0 +1,226 @@
+"""What the CUDA backend decides on the host, as pure functions: plans, layouts, grids, and who serves a call."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from igva_kernels import MixPlan, dispatch
+from igva_kernels.backends.base import Keep, MixArgs
+from igva_kernels.backends.cuda import gemm, launch, programs
+
+IGVA = MixPlan.igva(6, 3)
+
+
+def mix_args(plan=IGVA, images=2, tokens=9, width=64, dtype=torch.bfloat16, index=None, skip=1):
+    layers, plan = plan.compact()
+    weights = torch.rand(images, plan.num_columns) if plan.num_columns else None
+    return MixArgs([torch.zeros(images, tokens, width, dtype=dtype) for _ in layers], plan, weights, index, skip)
+
+
+def test_a_plan_becomes_parts_with_their_kept_sums():
+    base, mixed = programs.mix_blocks(IGVA.compact()[1], True)
+    assert base == [(-1, -1, [(1.0, [4])])]
+    assert mixed == [(k, k, [(0.5, [2 * k, 2 * k + 1])]) for k in range(3)]
+    assert programs.mix_blocks(IGVA.compact()[1], False)[1][0][1] == -1
+
+
+def test_a_sum_of_two_blocks_is_kept_once_and_a_tap_never():
+    mean = [(1, None, 0.5), (2, None, 0.5)]
+    plan = MixPlan((mean, mean, [(0, None, 1.0)], [(0, 0, 2.0), *mean]), 3)
+    parts = programs.mix_blocks(plan, True)
+    kept = [part[1] for block in parts for part in block]
+    assert kept == [0, -1, -1, -1, -1]
+    assert len(programs.kept_sums(plan)) == 1
+
+
+def test_weighted_entries_know_their_position_among_the_blocks_given():
+    plan = MixPlan(([(0, None, 1.0)], [(0, 1, 0.5), (1, None, 1.0), (1, 0, 2.0)]), 2)
+    assert programs.dots(plan, [1]) == [(0, 0, 1, 0.5), (0, 1, 0, 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("width", "stride", "offset", "dtype", "expected"),
+    [
+        (64, 64, 0, torch.bfloat16, True),
+        (60, 64, 0, torch.bfloat16, False),
+        (64, 65, 0, torch.bfloat16, False),
+        (64, 64, 1, torch.bfloat16, False),
+        (12, 12, 0, torch.float32, True),
+        (12, 12, 4, torch.float32, True),
+        (12, 12, 0, torch.bfloat16, False),
+        (2, 2, 0, torch.float64, True),
+    ],
+)
+def test_vectors_need_every_address_to_be_a_multiple_of_16_bytes(width, stride, offset, dtype, expected):
+    storage = torch.zeros(4096, dtype=dtype)
+    assert storage.data_ptr() % 16 == 0
+    layer = storage.as_strided((2, 3, width), (3 * stride, stride, 1), offset)
+    assert programs.allows_vectors(width, [layer]) is expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        ((7, 5), False), ((8, 0), True), ((8, 6), True), ((8, 7), True), ((8, 9), True), ((9, 0), True),
+        ((10, 0), True), ((10, 3), False), ((11, 0), False), ((12, 0), True), ((12, 1), True), ((13, 0), True),
+    ],
+)  # fmt: skip
+def test_machine_code_and_ptx_decide_where_the_module_runs(capability, expected):
+    assert launch.runs_on(["80", "86", "89", "90a", "100a", "120"], "120", capability) is expected
+
+
+def test_without_ptx_a_newer_device_is_not_served():
+    assert not launch.runs_on(["80"], None, (9, 0))
+    assert not launch.runs_on(["90a"], None, (9, 1))
+
+
+# ---- the fused GEMM ----
+
+
+def fused_why_not(args, norm=None, hidden=256, activation="gelu", keep=Keep.NOTHING, weight=None, bias=None):
+    if weight is None:
+        weight = torch.zeros(hidden, args.plan.num_blocks * args.width, dtype=args.layers[0].dtype)
+    return gemm.why_not(args, norm, weight, bias, activation, keep)
+
+
+@pytest.mark.parametrize("plan", [IGVA, MixPlan.concat([-2, 3, 3], 7), MixPlan.weighted_sum(range(5), -1, 6)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_fused_gemm_serves_the_plans_of_the_project(plan, dtype):
+    assert fused_why_not(mix_args(plan, dtype=dtype)) is None
+    assert fused_why_not(mix_args(plan, dtype=dtype), keep=Keep.SOURCES) is None
+
+
+def with_layer(args, index, layer):
+    layers = list(args.layers)
+    layers[index] = layer
+    return MixArgs(layers, args.plan, args.mix_weights, args.image_index, args.skip_tokens)
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda: fused_why_not(mix_args(index=torch.zeros(2, dtype=torch.int64))), "image_index"),
+        (lambda: fused_why_not(mix_args(), norm=(None, None, 1e-5)), "LayerNorm"),
+        (lambda: fused_why_not(mix_args(), keep=Keep.ROWS), "kept for backward"),
+        (lambda: fused_why_not(mix_args(), activation="silu"), "GELU only"),
+        (lambda: fused_why_not(mix_args(dtype=torch.float32)), "bf16 or fp16"),
+        (lambda: fused_why_not(mix_args(), weight=torch.zeros(256, 128)), "bf16 or fp16"),
+        (lambda: fused_why_not(mix_args(width=96)), "multiple of 64"),
+        (lambda: fused_why_not(mix_args(), hidden=100), "multiple of 8"),
+        (lambda: fused_why_not(mix_args(MixPlan.concat(range(9), 9))), "8 taps"),
+        (lambda: fused_why_not(mix_args(skip=9)), "no rows"),
+        (lambda: fused_why_not(with_layer(mix_args(), 4, torch.zeros(2, 10, 64).bfloat16()[:, 1:])), "not flat"),
+        (lambda: fused_why_not(with_layer(mix_args(), 0, torch.zeros(2, 9, 65).bfloat16()[..., 1:])), "16 bytes"),
+        (lambda: fused_why_not(mix_args(), weight=torch.zeros(128, 256).bfloat16().t()), "not contiguous"),
+        (lambda: fused_why_not(mix_args(), bias=torch.zeros(257).bfloat16()[1:]), "not contiguous"),
+    ],
+)
+def test_every_other_layout_falls_back_to_two_kernels_with_a_reason(call, reason):
+    assert reason in call()
+
+
+def test_only_the_taps_must_be_flat():
+    args = mix_args()
+    padded = torch.zeros(2, 10, 64).bfloat16()[:, 1:]
+    assert fused_why_not(with_layer(args, 0, padded)) is None  # layer 0 is mixed: mixers follow any stride
+    one_image = with_layer(mix_args(images=1), 4, torch.zeros(1, 10, 64).bfloat16()[:, 1:])
+    assert fused_why_not(one_image) is None
+
+
+def test_the_kernel_multiplies_taps_first_and_knows_where_every_block_meets_the_weight():
+    mean = [(1, None, 0.5), (2, None, 0.5)]
+    plan = MixPlan((mean, [(0, None, 1.0)], [(3, 0, 1.0)], [(4, None, 1.0)], [(0, None, 1.0)]), 5)
+    lowered = gemm.lower(plan)
+    assert lowered.taps == (0, 4)
+    assert lowered.blocks == ((0, 0, 1, False), (1, 0, 3, False), (0, 0, 4, False))
+    assert lowered.mixed_layers == (1, 2, 3)
+    assert lowered.mixed == MixPlan((((0, None, 0.5), (1, None, 0.5)), ((2, 0, 1.0),)), 3)
+    assert gemm.operands(lowered, [0, 2], 64)[3:] == [(2, 0, 0, True), (2, 64, 2, True)]
+
+
+def test_concat_has_nothing_to_mix():
+    lowered = gemm.lower(MixPlan.concat([2, 0], 3))
+    assert lowered.mixed is None and lowered.mixed_layers == ()
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "mixes", "expected"),
+    [(64 * 577, 4096, True, 132), (577, 4096, True, 132), (577, 4096, False, 80), (1, 8, False, 1)],
+)
+def test_grid(rows, columns, mixes, expected):
+    assert gemm.grid(rows, columns, mixes, 132) == expected
+
+
+def test_flags_cover_every_block_of_rows():
+    assert [gemm.num_flags(rows) for rows in (1, 128, 129, 64 * 577)] == [2, 2, 3, 290]
+
+
+def test_the_fused_gemm_is_off_until_it_is_switched_on(monkeypatch):
+    monkeypatch.delenv(gemm.SWITCH, raising=False)
+    gemm.why_not_device.cache_clear()
+    assert gemm.SWITCH in gemm.why_not_device(0)
+    gemm.why_not_device.cache_clear()
+
+
+# ---- who serves a call ----
+
+
+def test_the_backend_refuses_with_a_reason():
+    backend = dispatch.get("cuda")
+    assert "CUDA tensors" in backend.why_not(torch.device("cpu"), torch.float32)
+    assert "torch.int8" in backend.why_not(torch.device("cuda"), torch.int8)
+    if not torch.cuda.is_available():
+        assert backend.why_not(torch.device("cuda"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ModuleNotFoundError("no _cuda"), "no nvcc was found"),
+        (ImportError("undefined symbol"), "does not load: undefined"),
+    ],
+)
+def test_a_missing_module_says_why(monkeypatch, error, reason):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(launch.importlib, "import_module", fail)
+    monkeypatch.setattr(launch.native, "build_info", lambda: {"cuda": {"reason": "no nvcc was found"}})
+    launch.load.cache_clear()
+    assert reason in launch.load()[1]
+    launch.load.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("versions", "capability", "reason"),
+    [
+        ((12080, 13000), (9, 0), "driver supports CUDA 12.8|this one supports CUDA 12.8"),
+        ((13010, 13000), (9, 0), None),
+        ((13000, 13000), (7, 5), "compute capability 7.5; rebuild with IGVA_KERNELS_CUDA_ARCHS=75"),
+    ],
+)
+def test_driver_and_capability_are_checked(monkeypatch, versions, capability, reason):
+    import re
+    import types
+
+    monkeypatch.setattr(launch, "module", lambda: types.SimpleNamespace(versions=lambda: versions))
+    monkeypatch.setattr(launch.native, "build_info", lambda: {"cuda": {"archs": ["80", "90a"], "ptx": "90"}})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    launch._why_not_index.cache_clear()
+    said = launch._why_not_index(0)
+    launch._why_not_index.cache_clear()
+    assert said is None if reason is None else re.search(reason, said)
+
+
+def test_import_touches_no_driver_and_needs_no_module():
+    script = """
+import sys
+sys.modules["igva_kernels._cuda"] = None
+import torch
+from igva_kernels import dispatch
+assert dispatch.get("cuda").why_not(torch.device("cuda"), torch.float32)
+assert not torch.cuda.is_initialized()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
