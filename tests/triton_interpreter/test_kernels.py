@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -83,6 +84,23 @@ def test_layers_are_read_where_they_lie(same):
     expected = reference.layer_mix(layers, plan, weights, skip_tokens=1)
     actual = ik.layer_mix(layers, plan, weights, skip_tokens=1, impl="triton")
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_offsets_beyond_32_bits():
+    """Two images 2**31 elements apart, in memory that numpy asks for and nobody fills."""
+    stride = 2**31 + 16
+    buffer = torch.from_numpy(np.zeros(stride + 64, np.float16))
+    far = buffer.as_strided((2, 2, 16), (stride, 16, 1))
+    far.copy_(torch.randn(2, 2, 16))
+    weights = torch.rand(2, 2)
+    near = far.clone()
+    for plan in (make_plan(1, 1), MixPlan.concat([0], 1)):
+        given = weights[:, : plan.num_columns] if plan.num_columns else None
+        results = [ik.layer_mix([layer], plan, given, impl="triton") for layer in (far, near)]
+        assert torch.equal(*results)
+    w1 = torch.randn(8, 16).half()
+    results = [ik.layer_mix_linear([x], plan, None, w1, activation="relu", impl="triton") for x in (far, near)]
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("index", [None, torch.tensor([1, 0, 1])])

@@ -51,7 +51,7 @@ def _choose(
 ) -> GemmConfig | None:
     if config.interpreted:
         return config.gemms[name][0]
-    if dtype == torch.float32:
+    if dtype.itemsize != 2:
         # cuBLAS, with whatever torch allows it to do to fp32; Triton's exact fp32 product leaves the matrix units idle.
         return None
     best = min(config.gemms[name], key=cost)
