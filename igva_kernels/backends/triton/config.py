@@ -49,7 +49,7 @@ class RowConfig:
         if not whole_blocks:
             return RowTile(block_p, block_d, self.num_warps)
         # At most 64 fp32 values of the row a thread; with more warps than needed, loads are narrower than 16 bytes.
-        warps = _next_power_of_2(whole_blocks * block_d // 2048)
+        warps = _next_power_of_2(-(-whole_blocks * block_d // 2048))
         return RowTile(1, block_d, min(max(self.num_warps, warps), 16))
 
 
