@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import json
 import os
 import shutil
@@ -275,30 +276,19 @@ GROUPS = (ceilings, mix_forward, block_forward, training, memory, whole_connecto
 
 def check(seconds: float) -> None:
     """Exits where a GPU test or the memory checker fails."""
-    python = [sys.executable, "-m"]
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    tests = [*python, "pytest", "-q", "-m", "gpu", "-x", str(ROOT / "tests" / "test_triton_gpu.py")]
-    subprocess.run(tests, env=environment, cwd=ROOT, check=True, timeout=seconds)
+    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", str(ROOT / "tests" / "test_triton_gpu.py")]
+    # Most of the time goes into compiling, which several processes share.
+    workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    paths = dict(os.environ, PYTHONPATH=str(ROOT))
+    subprocess.run([*tests, *workers], env=paths, cwd=ROOT, check=True, timeout=seconds)
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         print("compute-sanitizer: not on this machine, memcheck left out")
         return
-    small = [
-        *python,
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-x",
-        str(ROOT / "tests" / "test_triton_gpu.py"),
-        "-k",
-        "odd and bf16",
-    ]
-    command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "1", *small]
     # Torch's cache would hide an access beyond a tensor but within its block.
-    subprocess.run(
-        command, env=environment | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, cwd=ROOT, check=True, timeout=seconds
-    )
+    uncached = paths | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    memcheck = [sanitizer, "--tool", "memcheck", "--error-exitcode", "1", *tests, "-k", "obey and odd and bf16"]
+    subprocess.run(memcheck, env=uncached, cwd=ROOT, check=True, timeout=seconds)
 
 
 def environment() -> dict[str, object]:

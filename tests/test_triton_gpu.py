@@ -59,16 +59,15 @@ def test_real_shapes_obey_the_error_rule(case):
         assert row.ok, str(row.worst)
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize("case", [*verify.SMALL_CASES, verify.REAL_CASES[1]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*verify.SMALL_CASES[:4], verify.REAL_CASES[1]], ids=lambda case: case.name)
 @pytest.mark.parametrize("i", range(3))
-def test_every_tile_where_the_cost_model_would_rather_not(i, case, dtype, monkeypatch):
+def test_every_tile_where_the_cost_model_would_rather_not(i, case, monkeypatch):
     chosen = config.of_device(torch.cuda.current_device())
     tiles = {name: (tiles[min(i, len(tiles) - 1)],) for name, tiles in chosen.gemms.items()}
     # As in the interpreter: always Triton, always the first tile.
     forced = dataclasses.replace(chosen, status="interpreted", gemms=tiles)
     monkeypatch.setattr(backend, "_config", lambda tensor: forced)
-    for row in verify.judge(case, dtype, ["triton"], "cuda"):
+    for row in verify.judge(case, "bf16", ["triton"], "cuda"):
         assert row.ok, str(row.worst)
 
 
@@ -81,7 +80,7 @@ def test_same_bits_again():
 @pytest.mark.plain_memory
 def test_compiled_in_one_graph():
     block = Block()
-    compiled = torch.compile(block, fullgraph=True)
+    compiled = torch.compile(lambda: block(), fullgraph=True)
     out = compiled()
     grads = torch.autograd.grad(out.float().square().mean(), [block.weights, *block.params])
     assert same([out.detach(), *grads], block.step())
