@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--ask", action="append", metavar="TEXT", help="an instruction (repeatable)")
     demo.add_argument("--model", metavar="DIR", help="a LLaVA-IGVA checkpoint (default: random weights)")
     demo.add_argument("--output", type=Path, metavar="DIR", default=Path("demo_output"), help="default: %(default)s")
-    demo.add_argument("--steps", type=int, metavar="N", default=4, help="training steps (default: %(default)s)")
+    demo.add_argument("--steps", type=int, metavar="N", help="training steps (default: 5, none with --model)")
     demo.set_defaults(run=_demo)
     return parser
 
@@ -81,6 +82,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    if args.model is None:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all that it needs is installed
     try:
         from igva_kernels.demo import run
     except ModuleNotFoundError as error:

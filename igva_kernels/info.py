@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from igva_kernels import native
 from igva_kernels.dispatch import backends
 from igva_kernels.version import __version__
 
@@ -35,13 +36,14 @@ def collect() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": _cpu(),
         "gpus": _gpus(),
+        "native": _native(),
         "backends": [status._asdict() for status in backends()],
     }
 
 
 def render(report: dict[str, Any]) -> str:
     """The report as lines of text."""
-    cpu = report["cpu"]
+    cpu, built = report["cpu"], report["native"]
     lines = [
         ("igva_kernels", report["igva_kernels"]),
         ("python", f"{report['python']} on {report['platform']}"),
@@ -50,6 +52,7 @@ def render(report: dict[str, Any]) -> str:
         ("cpu features", " ".join(cpu["features"]) or "unknown"),
         *((f"gpu {i}", gpu) for i, gpu in enumerate(report["gpus"])),
         *([] if report["gpus"] else [("gpu", "none")]),
+        ("compiled module", _describe(built)),
     ]
     text = [f"{name:22}{value}" for name, value in lines]
     text += ["", "backends"]
@@ -57,6 +60,16 @@ def render(report: dict[str, Any]) -> str:
         answer = f"yes, on {', '.join(backend['devices'])}" if backend["available"] else f"no: {backend['reason']}"
         text.append(f"  {backend['name']:20}{answer}")
     return "\n".join(text)
+
+
+def _describe(built: dict[str, Any]) -> str:
+    if not built["loaded"]:
+        return f"no: {built['reason']}"
+    build = built["build"]
+    return (
+        f"built by {build.get('compiler', 'an unknown compiler')} for {', '.join(build.get('cpu_isas', []))}, "
+        f"OpenMP {build.get('openmp', 'unknown')}; uses {built['isa']}"
+    )
 
 
 def _version(package: str) -> str | None:
@@ -76,6 +89,12 @@ def _cpu() -> dict[str, Any]:
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "features": [name for name in CPU_FEATURES if known.get(name)],
     }
+
+
+def _native() -> dict[str, Any]:
+    module, reason = native.load()
+    isa = None if module is None else module.isa()
+    return {"loaded": module is not None, "reason": reason, "isa": isa, "build": native.build_info()}
 
 
 def _gpus() -> list[str]:

@@ -6,9 +6,9 @@ The rule is that of ``igva_kernels.testing``. Inputs are drawn, rounded to the d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class Case:
     skip: int = 1
     image_index: tuple[int, ...] | None = None
     activation: str | None = None
-    norm: bool = False
+    norm_eps: float | None = None
     trainable_tower: bool = False
 
     def draw(self, seed: int, dtype: torch.dtype, device: str) -> Inputs:
@@ -60,7 +60,7 @@ class Case:
         if self.op == "layer_mix_mlp":
             params["weight2"] = normal(self.hidden, self.hidden, scale=self.hidden**-0.5)
             params["bias2"] = normal(self.hidden)
-        if self.norm:
+        if self.norm_eps is not None:
             params["norm weight"] = 1 + normal(row_width, scale=0.1)
             params["norm bias"] = normal(row_width, scale=0.1)
         weights = torch.randn(rows, plan.num_columns, generator=generator).softmax(-1) if plan.num_columns else None
@@ -71,38 +71,37 @@ class Case:
             grad_out=normal(rows, self.tokens - self.skip, self.hidden or row_width),
         )
 
-    def run(self, inputs: Inputs, impl: str, only_mix_weights: bool = False) -> dict[str, Tensor]:
-        """The output and the gradients by name; with ``only_mix_weights`` that one gradient."""
-        layers = [None if layer is None else layer.detach() for layer in inputs.layers]
-        params = {name: param.detach() for name, param in inputs.params.items()}
-        leaves = {f"grad {name}": param for name, param in params.items()}
-        if self.trainable_tower:
-            leaves |= {f"grad layer {i}": layer for i, layer in enumerate(layers) if layer is not None}
-        mix_weights = None
-        if inputs.mix_weights is not None:
-            mix_weights = inputs.mix_weights.detach()
-            leaves[MIX_WEIGHTS_GRAD] = mix_weights
-        if only_mix_weights:
-            leaves = {MIX_WEIGHTS_GRAD: leaves[MIX_WEIGHTS_GRAD]}
-        for leaf in leaves.values():
-            leaf.requires_grad_()
-
+    def forward(self, inputs: Inputs, impl: str) -> Tensor:
+        """The output of the operator."""
+        params = inputs.params
+        linears = [params[name] for name in ("weight1", "bias1", "weight2", "bias2") if name in params]
         device = inputs.grad_out.device
-        options = {
+        options: dict[str, Any] = {
             "skip_tokens": self.skip,
             "image_index": None if self.image_index is None else torch.tensor(self.image_index, device=device),
             "impl": impl,
         }
         if self.op != "layer_mix":
             options["activation"] = self.activation
-            options["norm"] = (params["norm weight"], params["norm bias"], 1e-5) if self.norm else None
-        linears = [params[name] for name in ("weight1", "bias1", "weight2", "bias2") if name in params]
-        out = getattr(ops, self.op)(layers, self.plan, mix_weights, *linears, **options)
-        if leaves:
-            grads = torch.autograd.grad(out, list(leaves.values()), inputs.grad_out)
-            results = dict(zip(leaves, grads, strict=True))
-        else:
-            results = {}
+        if self.norm_eps is not None:
+            options["norm"] = (params["norm weight"], params["norm bias"], self.norm_eps)
+        return getattr(ops, self.op)(inputs.layers, self.plan, inputs.mix_weights, *linears, **options)
+
+    def run(self, inputs: Inputs, impl: str, only_mix_weights: bool = False) -> dict[str, Tensor]:
+        """The output and the gradients by name; with ``only_mix_weights`` that one gradient."""
+        inputs = inputs.detached()
+        leaves = {}
+        if not only_mix_weights:
+            leaves |= {f"grad {name}": param for name, param in inputs.params.items()}
+        if self.trainable_tower and not only_mix_weights:
+            leaves |= {f"grad layer {i}": layer for i, layer in enumerate(inputs.layers) if layer is not None}
+        if inputs.mix_weights is not None:
+            leaves[MIX_WEIGHTS_GRAD] = inputs.mix_weights
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+        out = self.forward(inputs, impl)
+        grads = torch.autograd.grad(out, list(leaves.values()), inputs.grad_out) if leaves else ()
+        results = dict(zip(leaves, grads, strict=True))
         return results if only_mix_weights else {"output": out.detach(), **results}
 
 
@@ -116,11 +115,18 @@ class Inputs(NamedTuple):
 
     def double(self) -> Inputs:
         """The same numbers in fp64."""
+        return self._map(Tensor.double)
+
+    def detached(self) -> Inputs:
+        """The same tensors, none of them part of a graph."""
+        return self._map(Tensor.detach)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
         return Inputs(
-            [None if layer is None else layer.double() for layer in self.layers],
-            None if self.mix_weights is None else self.mix_weights.double(),
-            {name: param.double() for name, param in self.params.items()},
-            self.grad_out.double(),
+            [None if layer is None else change(layer) for layer in self.layers],
+            None if self.mix_weights is None else change(self.mix_weights),
+            {name: change(param) for name, param in self.params.items()},
+            change(self.grad_out),
         )
 
 
@@ -154,11 +160,11 @@ SMALL_CASES = [
     Case("several instructions an image", "layer_mix_mlp", MixPlan.igva(6, 2), 2, 17, 32, 48,
          image_index=(1, 0, 1, 1), activation="gelu", trainable_tower=True),
     Case("concat + LayerNorm", "layer_mix_mlp", MixPlan.concat([-2, -3, 1], 6), 2, 19, 40, 56,
-         activation="gelu", norm=True, trainable_tower=True),
+         activation="gelu", norm_eps=1e-5, trainable_tower=True),
     Case("weighted sum + norm", "layer_mix_linear", MixPlan.weighted_sum(range(1, 6), -1, 7), 2, 16, 48, 64,
-         skip=0, norm=True, trainable_tower=True),
+         skip=0, norm_eps=1e-5, trainable_tower=True),
     Case("igva + norm", "layer_mix_linear", MixPlan.igva(4, 2), 2, 18, 32, 40,
-         activation="silu", norm=True, trainable_tower=True),
+         activation="silu", norm_eps=1e-5, trainable_tower=True),
     Case("gelu_tanh", "layer_mix_linear", MixPlan.igva_uniform(4, 2), 1, 18, 32, 40, activation="gelu_tanh"),
     # Larger: a rounding near zero flips a whole gradient entry, which evens out over many.
     Case("relu", "layer_mix_linear", MixPlan.igva(4, 2), 2, 66, 64, 160, activation="relu"),
@@ -174,9 +180,9 @@ REAL_CASES = [
          image_index=(0, 0, 0), activation="gelu"),
     Case("SigLIP-L igva", "layer_mix_mlp", MixPlan.igva(27, 3), 1, 729, 1152, 4096, skip=0, activation="gelu"),
     Case("VipLlava concat + LayerNorm", "layer_mix_mlp", MixPlan.concat(VIP_LLAVA, 25), 1, 577, 1024, 4096,
-         activation="gelu", norm=True),
+         activation="gelu", norm_eps=1e-5),
     Case("TGIF weighted sum + norm", "layer_mix_mlp", MixPlan.weighted_sum(range(1, 25), -2, 25), 1, 577, 1024, 4096,
-         activation="gelu", norm=True),
+         activation="gelu", norm_eps=1e-5),
 ]  # fmt: skip
 
 

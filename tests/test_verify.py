@@ -45,7 +45,7 @@ def test_plain_torch_keeps_its_own_rule(case):
     names = {verdict.name for verdict in row.verdicts}
     assert "output" in names
     assert (verify.MIX_WEIGHTS_GRAD in names) == bool(case.plan.num_columns)
-    assert ("grad norm weight" in names) == case.norm
+    assert ("grad norm weight" in names) == (case.norm_eps is not None)
     assert any(name.startswith("grad layer") for name in names) == case.trainable_tower
 
 

@@ -1,0 +1,156 @@
+"""A LLaVA-IGVA model about one image: its connector plain, then swapped for the fused operator, side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from statistics import median
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
+
+from igva_kernels.demo.compare import (
+    CONNECTORS,
+    ConnectorFigures,
+    Conversation,
+    Run,
+    run_connector,
+    run_model,
+)
+from igva_kernels.demo.figure import draw
+from igva_kernels.demo.model import DESCRIPTION, load_model, random_model
+from igva_kernels.testing import relative_error
+
+# Questions that want different layers (colour, place, meaning), and what the training steps teach.
+QUESTIONS = {
+    "What colour is the saucer?": "The saucer is red.",
+    "Where is the spoon?": "It lies on the saucer, to the right of the cup.",
+    "What could one do with this?": "Drink the coffee while it is hot.",
+}
+
+RANDOM_STEPS = 5
+"""Training steps unless told otherwise; a checkpoint is not trained unless told so."""
+
+
+def run(image: Path | None, ask: Sequence[str] | None, model_dir: str | None, output: Path, steps: int | None) -> int:
+    """Runs the demo and prints what it finds.
+
+    Args:
+        image: a photograph; the bundled one if None.
+        ask: instructions; the questions about the bundled photograph if None. Without answers to learn from, the
+            training steps teach the model to repeat the instruction.
+        model_dir: a checkpoint; random weights if None.
+        output: directory of the figure.
+        steps: training steps.
+
+    Returns:
+        0 if both connectors give the same answers and the fused one keeps the rule of ``igva_kernels.testing``, else 1.
+    """
+    start = time.perf_counter()
+    console = Console()
+    disable_progress_bar()
+    steps = (RANDOM_STEPS if model_dir is None else 0) if steps is None else steps
+    questions = QUESTIONS if ask is None else {text: text for text in ask}
+    instructions, answers = list(questions), list(questions.values())
+    path = Path(str(files(__package__) / "coffee.jpg")) if image is None else image
+
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True
+    ) as progress:
+        task = progress.add_task("building the model", total=2 + len(CONNECTORS) * (2 + steps))
+        if model_dir is None:
+            model, processor = random_model([*instructions, *answers])
+        else:
+            model, processor = load_model(model_dir)
+        conversation = Conversation(processor, Image.open(path).convert("RGB"), instructions, answers)
+        progress.advance(task)
+        runs = {}
+        for name, impl in CONNECTORS.items():
+            progress.update(task, description=f"the model with the {name} connector")
+            runs[name] = run_model(model, conversation, impl, steps, lambda: progress.advance(task))
+        progress.update(task, description="the connector alone, against fp64")
+        figures = run_connector(model, conversation, runs["plain"].layer_weights[0])
+
+    console.print(f"image               {path.name}\n" + (DESCRIPTION if model_dir is None else f"model {model_dir}"))
+    _print_answers(console, instructions, runs, steps)
+    same = _print_agreement(console, runs)
+    _print_figures(console, figures, runs)
+    figure = _draw(output, instructions, model, runs, steps, path.name, model_dir)
+    console.print(f"figure: {figure}    ({time.perf_counter() - start:.0f} s in all)")
+    return 0 if same and all(verdict.ok for verdict in figures["fused"].verdicts) else 1
+
+
+def _print_answers(console: Console, instructions: Sequence[str], runs: dict[str, Run], steps: int) -> None:
+    table = Table("instruction", *runs, "same", title="Answers (greedy)", title_justify="left")
+    stages = {"": [run.answers for run in runs.values()]}
+    if steps:
+        stages[f" (after {steps} training steps)"] = [run.trained_answers for run in runs.values()]
+    for when, columns in stages.items():
+        for instruction, *told in zip(instructions, *columns, strict=True):
+            row = (instruction + when, *told, "yes" if len(set(told)) == 1 else "NO")
+            table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def _print_agreement(console: Console, runs: dict[str, Run]) -> bool:
+    """Says how far the two models are apart; returns whether the answers are the same."""
+    plain, fused = runs.values()
+    gradients = {name: relative_error(fused.grads[name], plain.grads[name]) for name in plain.grads}
+    worst = max(gradients, key=lambda name: gradients[name])
+    lines = [
+        f"logits differ by {relative_error(fused.logits, plain.logits):.1e}",
+        f"the gradients of {len(gradients)} weights by at most {gradients[worst]:.1e} ({worst})",
+    ]
+    apart = max(abs(f - p) / p for f, p in zip(fused.losses, plain.losses, strict=True))
+    lines.append(f"the losses of {len(plain.losses)} training steps by at most {apart:.1e}")
+    console.print("fused beside plain, relative: " + "; ".join(lines), highlight=False)
+    return plain.answers == fused.answers
+
+
+def _print_figures(console: Console, figures: dict[str, ConnectorFigures], runs: dict[str, Run]) -> None:
+    table = Table("connector", "plain", "fused", "fused / plain", title="Figures of this run", title_justify="left")
+    rows: list[tuple[str, str, list[float]]] = []
+    names = [verdict.name for verdict in figures["plain"].verdicts]
+    for at, name in enumerate(names):
+        rows.append((f"error against fp64, {name}", ".1e", [f.verdicts[at].error for f in figures.values()]))
+    rows += [
+        ("forward, ms", ".0f", [f.forward_ms for f in figures.values()]),
+        ("forward and backward, ms", ".0f", [f.training_ms for f in figures.values()]),
+        ("memory beyond inputs and output, MiB", ".1f", [f.inference_bytes / 2**20 for f in figures.values()]),
+        ("kept for backward, MiB", ".1f", [f.saved_bytes / 2**20 for f in figures.values()]),
+        ("whole model: answers, s", ".2f", [run.answer_seconds for run in runs.values()]),
+        ("whole model: training step, s", ".2f", [median(run.step_seconds) for run in runs.values()]),
+    ]
+    for label, form, values in rows:
+        ratio = f"{values[1] / values[0]:.2f}" if values[0] else ""
+        table.add_row(label, *(format(value, form) for value in values), ratio)
+    console.print(table)
+
+
+def _draw(
+    output: Path, instructions: Sequence[str], model: torch.nn.Module, runs: dict[str, Run], steps: int,
+    image: str, model_dir: str | None,
+) -> Path:  # fmt: skip
+    plain, fused = runs.values()
+    weights = {"at the start": fused.layer_weights[0].tolist()}
+    if steps > 1:
+        weights[f"after {steps - 1} steps"] = fused.layer_weights[-1].tolist()
+    columns: dict[int, list[int]] = {}
+    for block in model.config.plan.blocks:
+        for layer, column, _ in block:
+            if column is not None:
+                columns.setdefault(column, []).append(layer)
+    groups = [f"layers {min(layers)}-{max(layers)}" for _, layers in sorted(columns.items())]
+    note = f"{image}; " + ("random weights, so the shares mean nothing yet" if model_dir is None else model_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / "demo.png"
+    losses = {"plain": plain.losses, "fused": fused.losses} if steps > 1 else {}
+    draw(path, instructions, groups, weights, losses, note)
+    return path

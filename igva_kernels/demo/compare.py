@@ -1,0 +1,213 @@
+"""What the demo measures: the connector on the real hidden states of the image, and the whole model around it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from igva_kernels.integrations import patched
+from igva_kernels.models import LlavaIgvaForConditionalGeneration
+from igva_kernels.testing import Verdict, judge, measure_memory
+from igva_kernels.verify import Case, Inputs
+
+T = TypeVar("T")
+
+CONNECTORS = {"plain": "reference", "fused": "auto"}
+"""The connectors of the demo and the ``impl`` that each one is."""
+
+ROUNDS = 5
+NEW_TOKENS = 14
+LEARNING_RATE = 3e-4
+
+
+@dataclass
+class Run:
+    """The whole model with one connector."""
+
+    answers: list[str]
+    answer_seconds: float
+    logits: Tensor
+    """Of the first training step, like the gradients."""
+    grads: dict[str, Tensor]
+    layer_weights: list[Tensor]
+    """Of every training step, ``[B, K]``."""
+    losses: list[float]
+    step_seconds: list[float]
+    trained_answers: list[str]
+    """After the training steps; empty where there were none."""
+
+
+@dataclass
+class ConnectorFigures:
+    """One connector by itself."""
+
+    verdicts: list[Verdict]
+    forward_ms: float
+    training_ms: float
+    inference_bytes: int
+    """Beyond inputs and output."""
+    saved_bytes: int
+    """Kept for backward beyond inputs and output."""
+
+
+class Conversation:
+    """Several instructions about one image: what a model is given, and what it should learn to answer."""
+
+    def __init__(self, processor: Any, image: Any, instructions: Sequence[str], answers: Sequence[str]) -> None:
+        self.processor = processor
+        prompts = [f"USER: <image>\n{instruction} ASSISTANT:" for instruction in instructions]
+        end = processor.tokenizer.eos_token
+        self.prompts = self._inputs(image, prompts, instructions, "left")
+        self.training = self._inputs(
+            image, [f"{prompt} {answer}{end}" for prompt, answer in zip(prompts, answers, strict=True)],
+            instructions, "right",
+        )  # fmt: skip
+        labels = self.training["input_ids"].masked_fill(self.training["attention_mask"] == 0, -100)
+        for row, length in zip(labels, self.prompts["attention_mask"].sum(dim=1), strict=True):
+            row[:length] = -100  # answers are learned, prompts are not
+        self.training["labels"] = labels
+
+    def _inputs(self, image: Any, texts: list[str], instructions: Sequence[str], side: str) -> dict[str, Tensor]:
+        self.processor.tokenizer.padding_side = side
+        inputs = self.processor(
+            images=[image] * len(texts), text=texts, instructions=list(instructions), padding=True, return_tensors="pt"
+        )
+        # The image is seen once, whatever the number of instructions about it.
+        return {
+            **inputs,
+            "pixel_values": inputs["pixel_values"][:1],
+            "image_index": torch.zeros(len(texts), dtype=torch.int64),
+        }
+
+    def decode(self, tokens: Tensor) -> list[str]:
+        """The answers, printable."""
+        return [repr(text.strip())[1:-1] for text in self.processor.batch_decode(tokens, skip_special_tokens=True)]
+
+
+def run_model(
+    model: LlavaIgvaForConditionalGeneration,
+    conversation: Conversation,
+    impl: str,
+    steps: int,
+    advance: Callable[[], None],
+) -> Run:
+    """Answers, training steps, answers; the weights are as before when it returns.
+
+    Args:
+        model: the model.
+        conversation: its inputs.
+        impl: which connector.
+        steps: how many training steps; 0 for one forward and backward that changes nothing.
+        advance: called after the answers and after every step.
+    """
+    learned = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    before = [param.detach().clone() for param in learned.values()] if steps else []
+    optimizer = torch.optim.AdamW(learned.values(), lr=LEARNING_RATE)
+
+    def step() -> Any:
+        outputs = model(**conversation.training)
+        outputs.loss.backward()
+        if steps:
+            optimizer.step()
+        return outputs
+
+    with patched(model, impl=impl):
+        answers, answer_seconds = _timed(lambda: _answer(model, conversation))
+        run = Run(answers, answer_seconds, torch.empty(0), {}, [], [], [], [])
+        advance()
+        for _ in range(max(steps, 1)):
+            outputs, seconds = _timed(step)
+            if not run.grads:
+                run.logits = outputs.logits.detach()
+                run.grads = {name: param.grad for name, param in learned.items() if param.grad is not None}
+            optimizer.zero_grad()
+            run.layer_weights.append(outputs.layer_weights.detach())
+            run.losses.append(outputs.loss.item())
+            run.step_seconds.append(seconds)
+            advance()
+        if steps:
+            run.trained_answers = _answer(model, conversation)
+            advance()
+    with torch.no_grad():
+        for param, old in zip(learned.values(), before, strict=bool(steps)):
+            param.copy_(old)
+    return run
+
+
+def _answer(model: LlavaIgvaForConditionalGeneration, conversation: Conversation) -> list[str]:
+    tokens = model.generate(**conversation.prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
+    return conversation.decode(tokens[:, conversation.prompts["input_ids"].shape[1] :])
+
+
+def run_connector(
+    model: LlavaIgvaForConditionalGeneration, conversation: Conversation, layer_weights: Tensor
+) -> dict[str, ConnectorFigures]:
+    """Error against fp64, time and memory of each connector, on the hidden states of the image."""
+    case, inputs = _connector_case(model, conversation, layer_weights)
+    oracle = case.run(inputs.double(), "reference")
+    results = {name: case.run(inputs, impl) for name, impl in CONNECTORS.items()}
+    verdicts = {
+        name: [judge(value, oracle[key], results["plain"][key], value.dtype, key) for key, value in result.items()]
+        for name, result in results.items()
+    }
+    del oracle, results
+
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in CONNECTORS}
+    for _ in range(ROUNDS):
+        for name, impl in CONNECTORS.items():
+            with torch.no_grad():
+                _, inference = _timed(lambda: case.forward(inputs, impl))  # noqa: B023
+            _, training = _timed(lambda: case.run(inputs, impl))  # noqa: B023
+            seconds[name].append((inference, training))
+
+    figures = {}
+    for name, impl in CONNECTORS.items():
+        with torch.no_grad():
+            out, inference_memory = measure_memory(lambda: case.forward(inputs, impl))  # noqa: B023
+        learning = inputs.detached()
+        for leaf in (learning.mix_weights, *learning.params.values()):
+            leaf.requires_grad_()
+        _, training_memory = measure_memory(lambda: case.forward(learning, impl))  # noqa: B023
+        figures[name] = ConnectorFigures(
+            verdicts[name],
+            1e3 * median(inference for inference, _ in seconds[name]),
+            1e3 * median(training for _, training in seconds[name]),
+            inference_memory.peak - out.nbytes,
+            training_memory.kept - out.nbytes,
+        )
+    return figures
+
+
+@torch.no_grad()
+def _connector_case(
+    model: LlavaIgvaForConditionalGeneration, conversation: Conversation, layer_weights: Tensor
+) -> tuple[Case, Inputs]:
+    """The call of the connector that the model makes, as ``verify`` writes one."""
+    config, projector = model.config, model.model.multi_modal_projector
+    prompts = conversation.prompts
+    layers = model.model.vision_tower(prompts["pixel_values"], output_hidden_states=True).hidden_states
+    first, second, norm = projector.linear_1, projector.linear_2, projector.projector_layernorm
+    params = {"weight1": first.weight, "bias1": first.bias, "weight2": second.weight, "bias2": second.bias}
+    if norm is not None:
+        params |= {"norm weight": norm.weight, "norm bias": norm.bias}
+    images, tokens, width = layers[0].shape
+    case = Case(
+        "demo", "layer_mix_mlp", projector.plan.resolve(len(layers)), images, tokens, width, second.out_features,
+        config.skip_tokens, tuple(prompts["image_index"].tolist()), projector.activation,
+        None if norm is None else norm.eps,
+    )  # fmt: skip
+    grad_out = torch.randn(len(prompts["image_index"]), tokens - config.skip_tokens, second.out_features)
+    inputs = Inputs(list(layers), layer_weights, params, grad_out.to(first.weight.dtype))
+    return case, inputs.detached()
+
+
+def _timed(call: Callable[[], T]) -> tuple[T, float]:
+    start = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - start

