@@ -1,4 +1,13 @@
-"""TritonBackend: which kernel serves which step."""
+"""TritonBackend: which kernel serves which step.
+
+    mix, its gradients, norm_backward     Triton, always
+    linear, linear_grad_input,            one Triton GEMM with the rest in its epilogue, or cuBLAS and small kernels
+    mix_weights_grad_of_linear
+    mix_linear                            a GEMM that reads the layers itself, or mix and linear
+    products without an epilogue          cuBLAS
+
+``cost`` chooses where there is a choice, from shapes alone: the same call takes the same kernels in every step.
+"""
 
 from __future__ import annotations
 
