@@ -34,8 +34,7 @@ from igva_kernels.models.llava_igva.image_features import ImageFeatures
 from igva_kernels.models.llava_igva.sentence_encoder import encode_sentences
 from igva_kernels.models.llava_igva.upgrade import upgraded_config, upgraded_state_dict
 from igva_kernels.nn import LayerMixProjector, WeightAllocator, balance_loss, column_summaries
-from igva_kernels.ops import layer_mix
-from igva_kernels.plan import MixPlan, is_tap
+from igva_kernels.streaming import stream_hidden_states
 
 
 @dataclass
@@ -126,15 +125,11 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         Returns:
             The reduced sources of the plan (IGVA: 5 states an image instead of 25), in the tower's dtype, no gradient.
         """
-        states = self._hidden_states(pixel_values)
-        sources, plan = states.plan.reduced()
-        reduced = (
-            states.sources[block[0].layer]
-            if is_tap(block)
-            else layer_mix(states.sources, MixPlan((block,)), impl=self.multi_modal_projector.impl)
-            for block in sources.blocks
-        )
-        return ImageFeatures(tuple(reduced), plan)
+        _check_pixels(pixel_values)
+        plan, impl = self.multi_modal_projector.plan, self.multi_modal_projector.impl
+        with stream_hidden_states(self.vision_tower, plan, impl=impl) as stream:
+            self.vision_tower(pixel_values)
+        return ImageFeatures(tuple(stream.sources), stream.plan)
 
     @can_return_tuple
     def get_image_features(
@@ -268,8 +263,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
 
     def _hidden_states(self, pixel_values: Tensor, **kwargs: Any) -> ImageFeatures:
         """Every state of the tower: transformers counts the layers of a selection differently before 5.23."""
-        if pixel_values.ndim != 4:
-            raise ValueError(f"pixel_values: got shape {tuple(pixel_values.shape)}, need [images, 3, height, width]")
+        _check_pixels(pixel_values)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._tower_learns):
             states = self.vision_tower(
                 pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True}
@@ -281,7 +275,12 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
     ) -> ImageFeatures:
         if (pixel_values is None) == (image_features is None):
             raise ValueError("pixel_values, image_features: need exactly one of the two")
-        return self._hidden_states(pixel_values, **kwargs) if image_features is None else image_features
+        if image_features is None:
+            return self._hidden_states(pixel_values, **kwargs)
+        plan = self.multi_modal_projector.plan.reduced()[1]
+        if image_features.plan != plan:
+            raise ValueError(f"image_features: they are for {image_features.plan}, need {plan}")
+        return image_features
 
     def _connect(
         self, features: ImageFeatures, sentence_embeds: Tensor | None, image_index: Tensor | None
@@ -459,6 +458,11 @@ _IMAGE_ARGUMENTS = (
     "instructions",
     "mm_encoder_outputs",
 )
+
+
+def _check_pixels(pixel_values: Tensor) -> None:
+    if pixel_values.ndim != 4:
+        raise ValueError(f"pixel_values: got shape {tuple(pixel_values.shape)}, need [images, 3, height, width]")
 
 
 def _share_of_loss(
