@@ -265,6 +265,40 @@ def test_a_gemm_that_reads_the_layers(name, index, width, norm, dtype, monkeypat
     assert_within_rule(actual, run("reference", lambda x: x.double()), run("reference", lambda x: x), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shift", [0.0, 10.0], ids=["centred", "mean 10"])
+@pytest.mark.parametrize("outlier", [0.0, 300.0], ids=["even", "an outlier of 300"])
+def test_a_folded_norm_is_as_exact_as_the_norm(outlier, shift, dtype):
+    """The product of the raw rows is large where the mean is, and most of it is then subtracted."""
+    states = [torch.randn(1, 40, 64) + shift for _ in range(3)]
+    for state in states:
+        state[..., 7] += outlier
+    states = [state.to(dtype) for state in states]
+    weight, bias = (torch.randn(72, 192) / 192**0.5).to(dtype), torch.randn(72).to(dtype)
+    norm = ((1 + 0.1 * torch.randn(192)).to(dtype), (0.1 * torch.randn(192)).to(dtype))
+
+    def run(impl, cast):
+        given = (*(cast(p) for p in norm), 1e-5)
+        layers = [cast(state) for state in states]
+        return ik.layer_mix_linear(
+            layers, MixPlan.concat([0, 1, 2], 3), None, cast(weight), cast(bias), norm=given, impl=impl
+        )  # fmt: skip
+
+    results = run("triton", lambda x: x), run("reference", lambda x: x.double()), run("reference", lambda x: x)
+    assert_within_rule(*results, dtype)
+
+
+def test_fp32_products_follow_the_setting_of_torch():
+    setting = torch.backends.cuda.matmul
+    before = setting.allow_tf32
+    try:
+        for allowed, wanted in ((True, "tf32"), (False, "ieee")):
+            setting.allow_tf32 = allowed
+            assert gemm.precision(torch.float32) == wanted
+    finally:
+        setting.allow_tf32 = before
+
+
 def test_vectors_may_have_strides():
     layers, plan = [torch.randn(2, 4, 16) for _ in range(3)], make_plan(3, 2)
     index, weights = torch.tensor([1, 7, 0, 7, 1, 7])[::2], torch.rand(2, 3).t()

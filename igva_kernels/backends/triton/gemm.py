@@ -415,7 +415,12 @@ def fits_tma(x: Tensor) -> bool:
 
 def precision(dtype: torch.dtype) -> str:
     """How the matrix units take fp32 operands: as torch's own setting says."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    setting = torch.backends.cuda.matmul
+    # From torch 2.9 on, reading the older of the two settings fails where the newer one was used.
+    tf32 = setting.fp32_precision == "tf32" if hasattr(setting, "fp32_precision") else setting.allow_tf32
+    return "tf32" if tf32 else "ieee"
 
 
 def _operand(x: Tensor, block: tuple[int, int], tma: bool) -> Any:
