@@ -5,6 +5,7 @@
 #   make test                           ruff, mypy and the tests
 #   make test-all                       the slow tests too, and the oldest transformers that is supported
 #   make bench                          time and memory of the connector on this CPU
+#   make learn                          small models learn from drawn pictures, plain beside fused (about 10 minutes)
 #
 # Linux without a GPU: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves gigabytes of CUDA packages.
 
@@ -16,7 +17,7 @@ OLDEST_TRANSFORMERS := 5.17.0
 INPUTS := pyproject.toml setup.py CMakeLists.txt igva_kernels/version.py $(shell find csrc -type f)
 TEST := .venv-test/bin
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench learn clean
 
 demo: .venv-demo/installed
 	.venv-demo/bin/igva-kernels demo $(ARGS)
@@ -35,6 +36,9 @@ lint: .venv-test/installed
 
 bench: .venv-test/installed
 	$(TEST)/python benchmarks/connector_cpu.py $(ARGS)
+
+learn: .venv-test/installed
+	$(TEST)/python examples/learn_shapes.py $(ARGS)
 
 clean:
 	rm -rf .venv-demo .venv-test .venv-oldest

@@ -76,7 +76,7 @@ class TrainArguments(TrainingArguments):
 
 
 class LlavaTrainer(Trainer):
-    """A Trainer whose projector may have a learning rate of its own."""
+    """A Trainer whose projector may have a learning rate of its own, and which resumes a model that saves renamed."""
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As the Trainer's, with the projector in groups of its own."""
@@ -91,6 +91,15 @@ class LlavaTrainer(Trainer):
                 groups += [{**group, "params": others}, {**group, "params": own, "lr": self.args.mm_projector_lr}]
             optimizer.param_groups[:] = [group for group in groups if group["params"]]
         return optimizer
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # A checkpoint has Llava's names of the weights, which only from_pretrained knows: the Trainer would find none
+        # of them, and go on with a warning (huggingface/transformers#43701).
+        model = self.model if model is None else model
+        if self.is_fsdp_enabled or not isinstance(model, LlavaIgvaForConditionalGeneration):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            model.load_state_dict(type(model).from_pretrained(resume_from_checkpoint).state_dict())
 
 
 def load_model(args: ModelArguments) -> PreTrainedModel:
