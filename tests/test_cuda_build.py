@@ -63,11 +63,25 @@ def test_the_hopper_gemm_is_made_of_hoppers_instructions_and_spills_nothing(tmp_
         assert used.stack == used.local == 0, (name, used)
         assert used.registers <= 168, (name, used)  # 384 threads of a multiprocessor's 65536 registers
     code = machine_code(cubin)
-    for instruction in ("HGMMA.64x256x16.F32.BF16", "HGMMA.64x256x16.F32 ", "UTMALDG.2D", "USETMAXREG", "UBLKPF.L2"):
+    for instruction in (
+        "HGMMA.64x256x16.F32.BF16",
+        "HGMMA.64x256x16.F32 ",
+        "UTMALDG.2D ",
+        "UTMALDG.2D.MULTICAST",
+        "USETMAXREG",
+        "UBLKPF.L2",
+    ):
         assert instruction in code, instruction
     assert "STL" not in code and "LDL" not in code
-    # A product is never waited for where it is issued: the compiler serialises them when it loses track of registers.
     assert "STG.E.128" in code and "LDG.E.128" in code
+    # Products accumulate in place, four a step, and only the last of a step is waited for.
+    products = re.findall(r"HGMMA\S* (R\d+), gdesc\[UR\d+\], (\S+?)(, gsb0)? ;", code)
+    assert all(to == also for to, also, _ in products)
+    assert [bool(waited) for *_, waited in products] == [False, False, False, True] * (len(products) // 4)
+    # After giving registers away, copying and mixing use no more than they kept.
+    given = code.split("USETMAXREG.DEALLOC.CTAPOOL")[1:]
+    for rest in (part.split("Function :")[0] for part in given):
+        assert max(int(n) for n in re.findall(r"\bR(\d+)\b", rest)) < int(rest.split()[0], 16)
 
 
 def test_shared_memory_of_the_hopper_gemm_fits_a_multiprocessor():

@@ -161,7 +161,7 @@ def fused(monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", FUSED, ids=lambda case: case.name)
-@pytest.mark.parametrize("multiprocessors", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("multiprocessors", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_the_fused_gemm_obeys_the_error_rule_with_its_gradients(case, dtype, multiprocessors, fused, monkeypatch):
     monkeypatch.setattr(gemm, "multiprocessors", lambda device: multiprocessors)
     judge(case, dtype)

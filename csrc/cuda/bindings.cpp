@@ -229,7 +229,7 @@ void run_gemm_sm90(DType dtype, const std::vector<TapTuple>& taps, const std::ve
     check(describe_matrix(&params.a[i], dtype, pointer(data), rows, width, stride, gemm_tile_m));
   }
   const auto& [weight_data, weight_stride, depth] = weight;
-  check(describe_matrix(&params.w, dtype, pointer(weight_data), columns, depth, weight_stride, gemm_tile_n));
+  check(describe_matrix(&params.w, dtype, pointer(weight_data), columns, depth, weight_stride, gemm_tile_n / gemm_cluster));
   if (program) {
     const int64_t f_width = program->params_.num_blocks * width;
     check(describe_matrix(&params.a[taps.size()], dtype, pointer(scratch), rows, f_width, f_width, gemm_tile_m));
@@ -282,7 +282,8 @@ PYBIND11_MODULE(IGVA_CUDA_MODULE, m) {
   m.def("layer_grads", run_layer_grads);
 #ifdef IGVA_HOPPER
   m.attr("GEMM_SM90") = py::dict(py::arg("tile_m") = gemm_tile_m, py::arg("tile_n") = gemm_tile_n,
-                                 py::arg("tile_k") = gemm_tile_k, py::arg("taps") = gemm_max_taps);
+                                 py::arg("tile_k") = gemm_tile_k, py::arg("cluster") = gemm_cluster,
+                                 py::arg("taps") = gemm_max_taps);
   m.def("gemm_sm90", run_gemm_sm90);
 #endif
 }

@@ -160,26 +160,32 @@ __device__ inline void* dynamic_shared() {
   return shared;
 }
 
+// Launches clusters of `cluster` blocks.
 template <class... Params>
-int launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, Stream stream, const Params&... params) {
+int launch_clusters(void (*kernel)(Params...), int cluster, dim3 grid, int threads, size_t shared, Stream stream,
+                    const Params&... params) {
   if (grid.x == 0 || grid.y == 0) return cudaSuccess;
   if (shared > 48 * 1024) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
     if (error != cudaSuccess) return error;
   }
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1;
   return cudaLaunchKernelEx(&config, kernel, params...);
 }
 
-// For kernels whose blocks wait for what others do.
 template <class... Params>
-int launch_together(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, Stream stream,
-                    const Params&... params) {
-  return launch(kernel, grid, threads, shared, stream, params...);
+int launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, Stream stream, const Params&... params) {
+  return launch_clusters(kernel, 1, grid, threads, shared, stream, params...);
 }
 #endif
 

@@ -10,6 +10,9 @@
 //   warpgroup 2      warp 0: the copy engine fills a ring of four stages; taps first, they need no mix
 //                    warps 1-3: mix 8 rows at a time, claimed from a ticket in the order of the rows
 //
+// Two blocks of a cluster work on adjacent tiles of 128 rows with the same rows of W, of which each copies one half to
+// both: 32 KB from L2 a step and multiprocessor instead of 48, beside the layers that the mixers read.
+//
 // A block of 128 rows of F has a flag that counts its mixed groups of 8. The copy warp waits for it before the first box of
 // F. Mixers never wait, and a group is only claimed by one that runs, so no launch depends on how many blocks are resident.
 // F is written by ordinary stores and read by the copy engine: a proxy fence stands on both sides of the flag. Ticket and
@@ -32,8 +35,13 @@ constexpr int products_threads = 256, threads = 384;
 constexpr int a_bytes = gemm_tile_m * gemm_tile_k * 2, b_bytes = gemm_tile_n * gemm_tile_k * 2;
 constexpr int stage_bytes = a_bytes + b_bytes;
 constexpr int shared_bytes = stages * stage_bytes + 1024; // the barriers stand behind the ring
-constexpr int products_registers = 208, others_registers = 96;
-static_assert(products_threads * products_registers + (threads - products_threads) * others_registers <= 65536);
+
+// A block has the registers of its launch and no more: what the products take, the others must have given, or the kernel
+// waits for ever.
+constexpr int launch_registers = 65536 / threads / 8 * 8;
+constexpr int products_registers = 208, others_registers = 88;
+static_assert(products_threads * products_registers + (threads - products_threads) * others_registers <=
+              threads * launch_registers);
 
 // Where a pipeline stands in the ring.
 struct Stage {
@@ -46,15 +54,20 @@ struct Stage {
   }
 };
 
+// Pairs of tiles, one a cluster at a time.
 struct Tiles {
-  int count, across;
+  int across, down, rank, first, stride;
   __device__ explicit Tiles(const GemmParams& params)
-      : across((params.columns + gemm_tile_n - 1) / gemm_tile_n) {
-    count = (params.rows + gemm_tile_m - 1) / gemm_tile_m * across;
-  }
+      : across((params.columns + gemm_tile_n - 1) / gemm_tile_n),
+        down((params.rows + gemm_cluster * gemm_tile_m - 1) / (gemm_cluster * gemm_tile_m)),
+        rank(int(ptx::cluster_rank())),
+        first(blockIdx.x / gemm_cluster),
+        stride(params.grid / gemm_cluster) {}
+  __device__ int count() const { return down * across; }
   // Neighbours share their rows of A; all of W stays in L2.
-  __device__ int row(int tile) const { return tile / across * gemm_tile_m; }
-  __device__ int column(int tile) const { return tile % across * gemm_tile_n; }
+  __device__ int row(int pair) const { return (pair / across * gemm_cluster + rank) * gemm_tile_m; }
+  __device__ int column(int pair) const { return pair % across * gemm_tile_n; }
+  __device__ int mix_groups() const { return down * gemm_cluster * (gemm_tile_m / gemm_mix_rows); }
 };
 
 struct Ring {
@@ -63,13 +76,17 @@ struct Ring {
   __device__ unsigned char* b(int stage) const { return a(stage) + a_bytes; }
   __device__ uint64_t* full(int stage) const { return reinterpret_cast<uint64_t*>(memory + stages * stage_bytes) + stage; }
   __device__ uint64_t* empty(int stage) const { return full(stages) + stage; }
+  // Each warp speaks for itself, having waited for its own quarter of a product only; to both blocks, which both copy here.
+  __device__ void release(int stage, int lane) const {
+    if (lane < gemm_cluster) ptx::barrier_arrive(empty(stage), lane);
+  }
 };
 
-// One thread: boxes of A and W for every tile and step of K, the steps of F last.
+// One thread: boxes of A and of its half of W for every tile and step of K, the steps of F last.
 __device__ void copy_boxes(const GemmParams& params, const Tiles& tiles, const Ring& ring) {
   const int steps_a_block = params.width / gemm_tile_k;
   Stage stage;
-  for (int tile = blockIdx.x; tile < tiles.count; tile += params.grid) {
+  for (int tile = tiles.first; tile < tiles.count(); tile += tiles.stride) {
     const int row = tiles.row(tile), column = tiles.column(tile);
     bool waited = false;
     for (int i = 0; i < params.num_blocks; ++i) {
@@ -85,8 +102,9 @@ __device__ void copy_boxes(const GemmParams& params, const Tiles& tiles, const R
         ptx::barrier_arrive_expecting(ring.full(stage.index), stage_bytes);
         ptx::copy_box(ring.a(stage.index), &params.a[block.map], ring.full(stage.index),
                       block.offset + step * gemm_tile_k, row);
-        ptx::copy_box(ring.b(stage.index), &params.w, ring.full(stage.index),
-                      block.position * params.width + step * gemm_tile_k, column);
+        ptx::copy_box_to((1 << gemm_cluster) - 1, ring.b(stage.index) + tiles.rank * (b_bytes / gemm_cluster), &params.w,
+                         ring.full(stage.index), block.position * params.width + step * gemm_tile_k,
+                         column + tiles.rank * (gemm_tile_n / gemm_cluster));
       }
     }
   }
@@ -94,10 +112,10 @@ __device__ void copy_boxes(const GemmParams& params, const Tiles& tiles, const R
 
 // A warp: groups of rows in order, each mixed 32 vectors at a time while the next ones come to L2.
 template <class T>
-__device__ void mix_rows(const GemmParams& params, int lane) {
+__device__ void mix_rows(const GemmParams& params, const Tiles& tiles, int lane) {
   constexpr int V = vector_width<T>, segment = 32 * V; // elements a warp mixes at a time
   constexpr int ahead = 2;                             // segments that are asked for before they are mixed
-  const int groups = (params.rows + gemm_tile_m - 1) / gemm_tile_m * (gemm_tile_m / gemm_mix_rows);
+  const int groups = tiles.mix_groups();
   const int segments = (params.width + segment - 1) / segment; // of a row
   for (;;) {
     int group = 0;
@@ -204,7 +222,7 @@ template <class T>
 __device__ void multiply(const GemmParams& params, const Tiles& tiles, const Ring& ring, int warpgroup, int thread) {
   const int steps = params.num_blocks * (params.width / gemm_tile_k);
   Stage stage;
-  for (int tile = blockIdx.x; tile < tiles.count; tile += params.grid) {
+  for (int tile = tiles.first; tile < tiles.count(); tile += tiles.stride) {
     float d[128];
 #pragma unroll
     for (int i = 0; i < 128; ++i) d[i] = 0;
@@ -218,12 +236,11 @@ __device__ void multiply(const GemmParams& params, const Tiles& tiles, const Rin
       for (int k = 0; k < gemm_tile_k / 16; ++k) ptx::product<T>(d, a + 2 * k, b + 2 * k); // 32 bytes on, in units of 16
       ptx::product_commit();
       ptx::product_wait<1>(d);
-      // Each warp speaks for itself: it has waited for its own quarter of the product only.
-      if (before >= 0 && thread % 32 == 0) ptx::barrier_arrive(ring.empty(before));
+      if (before >= 0) ring.release(before, thread % 32);
       before = stage.index;
     }
     ptx::product_wait<0>(d);
-    if (thread % 32 == 0) ptx::barrier_arrive(ring.empty(before));
+    ring.release(before, thread % 32);
     store_tile<T>(params, d, tiles.row(tile) + warpgroup * 64, tiles.column(tile), thread);
   }
 }
@@ -238,24 +255,25 @@ __global__ void __launch_bounds__(threads, 1) gemm_sm90_kernel(const __grid_cons
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < stages; ++stage) {
       ptx::barrier_init(ring.full(stage), 1);
-      ptx::barrier_init(ring.empty(stage), products_threads / 32);
+      ptx::barrier_init(ring.empty(stage), gemm_cluster * products_threads / 32);
     }
     ptx::barrier_init_fence();
   }
-  __syncthreads();
+  ptx::cluster_sync();
   if (warpgroup == 2) {
     ptx::give_registers<others_registers>();
     if (thread == 0) copy_boxes(params, tiles, ring);
-    else if (thread >= 32 && params.mix.num_terms > 0) mix_rows<T>(params, thread % 32);
+    else if (thread >= 32 && params.mix.num_terms > 0) mix_rows<T>(params, tiles, thread % 32);
   } else {
     ptx::take_registers<products_registers>();
     multiply<T>(params, tiles, ring, warpgroup, thread);
   }
+  ptx::cluster_sync(); // the other block still arrives at barriers here
 }
 
 int gemm_sm90(const GemmParams& params, DType dtype, Stream stream) {
   const auto kernel = dtype == DType::bf16 ? gemm_sm90_kernel<__nv_bfloat16> : gemm_sm90_kernel<__half>;
-  return launch_together(kernel, dim3(params.grid), threads, shared_bytes, stream, params);
+  return launch_clusters(kernel, gemm_cluster, dim3(params.grid), threads, shared_bytes, stream, params);
 }
 
 } // namespace igva::cuda

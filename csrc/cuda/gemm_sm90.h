@@ -8,6 +8,7 @@
 namespace igva::cuda {
 
 constexpr int gemm_tile_m = 128, gemm_tile_n = 256, gemm_tile_k = 64;
+constexpr int gemm_cluster = 2;
 constexpr int gemm_mix_rows = 8; // rows that a warp mixes for one count of a flag
 constexpr int gemm_max_taps = 8;
 
@@ -30,13 +31,13 @@ struct GemmParams {
   int32_t tokens;  // T
   int32_t skip;
   int32_t columns; // H
-  int32_t grid;
+  int32_t grid;    // a multiple of the cluster
   int32_t num_mix_layers;
   Activation activation; // none or gelu
   const void* bias;      // [H] or null
   void* y;               // [B * P, H]
   void* z;               // or null
-  int32_t* flags;        // the ticket, then one flag a block of 128 rows; zero at launch
+  int32_t* flags;        // the ticket, then one flag a tile of rows, of whole clusters; zero at launch
   MixParams mix;         // rows is F; num_terms == 0 without mixed blocks
 };
 static_assert(sizeof(GemmParams) <= 32764);

@@ -1,5 +1,5 @@
 // Runs CUDA kernels on a CPU, compiled as plain C++: every thread is a fiber, barriers and shuffles switch to the next one.
-// Blocks run one after the other; a kernel whose blocks wait for each other runs them all at once (`launch_together`).
+// Blocks run one after the other; those of a kernel with clusters, which wait for each other, all at once.
 #pragma once
 
 #define IGVA_EMULATION
@@ -46,7 +46,8 @@ struct Block {
   Barrier all;
   std::vector<Barrier> warps;
   std::vector<unsigned long long> lanes; // what a shuffle hands round
-  Barrier named[16];
+  Barrier* cluster = nullptr;
+  int cluster_size = 1;
   std::vector<unsigned char> memory;
   unsigned char* shared = nullptr;
 };
@@ -126,14 +127,21 @@ inline void run(std::vector<Block>& blocks, size_t first, size_t count, const st
 }
 
 template <class... Params>
-int launch_blocks(bool together, void (*kernel)(Params...), dim3 grid, int threads, size_t shared,
+int launch_blocks(int cluster, void (*kernel)(Params...), dim3 grid, int threads, size_t shared,
                   const Params&... params) {
   const size_t count = size_t(grid.x) * grid.y;
+  const bool together = cluster > 0;
+  if (together && count % cluster != 0) std::abort();
   std::vector<Block> blocks(count);
+  std::vector<Barrier> clusters(together ? count / cluster : 0);
   for (size_t b = 0; b < count; ++b) {
     Block& block = blocks[b];
     block.index = dim3(unsigned(b % grid.x), unsigned(b / grid.x));
     block.threads = threads;
+    if (together) {
+      block.cluster = &clusters[b / cluster];
+      block.cluster_size = cluster;
+    }
     block.warps.resize((threads + 31) / 32);
     block.lanes.resize(threads);
     if (together) {
@@ -192,12 +200,12 @@ inline void* dynamic_shared() { return emulation::current->block->shared; }
 
 template <class... Params>
 int launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, void*, const Params&... params) {
-  return emulation::launch_blocks(false, kernel, grid, threads, shared, params...);
+  return emulation::launch_blocks(0, kernel, grid, threads, shared, params...);
 }
 
 template <class... Params>
-int launch_together(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, void*, const Params&... params) {
-  return emulation::launch_blocks(true, kernel, grid, threads, shared, params...);
+int launch_clusters(void (*kernel)(Params...), int cluster, dim3 grid, int threads, size_t shared, void*, const Params&... params) {
+  return emulation::launch_blocks(cluster, kernel, grid, threads, shared, params...);
 }
 
 } // namespace igva::cuda

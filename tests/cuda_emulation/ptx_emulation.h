@@ -56,8 +56,23 @@ using namespace emulation;
 
 inline void barrier_init(uint64_t* barrier, int arrivals) { phase_barriers[barrier] = {arrivals, arrivals, 0, 0}; }
 inline void barrier_init_fence() {}
-inline void barrier_arrive(uint64_t* barrier) {
-  PhaseBarrier& state = phase_barriers.at(barrier);
+inline uint32_t cluster_rank() { return current->block->index.x % current->block->cluster_size; }
+inline void cluster_sync() {
+  Block& block = *current->block;
+  arrive_and_wait(*block.cluster, block.threads * block.cluster_size);
+}
+
+// What block `rank` of the cluster keeps at the same place.
+template <class T>
+T* there(T* here, uint32_t rank) {
+  const Block& block = *current->block;
+  const Block& other = *(&block - cluster_rank() + rank);
+  const auto offset = reinterpret_cast<unsigned char*>(here) - block.shared;
+  return reinterpret_cast<T*>(other.shared + offset);
+}
+
+inline void barrier_arrive(uint64_t* barrier, uint32_t rank) {
+  PhaseBarrier& state = phase_barriers.at(there(barrier, rank));
   --state.missing;
   state.check();
 }
@@ -90,7 +105,14 @@ inline void copy_box(void* to, const CUtensorMap* map, uint64_t* barrier, int x,
   state.check();
 }
 
-inline void prefetch_map(const CUtensorMap*) {}
+inline void copy_box_to(uint16_t mask, void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y) {
+  for (int rank = 0; rank < 16; ++rank) {
+    if (mask >> rank & 1) {
+      copy_box(there(static_cast<unsigned char*>(to), rank), map, there(barrier, rank), x, y);
+    }
+  }
+}
+
 inline void prefetch_l2(const void* from, uint32_t bytes) {
   if (bytes == 0 || bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) std::abort();
 }

@@ -19,7 +19,7 @@ from igva_kernels.backends.cuda import launch, programs
 from igva_kernels.plan import MixPlan, is_tap
 from igva_kernels.reference import Norm
 
-TILE_M, TILE_N, TILE_K, MAX_TAPS = 128, 256, 64, 8
+TILE_M, TILE_N, TILE_K, CLUSTER, MAX_TAPS = 128, 256, 64, 2, 8
 
 SWITCH = "IGVA_KERNELS_FUSED_GEMM"
 """Environment variable that switches the kernel on: it stays off until it has been measured on a card."""
@@ -81,12 +81,14 @@ def why_not(
         return f"the output must be a multiple of 8 wide, not {weight.shape[0]}"
     if len(plan.taps) > MAX_TAPS or args.plan.num_blocks > 2 * MAX_TAPS:
         return f"it takes {MAX_TAPS} taps and {2 * MAX_TAPS} blocks, not {len(plan.taps)} and {args.plan.num_blocks}"
-    if not first.numel() or not args.num_patches or first.shape[0] * tokens + TILE_M >= 2**31:
+    if not first.numel() or not args.num_patches or first.shape[0] * tokens + CLUSTER * TILE_M >= 2**31:
         return "there are no rows, or more than 32 bits count"
     for layer in plan.taps:
         tap = args.layers[layer]
         if tap.shape[0] > 1 and tap.stride(0) != tokens * tap.stride(1):
             return f"layer {layer} is not flat: its images are {tap.stride(0)} elements apart, not T * {tap.stride(1)}"
+        if tap.stride(1) < args.width:
+            return f"layer {layer} has tokens that overlap"
     if weight.stride(1) != 1 or (bias is not None and (bias.stride(0) != 1 or bias.data_ptr() % 4)):
         return "weight or bias is not contiguous"
     read = [args.layers[layer] for layer in (*plan.taps, *plan.mixed_layers)]
@@ -106,19 +108,20 @@ def why_not_device(index: int) -> str | None:
     return None if capability == (9, 0) else f"it needs compute capability 9.0, not {capability[0]}.{capability[1]}"
 
 
-def tiles(rows: int, columns: int) -> int:
-    """Tiles of the output."""
-    return programs.chunks(rows, TILE_M) * programs.chunks(columns, TILE_N)
+def row_tiles(rows: int) -> int:
+    """Tiles of rows, of whole clusters."""
+    return CLUSTER * programs.chunks(rows, CLUSTER * TILE_M)
 
 
 def grid(rows: int, columns: int, mixes: bool, multiprocessors: int) -> int:
-    """Blocks of the launch: one a multiprocessor. Those without a tile still mix."""
-    return multiprocessors if mixes else min(multiprocessors, tiles(rows, columns))
+    """Blocks of the launch: one a multiprocessor, in whole clusters. Those without a tile still mix."""
+    most = max(CLUSTER, multiprocessors // CLUSTER * CLUSTER)
+    return most if mixes else min(most, row_tiles(rows) * programs.chunks(columns, TILE_N))
 
 
 def num_flags(rows: int) -> int:
-    """The ticket, and a flag for every block of rows."""
-    return 1 + programs.chunks(rows, TILE_M)
+    """The ticket, and a flag for every tile of rows."""
+    return 1 + row_tiles(rows)
 
 
 @cache
