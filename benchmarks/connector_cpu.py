@@ -23,12 +23,12 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-import igva_kernels as ik
-from igva_kernels import info
+from igva_kernels import MixPlan, info
 from igva_kernels.testing import assert_within_rule, measure_memory
+from igva_kernels.verify import Case
 
 RESULTS = Path(__file__).parent / "results" / "connector_cpu.csv"
-PLAN = ik.MixPlan.igva()
+PLAN = MixPlan.igva()
 TOKENS, WIDTH, HIDDEN, SKIP = 577, 1024, 4096, 1
 PATCHES = TOKENS - SKIP
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,50 +54,43 @@ class Connector:
     """Inputs of the block, and its variants."""
 
     def __init__(self, batch: int, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
-
-        def normal(*shape: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=generator) * scale).to(dtype)
-
-        assert PLAN.num_states is not None
+        shape = (PLAN, batch, TOKENS, WIDTH)
         self.batch, self.dtype = batch, dtype
-        self.layers: list[Tensor | None] = [normal(batch, TOKENS, WIDTH) for _ in range(PLAN.num_states)]
-        self.mix_weights = torch.randn(batch, PLAN.num_columns, generator=generator).softmax(-1)
-        width = PLAN.num_blocks * WIDTH
-        self.params = [
-            normal(HIDDEN, width, scale=width**-0.5), normal(HIDDEN),
-            normal(HIDDEN, HIDDEN, scale=HIDDEN**-0.5), normal(HIDDEN),
-        ]  # fmt: skip
-        self.rows, self.inner = normal(batch * PATCHES, width), normal(batch * PATCHES, HIDDEN)
+        self.mix_case = Case("mix", "layer_mix", *shape)
+        self.block_case = Case("block", "layer_mix_mlp", *shape, HIDDEN, activation="gelu")
+        self.inputs = self.block_case.draw(0, dtype, "cpu")
+        rows = batch * PATCHES
+        self.rows = torch.randn(rows, PLAN.num_blocks * WIDTH).to(dtype)
+        self.inner = torch.randn(rows, HIDDEN).to(dtype)
 
     def mix(self, impl: str) -> Tensor:
-        return ik.layer_mix(self.layers, PLAN, self.mix_weights, skip_tokens=SKIP, impl=impl)
+        return self.mix_case.forward(self.inputs, impl)
 
     def block(self, impl: str) -> Tensor:
-        return ik.layer_mix_mlp(self.layers, PLAN, self.mix_weights, *self.params, skip_tokens=SKIP, impl=impl)
+        return self.block_case.forward(self.inputs, impl)
 
     def two_gemms(self) -> tuple[Tensor, Tensor]:
-        return torch.mm(self.rows, self.params[0].t()), torch.mm(self.inner, self.params[2].t())
+        params = self.inputs.params
+        return torch.mm(self.rows, params["weight1"].t()), torch.mm(self.inner, params["weight2"].t())
 
-    def train(self, impl: str) -> list[Tensor]:
+    def train(self, impl: str) -> dict[str, Tensor]:
         """Forward and the gradients of stage 2: mix weights and projector, the tower frozen."""
-        leaves = [self.mix_weights, *self.params]
-        for leaf in leaves:
+        return self.block_case.run(self.inputs, impl)
+
+    def forward_that_saves(self, impl: str) -> Tensor:
+        """A forward whose graph waits for the backward of stage 2."""
+        learning = self.inputs.detached()
+        assert learning.mix_weights is not None
+        for leaf in (learning.mix_weights, *learning.params.values()):
             leaf.requires_grad_()
-        out = self.block(impl)
-        grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
-        for leaf in leaves:
-            leaf.requires_grad_(False)
-        return list(grads)
+        return self.block_case.forward(learning, impl)
 
     def check(self) -> None:
         """Fails where the fused block breaks the rule."""
-        oracle = Connector(self.batch, self.dtype)
-        oracle.layers = [None if layer is None else layer.double() for layer in self.layers]
-        oracle.mix_weights = self.mix_weights.double()
-        oracle.params = [param.double() for param in self.params]
-        for call in (Connector.mix, Connector.block):
-            assert_within_rule(call(self, "auto"), call(oracle, "reference"), call(self, "reference"), self.dtype)
+        oracle = self.inputs.double()
+        for case in (self.mix_case, self.block_case):
+            plain = case.forward(self.inputs, "reference")
+            assert_within_rule(case.forward(self.inputs, "auto"), case.forward(oracle, "reference"), plain, self.dtype)
 
 
 def in_turn(variants: dict[str, Callable[[], object]], rounds: int, title: str) -> dict[str, list[float]]:
@@ -185,11 +178,7 @@ def memory(batches: tuple[int, ...]) -> Iterator[Record]:
             for variant, impl in (("plain", "reference"), ("fused", "auto")):
                 with torch.no_grad():
                     out, inference = measure_memory(lambda c=connector, i=impl: c.block(i))
-                for leaf in (connector.mix_weights, *connector.params):
-                    leaf.requires_grad_()
-                _, train = measure_memory(lambda c=connector, i=impl: c.block(i))
-                for leaf in (connector.mix_weights, *connector.params):
-                    leaf.requires_grad_(False)
+                _, train = measure_memory(lambda c=connector, i=impl: c.forward_that_saves(i))
                 for group, size in (
                     ("memory, inference", inference.peak - out.nbytes),
                     ("memory, saved", train.kept - out.nbytes),

@@ -18,6 +18,14 @@ from transformers import (
 
 from igva_kernels.models import LlavaIgvaConfig, LlavaIgvaForConditionalGeneration, LlavaIgvaProcessor
 
+TOWER = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+    "image_size": 336, "patch_size": 14,
+}  # fmt: skip
+LANGUAGE_MODEL = {
+    "hidden_size": 4096, "intermediate_size": 1024, "num_hidden_layers": 1, "num_attention_heads": 8, "head_dim": 128,
+}  # fmt: skip
+
 IMAGE, START, END, PAD = "<image>", "<s>", "</s>", "<pad>"
 
 DESCRIPTION = """\
@@ -37,23 +45,18 @@ def random_model(texts: Sequence[str]) -> tuple[LlavaIgvaForConditionalGeneratio
     """
     tokenizer = _tokenizer(texts)
     config = LlavaIgvaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-            image_size=336, patch_size=14, projection_dim=768,
-        ),
+        vision_config=CLIPVisionConfig(**TOWER),
         text_config=LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=4096, intermediate_size=1024, num_hidden_layers=1,
-            num_attention_heads=8, head_dim=128, max_position_embeddings=2048,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            **LANGUAGE_MODEL, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         ),
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
         sentence_encoder=str(MODEL_DIR),
         sentence_embed_dim=384,
     )  # fmt: skip
     torch.manual_seed(0)
-    size = {"height": 336, "width": 336}
-    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 336}, crop_size=size)
+    side = TOWER["image_size"]
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     processor = LlavaIgvaProcessor.from_config(config, image_processor, tokenizer)
     return LlavaIgvaForConditionalGeneration(config).eval(), processor
 
