@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from igva_kernels import native
+from igva_kernels.backends.cuda import launch
 from igva_kernels.dispatch import backends
 from igva_kernels.version import __version__
 
@@ -37,6 +38,7 @@ def collect() -> dict[str, Any]:
         "cpu": _cpu(),
         "gpus": _gpus(),
         "native": _native(),
+        "cuda": _cuda(),
         "backends": [status._asdict() for status in backends()],
     }
 
@@ -53,6 +55,7 @@ def render(report: dict[str, Any]) -> str:
         *((f"gpu {i}", gpu) for i, gpu in enumerate(report["gpus"])),
         *([] if report["gpus"] else [("gpu", "none")]),
         ("compiled module", _describe(built)),
+        ("CUDA module", _describe_cuda(report["cuda"])),
     ]
     text = [f"{name:22}{value}" for name, value in lines]
     text += ["", "backends"]
@@ -70,6 +73,15 @@ def _describe(built: dict[str, Any]) -> str:
         f"built by {build.get('compiler', 'an unknown compiler')} for {', '.join(build.get('cpu_isas', []))}, "
         f"OpenMP {build.get('openmp', 'unknown')}; uses {built['isa']}"
     )
+
+
+def _describe_cuda(built: dict[str, Any]) -> str:
+    if not built["loaded"]:
+        return f"no: {built['reason']}"
+    build = built["build"]
+    left_out = f"; left out: {', '.join(build['left_out'])}" if build.get("left_out") else ""
+    archs = ", ".join(build.get("archs", []))
+    return f"built by nvcc {build.get('nvcc', 'unknown')} for {archs} and PTX for {build.get('ptx')}{left_out}"
 
 
 def _version(package: str) -> str | None:
@@ -95,6 +107,11 @@ def _native() -> dict[str, Any]:
     module, reason = native.load()
     isa = None if module is None else module.isa()
     return {"loaded": module is not None, "reason": reason, "isa": isa, "build": native.build_info()}
+
+
+def _cuda() -> dict[str, Any]:
+    module, reason = launch.load()
+    return {"loaded": module is not None, "reason": reason, "build": native.build_info().get("cuda", {})}
 
 
 def _gpus() -> list[str]:
