@@ -13,9 +13,11 @@ PYTHON ?= python3
 ARGS ?=
 OLDEST_TRANSFORMERS := 5.17.0
 
-# Python files are not among them: the installation is editable.
-INPUTS := pyproject.toml setup.py CMakeLists.txt igva_kernels/version.py $(shell find csrc -type f)
+BUILD := pyproject.toml setup.py CMakeLists.txt igva_kernels/version.py $(shell find csrc -type f)
+PYTHON_FILES := $(shell find igva_kernels -name '*.py' -o -name '*.json' -not -name build_info.json)
 TEST := .venv-test/bin
+# The CUDA module compiles for minutes, which a machine without a GPU need not wait for.
+NO_CUDA := $(if $(shell command -v nvidia-smi),,IGVA_KERNELS_SKIP_CUDA=1)
 
 .PHONY: demo test test-all lint bench learn clean
 
@@ -23,6 +25,7 @@ demo: .venv-demo/installed
 	.venv-demo/bin/igva-kernels demo $(ARGS)
 
 test: lint
+	TRITON_INTERPRET=1 $(TEST)/pytest -n 2 tests/triton_interpreter $(ARGS)
 	$(TEST)/pytest -m "not slow and not gpu" $(ARGS)
 
 test-all: test .venv-oldest/installed
@@ -43,15 +46,19 @@ learn: .venv-test/installed
 clean:
 	rm -rf .venv-demo .venv-test .venv-oldest
 
-# .venv-NAME has the extra of that name.
-.venv-%/installed: constraints.txt $(INPUTS)
-	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --quiet -c constraints.txt -e ".[$*]"
+.venv-test/installed: constraints.txt $(BUILD)
+	$(PYTHON) -m venv .venv-test
+	.venv-test/bin/python -m pip install --quiet -c constraints.txt -e ".[test]"
 	touch $@
 
-.venv-oldest/installed: constraints.txt $(INPUTS)
+.venv-demo/installed: constraints.txt $(BUILD) $(PYTHON_FILES)
+	$(PYTHON) -m venv .venv-demo
+	$(NO_CUDA) .venv-demo/bin/python -m pip install --quiet -c constraints.txt ".[demo]"
+	touch $@
+
+.venv-oldest/installed: constraints.txt $(BUILD) $(PYTHON_FILES)
 	$(PYTHON) -m venv .venv-oldest
 	grep -vE '^(transformers|huggingface_hub)==' constraints.txt > .venv-oldest/constraints.txt
-	.venv-oldest/bin/python -m pip install --quiet -c .venv-oldest/constraints.txt \
-		-e ".[test]" transformers==$(OLDEST_TRANSFORMERS)
+	$(NO_CUDA) .venv-oldest/bin/python -m pip install --quiet -c .venv-oldest/constraints.txt \
+		".[test]" transformers==$(OLDEST_TRANSFORMERS)
 	touch $@
