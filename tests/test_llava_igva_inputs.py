@@ -10,10 +10,11 @@ pytest.importorskip("transformers")
 
 from tiny import EMBED, FUSED, IMAGE, PATCHES, batch, igva_config, igva_model
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoProcessor, CLIPImageProcessor, PreTrainedTokenizerFast
 
 from igva_kernels import MixPlan
-from igva_kernels.models import ImageFeatures, LlavaIgvaProcessor
+from igva_kernels.models import ImageFeatureCache, ImageFeatures, LlavaIgvaProcessor
 
 
 def close(a, b):
@@ -208,3 +209,98 @@ def test_the_processor_survives_saving(tmp_path):
     assert type(loaded) is LlavaIgvaProcessor
     assert loaded.sentence_encoder == "some/encoder"
     assert (loaded.patch_size, loaded.num_additional_image_tokens) == (14, 1)
+
+
+# ---- streaming and the cache ----
+
+
+class LayersRead(TorchDispatchMode):
+    """How many layers each fused connector is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() == "igva_kernels::layer_mix_mlp":
+            self.counts.append(len(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_a_frozen_tower_is_streamed_unless_it_is_switched_off(tower, training):
+    model, inputs = igva_model(tower, impl=FUSED[0]).train(training), batch(labels=True)
+    results = []
+    for streams, layers in ((True, 3), (False, 4)):  # the base and two sums, or the four layers that the plan reads
+        model.config.stream_hidden_states = streams
+        with LayersRead() as read:
+            out = model(**inputs)
+        assert read.counts == [layers]
+        out.loss.backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append((out.loss.detach(), out.logits.detach(), grads))
+        model.zero_grad()
+    close(results[0][:2], results[1][:2])
+    close(results[0][2], results[1][2])
+
+
+def test_a_tower_that_learns_and_the_plain_connector_see_every_state():
+    for model in (igva_model(impl=FUSED[0], freeze_vision_tower=False), igva_model(impl="reference")):
+        seen = []
+        hook = model.model.vision_tower.register_forward_hook(
+            lambda module, args, out, seen=seen: seen.append(out.hidden_states)
+        )
+        model(**batch(labels=True)).loss.backward()
+        hook.remove()
+        assert len(seen[0]) == 5
+
+
+def test_a_cached_image_is_encoded_once_and_answers_alike():
+    model, inputs = igva_model(), batch((1,) * 3, "left")
+    pixels = inputs.pop("pixel_values")
+    encode = ImageFeatureCache(model.encode_images, max_bytes=1 << 20)
+    runs = []
+    hook = model.model.vision_tower.register_forward_hook(lambda module, args, out: runs.append(args))
+    want = model.encode_images(pixels[[0, 1, 0]])
+    got = encode(pixels[[0, 1, 0]])
+    close(got.sources, want.sources)
+    assert (encode.hits, encode.misses, len(encode)) == (1, 2, 2)
+    close(encode(pixels[[2, 0]]).sources, model.encode_images(pixels[[2, 0]]).sources)
+    assert (encode.hits, encode.misses, len(encode)) == (2, 3, 3)
+    count = len(runs)
+    features = encode(pixels)
+    hook.remove()
+    assert len(runs) == count
+    close(model(**inputs, image_features=features).logits, model(**inputs, pixel_values=pixels).logits)
+    encode.clear()
+    assert (len(encode), encode.nbytes) == (0, 0)
+
+
+def test_the_cache_keeps_its_limit_and_drops_what_was_used_least_recently():
+    model = igva_model()
+    pixels = torch.randn(3, 3, 28, 28)
+    one = model.encode_images(pixels[:1]).nbytes
+    encode = ImageFeatureCache(model.encode_images, max_bytes=2 * one)
+    for at in (0, 1, 0, 2):  # 1 is the one to go
+        encode(pixels[[at]])
+    assert (encode.nbytes, len(encode)) == (2 * one, 2)
+    encode(pixels[[0, 2]])
+    assert (encode.hits, encode.misses) == (3, 3)
+    encode(pixels[[1]])
+    assert encode.misses == 4
+    nothing = ImageFeatureCache(model.encode_images, max_bytes=0)
+    assert len(nothing(pixels)) == 3
+    assert len(nothing) == 0
+    with pytest.raises(ValueError, match="max_bytes: got -1"):
+        ImageFeatureCache(model.encode_images, max_bytes=-1)
+
+
+def test_the_cache_tells_apart_the_same_bytes_of_another_dtype_or_shape():
+    seen = []
+    encode = ImageFeatureCache(lambda x: seen.append(x) or ImageFeatures((x.flatten(2),), MixPlan.concat([0])), 1 << 20)
+    encode(torch.zeros(1, 3, 4, 4))
+    encode(torch.zeros(1, 3, 4, 4, dtype=torch.int32))
+    encode(torch.zeros(1, 3, 2, 8))
+    encode(torch.zeros(1, 3, 4, 4, dtype=torch.bfloat16))
+    assert len(seen) == 4

@@ -1,6 +1,7 @@
 """Reference models. Needs transformers: ``pip install igva-kernels[models]``."""
 
 from igva_kernels.models.llava_igva import (
+    ImageFeatureCache,
     ImageFeatures,
     LlavaIgvaConfig,
     LlavaIgvaForConditionalGeneration,
@@ -9,6 +10,7 @@ from igva_kernels.models.llava_igva import (
 )
 
 __all__ = [
+    "ImageFeatureCache",
     "ImageFeatures",
     "LlavaIgvaConfig",
     "LlavaIgvaForConditionalGeneration",

@@ -3,7 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from igva_kernels.models.llava_igva.configuration_llava_igva import LlavaIgvaConfig
-from igva_kernels.models.llava_igva.image_features import ImageFeatures
+from igva_kernels.models.llava_igva.image_features import ImageFeatureCache, ImageFeatures
 from igva_kernels.models.llava_igva.modeling_llava_igva import LlavaIgvaForConditionalGeneration, LlavaIgvaModel
 from igva_kernels.models.llava_igva.processing_llava_igva import LlavaIgvaProcessor
 
@@ -13,6 +13,7 @@ AutoModelForImageTextToText.register(LlavaIgvaConfig, LlavaIgvaForConditionalGen
 AutoProcessor.register(LlavaIgvaConfig, LlavaIgvaProcessor, exist_ok=True)
 
 __all__ = [
+    "ImageFeatureCache",
     "ImageFeatures",
     "LlavaIgvaConfig",
     "LlavaIgvaForConditionalGeneration",

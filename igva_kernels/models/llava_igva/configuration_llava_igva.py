@@ -42,6 +42,9 @@ class LlavaIgvaConfig(LlavaConfig):
         allocator_num_heads: attention heads of a block.
         balance_coefficient: lambda, the factor of the negative entropy of the layer weights in the training loss.
         freeze_vision_tower: whether a new model's tower takes no gradient.
+        stream_hidden_states: whether a tower that takes no gradient folds its states into the sources of the plan while
+            it runs, in place of keeping them all. Not where ``impl`` is "reference", the published steps, nor inside a
+            compiled model.
         impl: which implementation the connector uses, as in ``layer_mix``. It is not saved: a checkpoint says nothing
             about the machine that it will run on.
 
@@ -65,6 +68,7 @@ class LlavaIgvaConfig(LlavaConfig):
     allocator_num_heads: int = 4
     balance_coefficient: float = 0.02
     freeze_vision_tower: bool = True
+    stream_hidden_states: bool = True
     impl: str = "auto"
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,3 +86,80 @@ class ImageFeatures:
                 raise ValueError(f"path: {os.fspath(path)!r} holds no image features")
             plan = MixPlan.from_dict(json.loads(metadata["plan"]))
             return cls(tuple(file.get_tensor(str(i)) for i in range(len(file.keys()))), plan)
+
+
+class ImageFeatureCache:
+    """Remembers encoded images by their content: a picture that comes again is not encoded again.
+
+    ::
+
+        encode = ImageFeatureCache(model.encode_images, max_bytes=2 << 30)
+        model.generate(**prompt, image_features=encode(pixel_values))
+
+    The least recently used images go when the limit is reached. What it holds is true of the tower as it was: ``clear``
+    it when the tower's weights change.
+
+    Args:
+        encode: ``[I, 3, height, width]`` to the features of I images.
+        max_bytes: how much the remembered features may take, on the device where ``encode`` leaves them.
+
+    Raises:
+        ValueError: a negative limit.
+    """
+
+    def __init__(self, encode: Callable[[Tensor], ImageFeatures], max_bytes: int) -> None:
+        if max_bytes < 0:
+            raise ValueError(f"max_bytes: got {max_bytes}, need 0 or more")
+        self.max_bytes = max_bytes
+        self.nbytes = 0
+        """Bytes of the remembered features."""
+        self.hits = 0
+        """Images that did not have to be encoded."""
+        self.misses = 0
+        """Images that were encoded."""
+        self._encode = encode
+        self._images: OrderedDict[bytes, ImageFeatures] = OrderedDict()
+
+    def __call__(self, pixel_values: Tensor) -> ImageFeatures:
+        """The features of ``pixel_values`` ``[I, 3, height, width]``; all new images are encoded in one batch."""
+        keys = [_content(image) for image in pixel_values]
+        if not keys:
+            return self._encode(pixel_values)
+        known = {key: self._images[key] for key in keys if key in self._images}
+        new = {key: at for at, key in enumerate(keys) if key not in known}
+        if new:
+            encoded = self._encode(pixel_values[list(new.values())])
+            known |= {key: encoded[at] for at, key in enumerate(new)}
+        self.misses += len(new)
+        self.hits += len(keys) - len(new)
+        for key in dict.fromkeys(keys):
+            self._remember(key, known[key])
+        return ImageFeatures.cat([known[key] for key in keys])
+
+    def __len__(self) -> int:
+        """How many images are remembered."""
+        return len(self._images)
+
+    def clear(self) -> None:
+        """Forget every image."""
+        self._images.clear()
+        self.nbytes = 0
+
+    def _remember(self, key: bytes, features: ImageFeatures) -> None:
+        if key in self._images:
+            self._images.move_to_end(key)
+            return
+        if features.nbytes > self.max_bytes:
+            return
+        # A copy: a view would keep the whole batch that it was encoded with.
+        self._images[key] = ImageFeatures(tuple(source.clone() for source in features.sources), features.plan)
+        self.nbytes += features.nbytes
+        while self.nbytes > self.max_bytes:
+            self.nbytes -= self._images.popitem(last=False)[1].nbytes
+
+
+def _content(image: Tensor) -> bytes:
+    data = image.detach().cpu().contiguous()
+    digest = hashlib.blake2b(repr((data.dtype, data.shape)).encode(), digest_size=20)
+    digest.update(data.view(torch.uint8).numpy())
+    return digest.digest()

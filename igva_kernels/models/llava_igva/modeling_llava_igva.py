@@ -126,10 +126,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
             The reduced sources of the plan (IGVA: 5 states an image instead of 25), in the tower's dtype, no gradient.
         """
         _check_pixels(pixel_values)
-        plan, impl = self.multi_modal_projector.plan, self.multi_modal_projector.impl
-        with stream_hidden_states(self.vision_tower, plan, impl=impl) as stream:
-            self.vision_tower(pixel_values)
-        return ImageFeatures(tuple(stream.sources), stream.plan)
+        return self._streamed_states(pixel_values)
 
     @can_return_tuple
     def get_image_features(
@@ -262,13 +259,24 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         return LlavaIgvaModelOutputWithPast(**{**images, **outputs})
 
     def _hidden_states(self, pixel_values: Tensor, **kwargs: Any) -> ImageFeatures:
-        """Every state of the tower: transformers counts the layers of a selection differently before 5.23."""
+        """What the connector reads of the tower: the sources of its plan, or every state."""
         _check_pixels(pixel_values)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._tower_learns):
+        differentiates = torch.is_grad_enabled() and self._tower_learns
+        streams = self.config.stream_hidden_states and self.multi_modal_projector.impl != "reference"
+        with torch.set_grad_enabled(differentiates):
+            if streams and not differentiates and not torch.compiler.is_compiling():
+                return self._streamed_states(pixel_values, **kwargs)
+            # All of them: transformers counts the layers of a selection differently before 5.23.
             states = self.vision_tower(
                 pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True}
             ).hidden_states
         return ImageFeatures(states, self.multi_modal_projector.plan.resolve(len(states)))
+
+    def _streamed_states(self, pixel_values: Tensor, **kwargs: Any) -> ImageFeatures:
+        plan, impl = self.multi_modal_projector.plan, self.multi_modal_projector.impl
+        with stream_hidden_states(self.vision_tower, plan, impl=impl) as stream:
+            self.vision_tower(pixel_values, **{**kwargs, "output_hidden_states": False})
+        return ImageFeatures(tuple(stream.sources), stream.plan)
 
     def _image_states(
         self, pixel_values: Tensor | None, image_features: ImageFeatures | None = None, **kwargs: Any
