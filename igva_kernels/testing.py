@@ -13,14 +13,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 T = TypeVar("T")
 
-Draws = Tensor | Sequence[Tensor]
+Draws: TypeAlias = Tensor | Sequence[Tensor]
 """A result, or that result of several independent draws of the inputs."""
 
 MIX_WEIGHT_DRAWS = 8

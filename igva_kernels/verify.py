@@ -90,7 +90,7 @@ class Case:
     def run(self, inputs: Inputs, impl: str, only_mix_weights: bool = False) -> dict[str, Tensor]:
         """The output and the gradients by name; with ``only_mix_weights`` that one gradient."""
         inputs = inputs.detached()
-        leaves = {}
+        leaves: dict[str, Tensor] = {}
         if not only_mix_weights:
             leaves |= {f"grad {name}": param for name, param in inputs.params.items()}
         if self.trainable_tower and not only_mix_weights:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -14,8 +14,8 @@ def draw(
     path: Path,
     instructions: Sequence[str],
     groups: Sequence[str],
-    weights: dict[str, Sequence[Sequence[float]]],
-    losses: dict[str, Sequence[float]],
+    weights: Mapping[str, Sequence[Sequence[float]]],
+    losses: Mapping[str, Sequence[float]],
     note: str,
 ) -> None:
     """Writes a PNG.
