@@ -14,7 +14,7 @@ __device__ inline void apply(const ActivationParams& params, int64_t at) {
   Wide<T> values[V];
   load<V>(static_cast<const T*>(params.z) + at, values);
 #pragma unroll
-  for (int i = 0; i < V; ++i) values[i] = act(params.activation, values[i]);
+  for (int i = 0; i < V; ++i) values[i] = act<T>(params.activation, values[i]);
   store<V>(static_cast<T*>(params.y) + at, values);
 }
 
@@ -24,11 +24,11 @@ __device__ inline void apply(const ActivationGradParams& params, int64_t at) {
   load<V>(static_cast<const T*>(params.z) + at, z);
   load<V>(static_cast<const T*>(params.grad_y) + at, grad);
 #pragma unroll
-  for (int i = 0; i < V; ++i) grad[i] *= act_slope(params.activation, z[i]);
+  for (int i = 0; i < V; ++i) grad[i] *= act_slope<T>(params.activation, z[i]);
   store<V>(static_cast<T*>(params.grad_z) + at, grad);
   if (params.y == nullptr) return;
 #pragma unroll
-  for (int i = 0; i < V; ++i) z[i] = act(params.activation, z[i]);
+  for (int i = 0; i < V; ++i) z[i] = act<T>(params.activation, z[i]);
   store<V>(static_cast<T*>(params.y) + at, z);
 }
 

@@ -1,13 +1,32 @@
-// The activations and their derivatives on a device, as torch defines them; W is float or double.
+// The activations and their derivatives on a device, as torch defines them; T is the type in memory, W float or double.
 #pragma once
 
 #include "igva/args.h"
 
 namespace igva::cuda {
 
-// The standard normal distribution function; erfc keeps the relative precision of the left tail.
+// The standard normal distribution function and its density.
 template <class W>
-__device__ inline W normal_cdf(W x) { return W(0.5) * erfc(x * W(-0.70710678118654752440)); }
+struct Normal {
+  W cdf, density;
+};
+template <class T, class W>
+__device__ inline Normal<W> normal(W x) {
+  if constexpr (sizeof(T) == 2) {
+    // erfc by Abramowitz and Stegun 7.1.26, within 1.5e-7, far below the rounding of a 16-bit result: an exact one would
+    // cost more than the memory traffic, and stand in the way of the next tile of a matrix product.
+    const float t = fabsf(x) * 0.70710678f, gauss = __expf(-t * t);
+    const float k = __fdividef(1.0f, fmaf(0.3275911f, t, 1.0f));
+    float erfc = fmaf(1.061405429f, k, -1.453152027f);
+    erfc = fmaf(erfc, k, 1.421413741f);
+    erfc = fmaf(erfc, k, -0.284496736f);
+    erfc = fmaf(erfc, k, 0.254829592f) * k * gauss;
+    return {x < 0 ? 0.5f * erfc : fmaf(-0.5f, erfc, 1.0f), 0.39894228f * gauss};
+  } else {
+    // erfc keeps the relative precision of the left tail.
+    return {W(0.5) * erfc(x * W(-0.70710678118654752440)), W(0.39894228040143267794) * exp(W(-0.5) * x * x)};
+  }
+}
 
 // gelu_tanh(x) = x * sigmoid(2 * inner(x)), inner(x) = sqrt(2 / pi) * (x + 0.044715 x^3).
 template <class W>
@@ -24,10 +43,10 @@ __device__ inline Sigmoid<W> sigmoid(W x) {
   return {x <= W(0) ? small : inverse, small * inverse};
 }
 
-template <class W>
+template <class T, class W>
 __device__ inline W act(Activation activation, W x) {
   switch (activation) {
-    case Activation::gelu: return x * normal_cdf(x);
+    case Activation::gelu: return x * normal<T>(x).cdf;
     case Activation::gelu_tanh: return x * sigmoid(twice_inner(x)).value;
     case Activation::relu: return x <= W(0) ? W(0) : x; // NaN stays NaN
     case Activation::silu: return x * sigmoid(x).value;
@@ -35,22 +54,13 @@ __device__ inline W act(Activation activation, W x) {
   }
 }
 
-// gelu for the epilogue of a matrix product, where it stands in the way of the next tile: erfc by Abramowitz and Stegun
-// 7.1.26, within 1.5e-7, far below the rounding of the 16-bit result.
-__device__ inline float fast_gelu(float x) {
-  const float t = fabsf(x) * 0.70710678f;
-  const float k = __fdividef(1.0f, fmaf(0.3275911f, t, 1.0f));
-  float erfc = fmaf(1.061405429f, k, -1.453152027f);
-  erfc = fmaf(erfc, k, 1.421413741f);
-  erfc = fmaf(erfc, k, -0.284496736f);
-  erfc = fmaf(erfc, k, 0.254829592f) * k * __expf(-t * t);
-  return x * (x < 0 ? 0.5f * erfc : fmaf(-0.5f, erfc, 1.0f));
-}
-
-template <class W>
+template <class T, class W>
 __device__ inline W act_slope(Activation activation, W x) {
   switch (activation) {
-    case Activation::gelu: return normal_cdf(x) + x * W(0.39894228040143267794) * exp(W(-0.5) * x * x);
+    case Activation::gelu: {
+      const Normal<W> n = normal<T>(x);
+      return n.cdf + x * n.density;
+    }
     case Activation::gelu_tanh: {
       const Sigmoid<W> s = sigmoid(twice_inner(x));
       return s.value + x * s.slope * (W(1.5957691216057308) + W(0.21406444881780076) * x * x);

@@ -44,6 +44,12 @@ void check_capacity(size_t count, size_t capacity, const char* what) {
   }
 }
 
+// Kernels count rows in 32 bits, and elements in 64.
+int32_t count32(int64_t count) {
+  if (count > INT32_MAX - 512) throw py::value_error("the CUDA kernels count rows in 32 bits, got " + std::to_string(count));
+  return int32_t(count);
+}
+
 void check(int error) {
   if (error != 0) throw std::runtime_error(std::string("igva_kernels: CUDA launch failed: ") + error_name(error));
 }
@@ -101,7 +107,7 @@ MixParams mix_params(const MixProgram& program, const std::vector<LayerTuple>& l
   params.weights = weights_of(weights);
   params.image_index = index_pointer(image_index);
   params.num_images = images;
-  params.num_rows = int32_t(batch * patches);
+  params.num_rows = count32(batch * patches);
   params.num_patches = int32_t(patches);
   params.width = int32_t(width);
   params.out = out;
@@ -165,6 +171,7 @@ void run_mix_weights_grad(DType grad_dtype, DType in, const View& grad, const st
   params.image_index = index_pointer(image_index);
   params.num_images = images;
   params.batch = int32_t(batch);
+  count32(batch * patches);
   params.num_patches = int32_t(patches);
   params.width = int32_t(width);
   params.chunk = int32_t(chunk);
@@ -196,6 +203,7 @@ void run_layer_grads(DType grad_dtype, DType out, const View& grad, const std::v
   params.weights = weights_of(weights);
   params.batch = int32_t(batch);
   params.num_images = int32_t(images);
+  count32(images * tokens);
   params.num_tokens = int32_t(tokens);
   params.skip = int32_t(skip);
   params.width = int32_t(width);
@@ -219,7 +227,7 @@ void run_gemm_sm90(DType dtype, const std::vector<TapTuple>& taps, const std::ve
                    Address scratch, Address flags, int grid, Address stream) {
   check_capacity(taps.size(), gemm_max_taps, "taps");
   check_capacity(blocks.size(), 2 * gemm_max_taps, "blocks");
-  const int64_t rows = images * tokens;
+  const int64_t rows = count32(images * tokens);
   GemmParams params = {};
   for (const auto& [map, offset, position, mixed] : blocks) {
     params.blocks[params.num_blocks++] = {map, offset, position, mixed};

@@ -202,8 +202,8 @@ __device__ void store_tile(const GemmParams& params, const float (&d)[128], int 
         }
         z[i] = pack<T>(low, high);
         if (params.activation == Activation::gelu) {
-          low = fast_gelu(low);
-          high = fast_gelu(high);
+          low *= normal<T>(low).cdf;
+          high *= normal<T>(high).cdf;
         }
         y[i] = pack<T>(low, high);
       }
