@@ -24,6 +24,8 @@ CONNECTORS = {"plain": "reference", "fused": "auto"}
 ROUNDS = 5
 NEW_TOKENS = 14
 LEARNING_RATE = 3e-4
+ALLOCATOR_RATE = 1e-5
+"""A faster allocator settles on one layer group before the projector can read any."""
 
 
 @dataclass
@@ -108,7 +110,9 @@ def run_model(
     """
     learned = {name: param for name, param in model.named_parameters() if param.requires_grad}
     before = [param.detach().clone() for param in learned.values()] if steps else []
-    optimizer = torch.optim.AdamW(learned.values(), lr=LEARNING_RATE)
+    allocator = [param for name, param in learned.items() if "weight_allocator" in name]
+    others = [param for name, param in learned.items() if "weight_allocator" not in name]
+    optimizer = torch.optim.AdamW([{"params": others}, {"params": allocator, "lr": ALLOCATOR_RATE}], lr=LEARNING_RATE)
 
     def step() -> Any:
         outputs = model(**conversation.training)

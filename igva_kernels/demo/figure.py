@@ -57,7 +57,7 @@ def draw(
         styles = ({"linewidth": 6, "color": "#b9c9dd"}, {"linewidth": 1.8, "color": "#b5421f", "marker": "o"})
         for (name, values), style in zip(losses.items(), styles, strict=True):
             axes.plot(range(len(values)), values, label=name, **style)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * max(max(values) for values in losses.values()))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("training step")
         axes.set_ylabel("loss")
