@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <optional>
@@ -136,8 +137,9 @@ struct RowsByImage {
 void check_image_index(const int64_t* image_index, int64_t batch, int64_t images) {
   for (int64_t b = 0; image_index && b < batch; ++b) {
     if (image_index[b] < 0 || image_index[b] >= images) {
-      throw py::value_error("image_index: row " + std::to_string(b) + " reads image " + std::to_string(image_index[b]) +
-                            ", the hidden states hold " + std::to_string(images));
+      throw py::value_error("image_index: need values from 0 to " + std::to_string(images - 1) +
+                            ", the images of the hidden states, got " + std::to_string(image_index[b]) + " in row " +
+                            std::to_string(b));
     }
   }
 }
@@ -145,13 +147,20 @@ void check_image_index(const int64_t* image_index, int64_t batch, int64_t images
 struct NormTuple {
   Address weight, bias;
   double eps;
-  Address raw_rows, mean, rstd, scratch;
+  Address raw_rows, mean, rstd;
 };
+
+// Patches a tile whose rows are `row_elements` wide: they fit the first-level cache.
+int64_t tile_patches(int64_t row_elements) { return std::clamp<int64_t>((8 << 10) / std::max<int64_t>(row_elements, 1), 1, 16); }
+
+// Elements of scratch a thread for rows of `row_elements`.
+int64_t mix_scratch(int64_t row_elements) { return tile_patches(row_elements) * row_elements; }
 
 void mix(const PlanProgram& plan, const std::vector<LayerTuple>& layer_tuples, DType in, DType out,
          const WeightsTuple& weights, Address image_index_address, int64_t images, int64_t batch, int64_t skip,
          int64_t patches, int64_t width, int64_t first_row, int64_t end_row, Address rows,
-         const std::vector<Address>& sum_addresses, const std::optional<NormTuple>& norm, bool stream, int threads) {
+         const std::vector<Address>& sum_addresses, const std::optional<NormTuple>& norm, Address scratch,
+         int64_t scratch_row, bool stream, int threads) {
   const auto* image_index = pointer<const int64_t>(image_index_address);
   check_image_index(image_index, batch, images);
   py::gil_scoped_release release;
@@ -159,29 +168,31 @@ void mix(const PlanProgram& plan, const std::vector<LayerTuple>& layer_tuples, D
   std::vector<void*> sums;
   for (Address address : sum_addresses) sums.push_back(pointer(address));
 
-  // Rows that share an image are mixed side by side, while its layers are in the cache. A part of the rows is mixed
-  // in batch order: every row is a group.
-  std::vector<int64_t> group_rows, group_begin, group_images;
-  if (image_index && first_row == 0 && end_row == batch * patches) {
+  // Rows that share an image are mixed side by side, while its layers are in the cache; a part of the rows in batch
+  // order.
+  const int64_t step = tile_patches(scratch_row);
+  std::vector<int64_t> batch_rows;
+  std::vector<Tile> tiles;
+  const auto add_tiles = [&](int64_t image, int64_t first_patch, int64_t end_patch, int64_t begin, int64_t end) {
+    for (int64_t p = first_patch; p < end_patch; p += step) {
+      tiles.push_back({image, p, std::min(step, end_patch - p), begin, end});
+    }
+  };
+  if (first_row == 0 && end_row == batch * patches) {
     RowsByImage by_image(image_index, batch, images);
     for (int64_t i = 0; i < images; ++i) {
-      if (by_image.begin[i] == by_image.begin[i + 1]) {
-        const int64_t bytes = patches * width * size_of(in);
-        for (void* sum : sums) std::memset(static_cast<char*>(sum) + i * bytes, 0, bytes);
-        continue;
+      if (by_image.begin[i] < by_image.begin[i + 1] || !sums.empty()) {
+        add_tiles(i, 0, patches, by_image.begin[i], by_image.begin[i + 1]);
       }
-      group_begin.push_back(by_image.begin[i]);
-      group_images.push_back(i);
     }
-    group_rows = std::move(by_image.rows);
+    batch_rows = std::move(by_image.rows);
   } else {
-    for (int64_t b = 0; b < batch; ++b) {
-      group_rows.push_back(b);
-      group_begin.push_back(b);
-      group_images.push_back(image_index ? image_index[b] : b);
+    for (int64_t b = 0; b < batch; ++b) batch_rows.push_back(b);
+    for (int64_t b = first_row / patches; b * patches < end_row; ++b) {
+      add_tiles(image_index ? image_index[b] : b, std::max<int64_t>(first_row - b * patches, 0),
+                std::min(end_row - b * patches, patches), b, b + 1);
     }
   }
-  group_begin.push_back(batch);
 
   threads = threads_for((end_row - first_row) * width * int64_t(layers.size()), threads);
   std::vector<const void*> row_pointers(threads * layers.size());
@@ -189,11 +200,12 @@ void mix(const PlanProgram& plan, const std::vector<LayerTuple>& layer_tuples, D
   args.program = plan.view(layers.size());
   args.layers = layers.data();
   args.weights = to_weights(weights);
-  args.groups = {group_rows.data(), group_begin.data(), group_images.data(), int64_t(group_images.size())};
+  args.tiles = tiles.data();
+  args.num_tiles = int64_t(tiles.size());
+  args.batch_rows = batch_rows.data();
   args.num_patches = patches;
   args.width = width;
   args.first_row = first_row;
-  args.end_row = end_row;
   args.rows = pointer(rows);
   args.sums = sums.data();
   if (norm) {
@@ -204,10 +216,13 @@ void mix(const PlanProgram& plan, const std::vector<LayerTuple>& layer_tuples, D
     args.raw_rows = pointer(norm->raw_rows);
     args.mean = pointer(norm->mean);
     args.rstd = pointer(norm->rstd);
-    args.scratch = pointer(norm->scratch);
   }
+  args.scratch = pointer(scratch);
+  args.scratch_stride = mix_scratch(scratch_row);
   args.row_pointers = row_pointers.data();
-  args.stream = stream;
+  const auto aligned = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % 64 == 0; };
+  args.stream = stream && width * size_of(out) % 64 == 0 && width * size_of(in) % 64 == 0 && aligned(args.rows) &&
+                std::all_of(sums.begin(), sums.end(), aligned);
   check(kernels_for(in).mix(in, out, args, threads));
 }
 
@@ -328,10 +343,11 @@ PYBIND11_MODULE(_native, m) {
       .value("silu", Activation::silu);
   py::class_<PlanProgram>(m, "Program").def(py::init<const BlockList&, const BlockList&>());
   py::class_<NormTuple>(m, "Norm")
-      .def(py::init<Address, Address, double, Address, Address, Address, Address>());
+      .def(py::init<Address, Address, double, Address, Address, Address>());
   m.def("isas", isas, "Instruction sets that this CPU and this build share, best last.");
   m.def("isa", [] { return chosen->isa; });
   m.def("set_isa", set_isa);
+  m.def("mix_scratch", mix_scratch, "Elements of scratch a thread that `mix` needs for rows of this width.");
   m.def("mix", mix);
   m.def("epilogue", epilogue);
   m.def("activation_grad", activation_grad);

@@ -48,11 +48,26 @@ inline bool dispatch(DType a, DType b, F f) {
   }
 }
 
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+// The first n lanes, zeros after them.
 template <class V, class T>
 inline V load(const T* p, int64_t n) {
   if (n >= V::width) return V::load(p);
   T lanes[V::width] = {};
   memcpy(lanes, p, n * sizeof(T));
+  return V::load(lanes);
+}
+
+// The same with `fill` instead of zeros.
+template <class V>
+inline V load_or(const typename V::Scalar* p, int64_t n, typename V::Scalar fill) {
+  if (n >= V::width) return V::load(p);
+  typename V::Scalar lanes[V::width];
+  for (int i = 0; i < V::width; ++i) lanes[i] = i < n ? p[i] : fill;
   return V::load(lanes);
 }
 
@@ -64,84 +79,93 @@ inline void store(V v, T* p, int64_t n) {
   memcpy(p, lanes, n * sizeof(T));
 }
 
+// The sum of what f(sum, i) adds for the vectors at i = 0, width, ..., the last of them partial. Several partial sums
+// keep the rounding error small and the additions independent.
+template <class V, class F>
+inline typename V::Scalar sum_over(int64_t n, F f) {
+  constexpr int U = V::width == 1 ? 16 : 4;
+  V sums[U];
+  for (int u = 0; u < U; ++u) sums[u] = V::set(0);
+  int64_t i = 0;
+  for (; i + U * V::width <= n; i += U * V::width) {
+    for (int u = 0; u < U; ++u) sums[u] = f(sums[u], i + u * V::width);
+  }
+  for (; i < n; i += V::width) sums[0] = f(sums[0], i);
+  for (int stride = U / 2; stride > 0; stride /= 2) {
+    for (int u = 0; u < stride; ++u) sums[u] = sums[u] + sums[u + stride];
+  }
+  return sums[0].sum();
+}
+
 // ---- mix -----------------------------------------------------------------------------------------------------------
 
-// Columns d..d+n of one layer's row; partial vectors only with U = 1. While this row is summed, the same columns of the
-// next token are on their way.
-template <class V, int U, class In, class F>
-inline void for_each_vector(const In* row, int64_t token_stride, int64_t d, int64_t n, F f) {
-  constexpr int64_t line = 64 / sizeof(In);
-  const In* x = row + d;
-  for (int64_t i = 0; i < U * V::width; i += line) prefetch(x + token_stride + i);
-  for (int u = 0; u < U; ++u) f(u, load<V>(x + u * V::width, U == 1 ? n : int64_t(V::width)));
-}
-
-// Columns d..d+n of one block of one row.
-template <class V, int U, class In>
-inline void mix_columns(const Program& program, int block, const In* const* rows, const Layer* layers,
-                        const typename V::Scalar* weights, int64_t column_stride, int64_t d, int64_t n, V* mixed) {
-  const int first = program.block_begin[block], last = program.block_begin[block + 1];
-  for (int t = first; t < last; ++t) {
-    const Term& term = program.terms[t];
-    V sum[U];
-    int layer = program.term_layers[term.begin];
-    for_each_vector<V, U>(rows[layer], layers[layer].token_stride, d, n, [&](int u, V x) { sum[u] = x; });
-    for (int i = term.begin + 1; i < term.end; ++i) {
-      layer = program.term_layers[i];
-      for_each_vector<V, U>(rows[layer], layers[layer].token_stride, d, n, [&](int u, V x) { sum[u] = sum[u] + x; });
-    }
-    const V scale = V::set(typename V::Scalar(term.scale));
-    for (int u = 0; u < U; ++u) {
-      if (term.scale != 1.0) sum[u] = sum[u] * scale;
-      if (term.column >= 0) {
-        const V weight = V::set(weights[term.column * column_stride]);
-        mixed[u] = t == first ? weight * sum[u] : fma(weight, sum[u], mixed[u]);
-      } else {
-        mixed[u] = t == first ? sum[u] : mixed[u] + sum[u];
-      }
-    }
+// One term of a block for columns d..d+n of one token, added to what the terms before it left in `sums`; the last one
+// rounds the block into `out`. Partial vectors only with U = 1.
+template <class V, int U, bool stream, class In, class Out>
+inline void mix_columns(const In* const* rows, int num_layers, typename V::Scalar scale, typename V::Scalar weight,
+                        bool first, bool last, int64_t n, int64_t d, typename V::Scalar* sums, Out* out) {
+  V sum[U];
+  for (int u = 0; u < U; ++u) sum[u] = load<V>(rows[0] + d + u * V::width, U == 1 ? n : int64_t(V::width));
+  for (int i = 1; i < num_layers; ++i) {
+    for (int u = 0; u < U; ++u) sum[u] = sum[u] + load<V>(rows[i] + d + u * V::width, U == 1 ? n : int64_t(V::width));
+  }
+  for (int u = 0; u < U; ++u) {
+    const int64_t at = d + u * V::width, left = U == 1 ? n : int64_t(V::width);
+    V mixed = sum[u];
+    if (scale != 1) mixed = mixed * V::set(scale);
+    if (first) mixed = weight == 1 ? mixed : V::set(weight) * mixed;
+    else mixed = fma(V::set(weight), mixed, load<V>(sums + at, left));
+    if (!last) store(mixed, sums + at, left);
+    else if (stream && left >= V::width) mixed.stream(out + at);
+    else store(mixed, out + at, left);
   }
 }
 
+// One block of the tokens of a tile, term by term: what is read of one layer is long and contiguous, and what the terms
+// add up to stays in the first-level cache. `sums` may be `out`.
 template <class V, bool stream, class In, class Out>
-inline void mix_block(const Program& program, int block, const In* const* rows, const Layer* layers,
-                      const typename V::Scalar* weights, int64_t column_stride, int64_t width, Out* out) {
+inline void mix_block(const MixArgs& a, int block, const Tile& tile, const In** rows, const typename V::Scalar* weights,
+                      typename V::Scalar* sums, int64_t sums_stride, Out* out, int64_t out_stride) {
+  using S = typename V::Scalar;
   constexpr int U = 4;
-  V mixed[U];
-  int64_t d = 0;
-  for (; d + U * V::width <= width; d += U * V::width) {
-    mix_columns<V, U>(program, block, rows, layers, weights, column_stride, d, U * V::width, mixed);
-    for (int u = 0; u < U; ++u) {
-      if constexpr (stream) mixed[u].stream(out + d + u * V::width);
-      else mixed[u].store(out + d + u * V::width);
+  const Program& program = a.program;
+  const int first = program.block_begin[block], last = program.block_begin[block + 1] - 1;
+  for (int t = first; t <= last; ++t) {
+    const Term& term = program.terms[t];
+    const S weight = term.column < 0 ? S(1) : weights[term.column * a.weights.column_stride];
+    const int num_layers = term.end - term.begin;
+    for (int64_t p = 0; p < tile.patches; ++p) {
+      for (int i = 0; i < num_layers; ++i) {
+        const Layer& layer = a.layers[program.term_layers[term.begin + i]];
+        rows[i] = static_cast<const In*>(layer.data) + tile.image * layer.image_stride +
+                  (tile.patch + p) * layer.token_stride;
+      }
+      const auto columns = [&](auto unroll, int64_t d) {
+        mix_columns<V, decltype(unroll)::value, stream>(rows, num_layers, S(term.scale), weight, t == first, t == last,
+                                                        a.width - d, d, sums + p * sums_stride, out + p * out_stride);
+      };
+      int64_t d = 0;
+      for (; d + U * V::width <= a.width; d += U * V::width) columns(Int<U>(), d);
+      for (; d < a.width; d += V::width) columns(Int<1>(), d);
     }
-  }
-  for (; d < width; d += V::width) {
-    mix_columns<V, 1>(program, block, rows, layers, weights, column_stride, d, width - d, mixed);
-    store(mixed[0], out + d, width - d);
   }
 }
 
 template <class V, class Out>
 inline void normalize(const typename V::Scalar* row, int64_t n, const MixArgs& a, int64_t m, Out* out, Out* raw) {
   using S = typename V::Scalar;
-  V total = V::set(0), square = V::set(0);
-  for (int64_t i = 0; i < n; i += V::width) total = total + load<V>(row + i, n - i);
-  const S mean = total.sum() / S(n);
+  const S mean = sum_over<V>(n, [&](V sum, int64_t i) { return sum + load<V>(row + i, n - i); }) / S(n);
   const V centre = V::set(mean);
-  int64_t i = 0;
-  for (; i + V::width <= n; i += V::width) {
-    const V x = V::load(row + i) - centre;
-    square = fma(x, x, square);
-  }
-  S variance = square.sum();
-  for (; i < n; ++i) variance += (row[i] - mean) * (row[i] - mean);
-  const S rstd = S(1 / sqrt(double(variance / S(n)) + a.eps));
+  const S variance = sum_over<V>(n, [&](V sum, int64_t i) {
+    const V x = load_or<V>(row + i, n - i, mean) - centre;
+    return fma(x, x, sum);
+  }) / S(n);
+  const S rstd = S(1 / sqrt(double(variance) + a.eps));
   static_cast<S*>(a.mean)[m] = mean;
   static_cast<S*>(a.rstd)[m] = rstd;
   const S* weight = static_cast<const S*>(a.norm_weight);
   const S* bias = static_cast<const S*>(a.norm_bias);
-  for (i = 0; i < n; i += V::width) {
+  for (int64_t i = 0; i < n; i += V::width) {
     const V x = load<V>(row + i, n - i);
     if (raw) store(x, raw + i, n - i);
     V y = (x - centre) * V::set(rstd);
@@ -152,64 +176,47 @@ inline void normalize(const typename V::Scalar* row, int64_t n, const MixArgs& a
 }
 
 template <class V, bool stream, class In, class Out>
-void mix_rows(const MixArgs& a, int threads) {
+void mix_tiles(const MixArgs& a, int threads) {
   using S = typename V::Scalar;
   const Program& program = a.program;
   const int64_t row_width = program.num_blocks * a.width;
-  const RowGroups& groups = a.groups;
-  parallel_for(a.end_row - a.first_row, threads, [&](int64_t begin, int64_t end, int thread) {
-    begin += a.first_row, end += a.first_row;
-    if (begin == end) return;
+  parallel_tasks(a.num_tiles, threads, [&](int64_t i, int thread) {
+    const Tile& tile = a.tiles[i];
+    S* scratch = static_cast<S*>(a.scratch) + thread * a.scratch_stride;
     const In** rows = reinterpret_cast<const In**>(a.row_pointers + thread * program.num_layers);
-    int64_t group = 0;
-    while (groups.begin[group + 1] * a.num_patches <= begin) ++group;
-    int64_t size = groups.begin[group + 1] - groups.begin[group];
-    // Position t of the grouped order is patch `patch` for member `member` of its group.
-    int64_t patch = (begin - groups.begin[group] * a.num_patches) / size;
-    int64_t member = (begin - groups.begin[group] * a.num_patches) % size;
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t image = groups.images[group];
-      if (member == 0 || t == begin) {
-        for (int l = 0; l < program.num_layers; ++l) {
-          const Layer& layer = a.layers[l];
-          rows[l] = static_cast<const In*>(layer.data) + image * layer.image_stride + patch * layer.token_stride;
-        }
-      }
-      if (member == 0) {
-        for (int s = 0; s < program.num_sums; ++s) {
-          In* sum = static_cast<In*>(a.sums[s]) + (image * a.num_patches + patch) * a.width;
-          mix_block<V, stream>(program, program.num_blocks + s, rows, a.layers, nullptr, 0, a.width, sum);
-        }
-      }
-      const int64_t b = groups.rows[groups.begin[group] + member], m = b * a.num_patches + patch;
+    for (int s = 0; s < program.num_sums; ++s) {
+      In* sums = static_cast<In*>(a.sums[s]) + (tile.image * a.num_patches + tile.patch) * a.width;
+      mix_block<V, stream>(a, program.num_blocks + s, tile, rows, nullptr, scratch, a.width, sums, a.width);
+    }
+    for (int64_t k = tile.begin; k < tile.end; ++k) {
+      const int64_t b = a.batch_rows[k], m = b * a.num_patches + tile.patch;
       const S* weights = static_cast<const S*>(a.weights.data) + b * a.weights.row_stride;
       Out* out = static_cast<Out*>(a.rows) + (m - a.first_row) * row_width;
-      if (a.normalize) {
-        S* row = static_cast<S*>(a.scratch) + thread * row_width;
+      if (!a.normalize) {
         for (int g = 0; g < program.num_blocks; ++g) {
-          mix_block<V, false>(program, g, rows, a.layers, weights, a.weights.column_stride, a.width, row + g * a.width);
+          mix_block<V, stream>(a, g, tile, rows, weights, scratch, a.width, out + g * a.width, row_width);
         }
-        Out* raw = a.raw_rows ? static_cast<Out*>(a.raw_rows) + (m - a.first_row) * row_width : nullptr;
-        normalize<V>(row, row_width, a, m, out, raw);
-      } else {
-        for (int g = 0; g < program.num_blocks; ++g) {
-          mix_block<V, stream>(program, g, rows, a.layers, weights, a.weights.column_stride, a.width, out + g * a.width);
-        }
+        continue;
       }
-      if (++member < size) continue;
-      member = 0;
-      if (++patch < a.num_patches) continue;
-      patch = 0;
-      if (++group < groups.count) size = groups.begin[group + 1] - groups.begin[group];
+      for (int g = 0; g < program.num_blocks; ++g) {
+        S* block = scratch + g * a.width;
+        mix_block<V, false>(a, g, tile, rows, weights, block, row_width, block, row_width);
+      }
+      Out* raw = a.raw_rows ? static_cast<Out*>(a.raw_rows) + (m - a.first_row) * row_width : nullptr;
+      for (int64_t p = 0; p < tile.patches; ++p) {
+        const int64_t at = p * row_width;
+        normalize<V>(scratch + at, row_width, a, m + p, out + at, raw ? raw + at : nullptr);
+      }
     }
+    if (stream) stream_fence();
   });
 }
 
 bool mix(DType in, DType out, const MixArgs& args, int threads) {
   return dispatch(in, out, [&](auto x, auto y) {
     using V = typename VecOf<decltype(x)>::type;
-    if (args.stream) mix_rows<V, true, decltype(x), decltype(y)>(args, threads);
-    else mix_rows<V, false, decltype(x), decltype(y)>(args, threads);
+    if (args.stream) mix_tiles<V, true, decltype(x), decltype(y)>(args, threads);
+    else mix_tiles<V, false, decltype(x), decltype(y)>(args, threads);
   });
 }
 
@@ -300,20 +307,7 @@ bool activation_grad(DType grad, DType out, const ActivationGradArgs& args, int 
 
 template <class V, class Grad, class In>
 inline typename V::Scalar dot(const Grad* a, const In* b, int64_t n) {
-  constexpr int U = V::width == 1 ? 16 : 4;
-  V sums[U];
-  for (int u = 0; u < U; ++u) sums[u] = V::set(0);
-  int64_t i = 0;
-  for (; i + U * V::width <= n; i += U * V::width) {
-    for (int u = 0; u < U; ++u) {
-      sums[u] = fma(V::load(a + i + u * V::width), V::load(b + i + u * V::width), sums[u]);
-    }
-  }
-  for (; i < n; i += V::width) sums[0] = fma(load<V>(a + i, n - i), load<V>(b + i, n - i), sums[0]);
-  for (int stride = U / 2; stride > 0; stride /= 2) {
-    for (int u = 0; u < stride; ++u) sums[u] = sums[u] + sums[u + stride];
-  }
-  return sums[0].sum();
+  return sum_over<V>(n, [&](V sum, int64_t i) { return fma(load<V>(a + i, n - i), load<V>(b + i, n - i), sum); });
 }
 
 // A row's dot is summed in lanes, rows in double: the order depends on nothing but the shape.

@@ -25,4 +25,21 @@ inline void parallel_for(int64_t total, int threads, F f) {
   f(int64_t(0), total, 0);
 }
 
+// f(i, thread) for i in 0..total, handed out as the threads come for more.
+template <class F>
+inline void parallel_tasks(int64_t total, int threads, F f) {
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    {
+      const int thread = omp_get_thread_num();
+#pragma omp for schedule(dynamic)
+      for (int64_t i = 0; i < total; ++i) f(i, thread);
+    }
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < total; ++i) f(i, 0);
+}
+
 } // namespace

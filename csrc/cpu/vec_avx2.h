@@ -68,7 +68,7 @@ inline Avx2 scale_by_power(Avx2 x, Avx2 n) {
   return {_mm256_mul_ps(_mm256_mul_ps(x.v, power(half)), power(_mm256_sub_epi32(whole, half)))};
 }
 
-inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
+inline void stream_fence() { _mm_sfence(); }
 
 } // namespace
 

@@ -58,7 +58,7 @@ inline Avx512 round(Avx512 x) {
 }
 inline Avx512 scale_by_power(Avx512 x, Avx512 n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 
-inline void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T1); }
+inline void stream_fence() { _mm_sfence(); }
 
 } // namespace
 

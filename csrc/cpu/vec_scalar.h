@@ -35,12 +35,6 @@ template <class S> inline Lane<S> abs(Lane<S> a) { return {std::fabs(a.v)}; }
 template <class S> inline Lane<S> if_le(Lane<S> x, Lane<S> y, Lane<S> a, Lane<S> b) { return {x.v <= y.v ? a.v : b.v}; }
 template <class S> inline Lane<S> exp(Lane<S> x) { return {std::exp(x.v)}; }
 
-inline void prefetch(const void* p) {
-#ifdef __GNUC__
-  __builtin_prefetch(p, 0, 2);
-#else
-  (void)p;
-#endif
-}
+inline void stream_fence() {}
 
 } // namespace

@@ -44,38 +44,38 @@ struct MixWeights {
   int64_t column_stride;
 };
 
-// The batch rows in an order that puts rows of one image side by side: group j is rows[begin[j]:begin[j + 1]], all of
-// which read images[j].
-struct RowGroups {
-  const int64_t* rows;
-  const int64_t* begin;
-  const int64_t* images;
-  int64_t count;
+// Patches patch..patch+patches of one image, for the batch rows batch_rows[begin:end] that read it.
+struct Tile {
+  int64_t image;
+  int64_t patch;
+  int64_t patches;
+  int64_t begin;
+  int64_t end;
 };
 
 struct MixArgs {
   Program program;
   const Layer* layers;
   MixWeights weights;
-  RowGroups groups;
+  const Tile* tiles; // each patch of each image in one tile at most
+  int64_t num_tiles;
+  const int64_t* batch_rows;
   int64_t num_patches;
   int64_t width;
-  // Rows first_row..end_row (b * P + p) are mixed; `rows` stands on first_row. Groups must be single rows in batch
-  // order unless the range is everything.
-  int64_t first_row;
-  int64_t end_row;
-  void* rows;        // [end_row - first_row, G * D]
-  void* const* sums; // num_sums of [I, P, D], or null
+  int64_t first_row; // row b * P + p of the mixed rows lies at rows[b * P + p - first_row]
+  void* rows;        // [.., G * D]
+  void* const* sums; // num_sums of [I, P, D], in the layers' dtype
   bool normalize;
   const void* norm_weight; // [G * D] in the accumulation dtype, or null
   const void* norm_bias;
   double eps;
-  void* raw_rows; // the rows before the norm, or null
+  void* raw_rows; // the rows before the norm, laid out as rows, or null
   void* mean;     // [B * P] in the accumulation dtype
   void* rstd;
-  void* scratch;            // threads * (G * D) in the accumulation dtype, with a norm
+  void* scratch; // scratch_stride elements of the accumulation dtype a thread: a tile of a block, with a norm of a row
+  int64_t scratch_stride;
   const void** row_pointers; // threads * num_layers
-  bool stream;   // write around the cache
+  bool stream;               // write around the cache; rows and sums start at 64 bytes
 };
 
 // y = act(x) and a copy of x as z, rounded alike; matrices [rows, columns], last dimension contiguous.

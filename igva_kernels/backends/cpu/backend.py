@@ -29,6 +29,9 @@ DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", to
 SCRATCH_BYTES = 40 << 20
 """Of the row blocks of ``project``; with the converted tiles of the weights, its scratch stays below 64 MiB."""
 
+STREAM_BYTES = 4 << 20
+"""Rows that take more are written around the cache: nobody finds them there later."""
+
 
 class CpuBackend(Backend):
     """Mixing, activations and the gradients of the mix in C++; GEMMs by torch, on row blocks that stay in the cache."""
@@ -49,7 +52,7 @@ class CpuBackend(Backend):
         """The mixed rows, rounded once to ``dtype``; ``norm`` is applied to the unrounded rows."""
         first = args.layers[0]
         if _mixes_fp64(dtype, first.dtype):
-            mixed = self.mix(args, first.dtype, norm, keep)
+            mixed = self.mix(args, accumulation_dtype(first.dtype), norm, keep)
             assert mixed.rows is not None
             raw = [kept.to(dtype) for kept in mixed.kept] if keep == Keep.ROWS else mixed.kept
             return Mixed(mixed.rows.to(dtype), raw, mixed.mean, mixed.rstd)
@@ -191,23 +194,23 @@ def _mix_rows(
     stats: Stats | None = None,
 ) -> Stats:  # fmt: skip
     """Mix the rows ``b * P + p`` of the slice into ``out`` (and ``raw_rows``: before the norm); returns the stats."""
-    first = args.layers[0]
-    threads = torch.get_num_threads()
+    first, module, threads = args.layers[0], _module(), torch.get_num_threads()
     mean, rstd = stats = _empty_stats(args, norm) if stats is None else stats
     native_norm = None
     if norm is not None:
         assert mean is not None
         # Named, so that they live until the call returns.
         weight, bias = (None if p is None else p.to(mean.dtype).contiguous() for p in norm[:2])
-        scratch = mean.new_empty((threads, args.plan.num_blocks * args.width))
-        native_norm = _module().Norm(
-            _data(weight), _data(bias), norm[2], _data(raw_rows), _data(mean), _data(rstd), _data(scratch)
-        )
-    _module().mix(
+        native_norm = module.Norm(_data(weight), _data(bias), norm[2], _data(raw_rows), _data(mean), _data(rstd))
+    # A norm needs whole rows in the accumulation dtype, a mix alone one block at a time.
+    row = args.width if norm is None else args.width * args.plan.num_blocks
+    scratch = first.new_empty((threads, module.mix_scratch(row)), dtype=accumulation_dtype(first.dtype))
+    module.mix(
         _program(args.plan, bool(sums)), [_address(layer) for layer in args.layers], _dtype(first.dtype),
         _dtype(out.dtype), _address(args.mix_weights), _data(args.image_index), first.shape[0], args.num_rows,
         args.skip_tokens, args.num_patches, args.width, rows.start, rows.stop, _data(out),
-        [_data(each) for each in sums], native_norm, False, threads,
+        [_data(each) for each in sums], native_norm, _data(scratch), row,
+        out.nbytes > STREAM_BYTES, threads,
     )  # fmt: skip
     return stats
 

@@ -1,0 +1,534 @@
+"""The C++ kernels through the methods of the CPU backend, on every instruction set of this machine, against fp64."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from igva_kernels import native, reference
+from igva_kernels.backends import cpu
+from igva_kernels.backends.base import Keep, LayerShape, MixArgs, ProjectorWeights
+from igva_kernels.backends.cpu import backend, gemm
+from igva_kernels.plan import MixPlan, is_tap
+from igva_kernels.reference import ACTIVATIONS
+from igva_kernels.testing import assert_within_rule as assert_rule
+from igva_kernels.testing import measure_memory
+
+MODULE, WHY_NOT = native.load()
+pytestmark = pytest.mark.skipif(MODULE is None, reason=WHY_NOT)
+
+CPU = cpu.BACKEND
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+LOW = [torch.bfloat16, torch.float16]
+PLANS = {
+    "igva": MixPlan.igva(6, 3, -2).resolve(7).compact()[1],
+    "uneven": MixPlan((((0, 1, 0.5), (1, 0, 0.5), (2, None, 0.25), (1, 1, 0.5)), ((2, None, 1.0),)), 3),
+    "weighted_sum": MixPlan.weighted_sum([0, 1, 2, 3], residual=1, num_states=4),
+    "concat": MixPlan.concat([2, 0], 3).compact()[1],
+}
+WIDTHS = [1, 7, 16, 67, 200]
+"""Partial vectors, whole ones, and both with unrolled ones before them."""
+
+
+@pytest.fixture(params=MODULE.isas() if MODULE else ["none"])
+def isa(request):
+    best = MODULE.isa()
+    MODULE.set_isa(request.param)
+    yield request.param
+    MODULE.set_isa(best)
+
+
+@pytest.fixture(params=["as it can", "emulated"])
+def products(request, monkeypatch):
+    """Products as this CPU can do them, or in fp32 by tiles; both in several blocks already at small sizes."""
+    if request.param == "emulated":
+        monkeypatch.setattr(gemm, "is_emulated", lambda dtype: dtype in LOW)
+    monkeypatch.setattr(gemm, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(gemm, "EMULATED_BLOCK_ROWS", 16)
+    monkeypatch.setattr(gemm, "TILE_BYTES", 16 * 16 * 4)
+    monkeypatch.setattr(gemm, "TILE_DEPTH", 16)
+    return request.param
+
+
+def assert_within_rule(actual, oracle, plain, dtype, name="result"):
+    """The error rule; fp64, where plain torch is the oracle itself, to within a few roundings."""
+    if dtype == torch.float64:
+        torch.testing.assert_close(actual, oracle, rtol=1e-11, atol=1e-11)
+    else:
+        assert_rule(actual, oracle, plain, dtype, name)
+
+
+def make(plan, dtype, images=3, tokens=6, width=16, skip=1, index=None, layout="contiguous"):
+    """MixArgs of random layers, and the same in fp64."""
+
+    def layer(k):
+        if layout == "tokens first" or (layout == "mixed" and k % 2):
+            return torch.randn(tokens, images, width).to(dtype).transpose(0, 1)
+        if layout == "strided" or layout == "mixed":
+            return torch.randn(images, tokens + 2, width + 3).to(dtype)[:, 1:-1, 2:-1]
+        return torch.randn(images, tokens, width).to(dtype)
+
+    layers = [layer(k) for k in range(max(plan.layers) + 1)]
+    index = None if index is None else torch.tensor(index)
+    rows = images if index is None else len(index)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    weights = torch.rand(rows, plan.num_columns, dtype=wide) if plan.num_columns else None
+    args = MixArgs(layers, plan, weights, index, skip)
+    return args, to64(args)
+
+
+def to64(args):
+    weights = None if args.mix_weights is None else args.mix_weights.double()
+    return MixArgs([layer.double() for layer in args.layers], args.plan, weights, args.image_index, args.skip_tokens)
+
+
+def plain_mix(args):
+    return reference.layer_mix(
+        args.layers, args.plan, args.mix_weights, skip_tokens=args.skip_tokens, image_index=args.image_index
+    )
+
+
+def plain_sums(args):
+    sources = args.plan.reduced()[0]
+    sums = MixPlan(tuple(block for block in sources.blocks if not is_tap(block)))
+    rows = reference.layer_mix(args.layers, sums, skip_tokens=args.skip_tokens)
+    return rows.split(args.width, dim=-1)
+
+
+# ---- mix -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_mix_obeys_the_error_rule(isa, plan, dtype, width):
+    args, exact = make(PLANS[plan], dtype, width=width)
+    assert_within_rule(CPU.mix(args, dtype).rows, plain_mix(exact), plain_mix(args), dtype)
+
+
+@pytest.mark.parametrize("layout", ["tokens first", "strided", "mixed"])
+@pytest.mark.parametrize("skip", [0, 2, 6])
+@pytest.mark.parametrize("index", [None, [2, 0, 2, 2, 1], [1]])
+def test_mix_reads_any_layout_rows_and_tokens(isa, layout, skip, index):
+    args, exact = make(PLANS["igva"], torch.float32, skip=skip, index=index, layout=layout)
+    rows = CPU.mix(args, torch.float32).rows
+    assert rows.shape == (5 if index and len(index) > 1 else 1 if index else 3, 6 - skip, 32)
+    torch.testing.assert_close(rows.double(), plain_mix(exact), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("out", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mix_rounds_to_another_dtype(isa, dtype, out):
+    args, exact = make(PLANS["igva"], dtype, width=20)
+    actual = CPU.mix(args, out).rows
+    assert actual.dtype == out
+    widest = max(torch.finfo(out).eps, torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps)
+    torch.testing.assert_close(actual.double(), plain_mix(exact), rtol=widest, atol=2 * widest)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_taps_are_copied_bit_by_bit(isa, dtype):
+    args, _ = make(PLANS["concat"], dtype, width=40)
+    assert torch.equal(CPU.mix(args, dtype).rows, plain_mix(args))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("width", [7, 67])
+def test_norm_takes_its_statistics_from_the_unrounded_row(isa, dtype, affine, width):
+    args, exact = make(PLANS["igva"], dtype, width=width, index=[2, 0, 2])
+    args = MixArgs([layer + 3 for layer in args.layers], *list(vars(args).values())[1:])  # a mean to cancel
+    exact = to64(args)
+    size = 2 * width
+    weight, bias = (torch.randn(size).to(dtype), torch.randn(size).to(dtype)) if affine else (None, None)
+    mixed = CPU.mix(args, dtype, (weight, bias, 1e-5), Keep.ROWS)
+    rows = plain_mix(exact)
+    wide = [None if p is None else p.double() for p in (weight, bias)]
+    plain = F.layer_norm(plain_mix(args), (size,), weight, bias, 1e-5)
+    assert_within_rule(mixed.rows, F.layer_norm(rows, (size,), *wide, 1e-5), plain, dtype)
+    assert_within_rule(mixed.kept[0], rows, plain_mix(args), dtype)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(mixed.mean.double(), rows.mean(-1), rtol=tolerance, atol=tolerance)
+    rstd = (rows.var(-1, correction=0) + 1e-5).rsqrt()
+    torch.testing.assert_close(mixed.rstd.double(), rstd, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index", [None, [2, 0, 2, 2]])
+def test_kept_sums_are_written_once_an_image(isa, dtype, index):
+    args, exact = make(PLANS["igva"], dtype, width=20, index=index)
+    mixed = CPU.mix(args, dtype, None, Keep.SOURCES)
+    for triple in zip(mixed.kept, plain_sums(exact), plain_sums(args), strict=True):
+        assert_within_rule(*triple, dtype)
+    assert_within_rule(mixed.rows, plain_mix(exact), plain_mix(args), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_writing_around_the_cache_changes_nothing(isa, dtype, monkeypatch):
+    args, _ = make(PLANS["igva"], dtype, width=160)
+    through = CPU.mix(args, dtype, None, Keep.SOURCES)
+    monkeypatch.setattr(backend, "STREAM_BYTES", 0)
+    around = CPU.mix(args, dtype, None, Keep.SOURCES)
+    for a, b in zip([through.rows, *through.kept], [around.rows, *around.kept], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("index", [[0, 3], [-1, 0]])
+def test_an_image_out_of_range_is_refused_before_memory_is_touched(index):
+    args, _ = make(PLANS["igva"], torch.float32, index=index)
+    grad = torch.ones(2, 5, 32)
+    with pytest.raises(ValueError, match="image_index: need values from 0 to 2"):
+        CPU.mix(args, torch.float32)
+    with pytest.raises(ValueError, match="image_index"):
+        CPU.mix_weights_grad(grad[..., 16:], [1], args)
+    shape = LayerShape(3, 6, 16, torch.float32)
+    with pytest.raises(ValueError, match="image_index"):
+        CPU.layer_grads(grad, [((0, None, 1.0),)], None, args.image_index, 1, shape)
+
+
+# ---- activations ---------------------------------------------------------------------------------------------------
+
+
+def every_sixteen_bits(dtype):
+    return torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_conversions_agree_with_torch(isa, dtype):
+    low = every_sixteen_bits(dtype)[None]
+    wide = torch.empty(low.shape)
+    backend._epilogue(low.float(), None, narrow := torch.empty_like(low), None)
+    assert torch.equal(narrow.isnan(), low.isnan())
+    assert torch.equal(narrow[~low.isnan()], low[~low.isnan()])
+    # Halfway cases and their neighbours, overflow and subnormals.
+    bits = low.float().view(torch.int32)
+    for shift in (-1, 1, 0x7FFF, 0x8000, 0x8001, 0xFFF, 0x1000, 0x1001):
+        wide = (bits + shift).view(torch.float32)
+        backend._epilogue(wide, None, narrow, None)
+        assert torch.equal(narrow.nan_to_num(nan=7.0), wide.to(dtype).nan_to_num(nan=7.0))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_in_fp32_are_right_to_a_few_ulps(isa, activation):
+    x = torch.cat([torch.linspace(-12, 12, 20001), torch.logspace(-30, 30, 601), -torch.logspace(-30, 0, 301)])[None]
+    z = torch.empty_like(x)
+    backend._epilogue(x, activation, y := torch.empty_like(x), z)
+    assert torch.equal(x, z)
+    exact_x = x.double().requires_grad_()
+    exact = ACTIVATIONS[activation](exact_x)
+    torch.testing.assert_close(y.double(), exact.detach(), rtol=5e-7, atol=5e-7)
+
+    grad = torch.randn(x.shape)
+    exact.backward(grad.double())
+    again = torch.empty_like(x)
+    backend._activation_grad(grad, x, activation, grad_z := torch.empty_like(x), again)
+    assert torch.equal(again, y)
+    torch.testing.assert_close(grad_z.double(), exact_x.grad, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_activations_of_what_is_not_finite_or_extreme(isa, activation, dtype):
+    inf = float("inf")
+    big = torch.finfo(dtype).max
+    x = torch.tensor([[float("nan"), inf, -inf, big, -big, 0.0, -0.0, torch.finfo(dtype).tiny, 88.0, -88.0]]).to(dtype)
+    backend._epilogue(x, activation, y := torch.empty_like(x), None)
+    # fp64, because torch's own GELU of large fp32 values is infinite or NaN.
+    torch.testing.assert_close(y, ACTIVATIONS[activation](x.double()).to(dtype), equal_nan=True)
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_and_its_gradient_obey_the_error_rule(isa, activation, dtype, products):
+    m, k, n, h = 37, 23, 50, 41
+    x, weight, bias = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype) / k**0.5, torch.randn(n).to(dtype)
+    weight2, grad = torch.randn(h, n).to(dtype) / h**0.5, torch.randn(m, h).to(dtype)
+
+    def run(dtype):
+        z = F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype)).requires_grad_()
+        y = z if activation is None else ACTIVATIONS[activation](z)
+        (y @ weight2.to(dtype).t()).backward(grad.to(dtype))
+        return z.detach(), y.detach(), z.grad
+
+    (z64, y64, grad64), (z_plain, y_plain, grad_plain) = run(torch.float64), run(dtype)
+    for keep_z in (False, True):
+        y, z = CPU.linear(x, weight, bias, activation, keep_z)
+        assert (z is not None) == (keep_z and activation is not None)
+        assert_within_rule(y, y64, y_plain, dtype, f"y, keep_z={keep_z}")
+        if z is not None:
+            assert_within_rule(z, z64, z_plain, dtype, "z")
+    z = z_plain
+    grad_z, y = CPU.linear_grad_input(grad, weight2, z, activation, True)
+    assert_within_rule(grad_z, grad64, grad_plain, dtype, "grad_z")
+    assert_within_rule(y, y64, y_plain, dtype, "y again")
+    assert_within_rule(
+        CPU.linear_grad_input(grad, None, torch.ones_like(grad), activation, False)[0],
+        plain_grad(grad.double(), activation), plain_grad(grad, activation), dtype, "the identity",
+    )  # fmt: skip
+
+
+def plain_grad(grad, activation):
+    z = torch.ones_like(grad).requires_grad_()
+    (z.clone() if activation is None else ACTIVATIONS[activation](z)).backward(grad)
+    return z.grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", ["neither", "a", "b"])
+def test_matmul_takes_transposed_views(dtype, transposed, products):
+    a = (torch.randn(45, 35).t() if transposed == "a" else torch.randn(35, 45)).to(dtype)
+    b = (torch.randn(29, 45).t() if transposed == "b" else torch.randn(45, 29)).to(dtype)
+    assert_within_rule(CPU.matmul(a, b), a.double() @ b.double(), a @ b, dtype)
+
+
+# ---- gradients of the mix ------------------------------------------------------------------------------------------
+
+
+def autograd_of_mix(args, grad_rows):
+    args = MixArgs(
+        [layer.detach().requires_grad_() for layer in args.layers], args.plan,
+        None if args.mix_weights is None else args.mix_weights.detach().requires_grad_(),
+        args.image_index, args.skip_tokens,
+    )  # fmt: skip
+    plain_mix(args).backward(grad_rows)
+    return [layer.grad for layer in args.layers], args.mix_weights.grad if args.mix_weights is not None else None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("plan", ["igva", "uneven", "weighted_sum"])
+@pytest.mark.parametrize("index", [None, [2, 0, 2, 2]])
+def test_gradients_of_the_mix_obey_the_error_rule(isa, dtype, plan, index):
+    plan, draws = PLANS[plan], []
+    for _ in range(8):
+        args, exact = make(plan, dtype, tokens=40, width=21, index=index)
+        grad_rows = torch.randn(args.num_rows, args.num_patches, plan.num_blocks * args.width).to(dtype)
+        exact_layers, exact_weights = autograd_of_mix(exact, grad_rows.double())
+        plain_layers, plain_weights = autograd_of_mix(args, grad_rows)
+        signatures = [
+            tuple((g, e.column, e.scale) for g, block in enumerate(plan.blocks) for e in block if e.layer == layer)
+            for layer in range(len(args.layers))
+        ]
+        shape = LayerShape(3, 40, 21, dtype)
+        actual_layers = CPU.layer_grads(grad_rows, signatures, args.mix_weights, args.image_index, 1, shape)
+        for triple in zip(actual_layers, exact_layers, plain_layers, strict=True):
+            assert_within_rule(*triple, dtype)
+        sums = iter(CPU.mix(args, dtype, None, Keep.SOURCES).kept)
+        sources = [args.layers[b[0].layer] if is_tap(b) else next(sums) for b in plan.reduced()[0].blocks]
+        blocks = plan.weighted_blocks
+        taken = torch.cat([grad_rows[..., g * 21 : (g + 1) * 21] for g in blocks], dim=-1)
+        actual_weights = CPU.mix_weights_grad(taken, blocks, args.over_sources(sources))
+        assert actual_weights.dtype == args.mix_weights.dtype
+        if dtype == torch.float64:
+            torch.testing.assert_close(actual_weights, exact_weights)
+        draws.append((actual_weights, exact_weights, plain_weights))
+    if dtype != torch.float64:
+        assert_rule(*zip(*draws, strict=True), dtype, "mix_weights")
+
+
+@pytest.mark.parametrize("layer_dtype", [torch.bfloat16, torch.float64])
+def test_gradients_cross_dtypes(isa, layer_dtype):
+    args, exact = make(PLANS["igva"], layer_dtype, skip=0)
+    grad_rows = torch.randn(3, 6, 32)
+    _, exact_weights = autograd_of_mix(exact, grad_rows.double())
+    sources = [*CPU.mix(args, layer_dtype, None, Keep.SOURCES).kept]
+    sources.insert(0, args.layers[PLANS["igva"].blocks[0][0].layer])
+    actual = CPU.mix_weights_grad(grad_rows[..., 16:], [1], args.over_sources(sources))
+    torch.testing.assert_close(actual.double(), exact_weights, rtol=0.02, atol=0.02)
+    signature = ((0, None, 1.0),)
+    shape = LayerShape(3, 6, 16, layer_dtype)
+    (actual,) = CPU.layer_grads(grad_rows, [signature], None, None, 0, shape)
+    assert torch.equal(actual, grad_rows[..., :16].to(layer_dtype))
+
+
+def test_the_number_of_threads_changes_no_bit():
+    plan = PLANS["uneven"]
+    args, _ = make(plan, torch.float32, tokens=200, width=128, index=[0, 2, 2, 1, 0, 2])
+    grad_rows = torch.randn(args.num_rows, args.num_patches, 2 * args.width)
+    norm = (None, None, 1e-5)
+
+    def run():
+        mixed = CPU.mix(args, torch.bfloat16, norm, Keep.ROWS)
+        kept = CPU.mix(args, torch.float32, None, Keep.SOURCES).kept
+        sums = iter(kept)
+        sources = [args.layers[b[0].layer] if is_tap(b) else next(sums) for b in plan.reduced()[0].blocks]
+        dw = CPU.mix_weights_grad(grad_rows[..., : args.width], [0], args.over_sources(sources))
+        signatures = [((0, 1, 0.5), (1, None, 1.0)), ((1, None, 2.0),)]
+        shape = LayerShape(3, 200, 128, torch.float32)
+        layers = CPU.layer_grads(grad_rows, signatures, args.mix_weights, args.image_index, 1, shape)
+        return [mixed.rows, *mixed.kept, mixed.mean, mixed.rstd, *kept, dw, *layers]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = run()
+        torch.set_num_threads(3)
+        assert all(torch.equal(a, b) for a, b in zip(one, run(), strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+# ---- the operator --------------------------------------------------------------------------------------------------
+
+
+def projector(dtype, row, hidden=24, width=20):
+    def draw(*shape):
+        return (torch.randn(shape) / shape[-1] ** 0.5).to(dtype)
+
+    return ProjectorWeights(draw(hidden, row), draw(hidden), draw(width, hidden), draw(width))
+
+
+def plain_project(args, norm, weights, activation):
+    weights = ProjectorWeights(*(None if w is None else w.to(args.layers[0].dtype) for w in weights))
+    norm = None if norm is None else (*(p.to(args.layers[0].dtype) for p in norm[:2]), norm[2])
+    options = dict(
+        activation=activation, norm=norm, skip_tokens=args.skip_tokens, image_index=args.image_index
+    )  # fmt: skip
+    if weights.weight2 is None:
+        return reference.layer_mix_linear(args.layers, args.plan, args.mix_weights, *weights[:2], **options)
+    return reference.layer_mix_mlp(args.layers, args.plan, args.mix_weights, *weights, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["mlp", "linear", "no bias", "no activation", "norm", "shared images"])
+@pytest.mark.parametrize("keep", Keep)
+@pytest.mark.parametrize("keep_z", [False, True])
+def test_project_obeys_the_error_rule_whatever_it_keeps(dtype, form, keep, keep_z, products):
+    index = [2, 0, 2, 2] if form == "shared images" else None
+    args, exact = make(PLANS["igva"], dtype, tokens=10, width=20, index=index)
+    weights = projector(dtype, 40)
+    if form == "linear":
+        weights = weights._replace(weight2=None, bias2=None)
+    if form == "no bias":
+        weights = weights._replace(bias1=None, bias2=None)
+    activation = None if form == "no activation" else "gelu"
+    norm = (torch.rand(40).to(dtype), torch.randn(40).to(dtype), 1e-5) if form == "norm" else None
+    out, mixed, z = CPU.project(args, norm, weights, activation, keep, keep_z)
+
+    plain = plain_project(args, norm, weights, activation)
+    assert_within_rule(out, plain_project(exact, norm, weights, activation), plain, dtype)
+    if keep_z and not (weights.weight2 is None and activation is None):
+        first = weights._replace(weight2=None, bias2=None)
+        z = z.view(args.num_rows, args.num_patches, -1)
+        assert_within_rule(
+            z, plain_project(exact, norm, first, None), plain_project(args, norm, first, None), dtype, "z"
+        )
+    if keep == Keep.ROWS:
+        rows = mixed.rows if norm is None else mixed.kept[0]
+        assert_within_rule(rows, plain_mix(exact), plain_mix(args), dtype, "rows")
+    if keep == Keep.SOURCES:
+        for triple in zip(mixed.kept, plain_sums(exact), plain_sums(args), strict=True):
+            assert_within_rule(*triple, dtype, "sums")
+    if norm is not None and keep != Keep.NOTHING:
+        torch.testing.assert_close(mixed.mean.double(), plain_mix(exact).mean(-1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("images", [0, 1])
+@pytest.mark.parametrize("skip", [5, 6])
+def test_project_of_nothing_and_of_one_row(images, skip, products):
+    args, exact = make(PLANS["igva"], torch.float32, images=images, skip=skip)
+    weights = projector(torch.float32, 32)
+    for keep in Keep:
+        out, _, z = CPU.project(args, None, weights, "gelu", keep, True)
+        assert out.shape == (images, 6 - skip, 20)
+        assert z.shape == (images * (6 - skip), 24)
+        torch.testing.assert_close(out.double(), plain_project(exact, None, weights, "gelu"), rtol=1e-5, atol=1e-6)
+
+
+CLIP = MixPlan.igva(24, 4, -2).compact()[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("emulated", [False, True])
+def test_inference_at_real_widths_needs_less_than_64_mib_beside_the_output(dtype, emulated, monkeypatch):
+    if emulated:
+        monkeypatch.setattr(gemm, "is_emulated", lambda dtype: dtype in LOW)
+    elif gemm.is_emulated(dtype):
+        pytest.skip("no instructions for it here")
+    layer = torch.randn(2, 577, 1024).to(dtype)
+    args = MixArgs([layer] * len(CLIP.layers), CLIP, torch.rand(2, 4), None, 1)
+    weights = projector(dtype, 2048, 4096, 4096)
+    (out, _, _), memory = measure_memory(lambda: CPU.project(args, None, weights, "gelu", Keep.NOTHING, False))
+    assert memory.kept <= out.nbytes + 4096
+    assert memory.peak <= out.nbytes + (64 << 20)
+
+
+# ---- OpenMP --------------------------------------------------------------------------------------------------------
+
+
+def run_python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_the_process_has_one_openmp_runtime_and_torch_brought_it():
+    done = run_python(
+        "import torch, igva_kernels.native as native\n"
+        "runtimes = lambda: {l.split()[-1] for l in open('/proc/self/maps') if 'omp' in l.rsplit('/', 1)[-1]}\n"
+        "before = runtimes()\n"
+        "assert native.load()[0] is not None\n"
+        "assert runtimes() == before and len(before) == 1, (before, runtimes())\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how ELF resolves symbols")
+def test_without_an_openmp_runtime_the_import_fails_and_nothing_crashes():
+    done = run_python(
+        "import importlib.machinery, importlib.util\n"
+        f"loader = importlib.machinery.ExtensionFileLoader('_native', {MODULE.__file__!r})\n"
+        "try:\n"
+        "    importlib.util.module_from_spec(importlib.util.spec_from_loader('_native', loader))\n"
+        "except ImportError as error:\n"
+        "    print(error)\n"
+    )
+    assert done.returncode == 0, done.stderr
+    assert native.build_info()["openmp"] == "OFF" or "GOMP" in done.stdout or "omp_" in done.stdout
+
+
+@pytest.mark.plain_memory
+def test_a_matrix_product_after_our_kernels_is_not_slowed():
+    from time import perf_counter
+
+    args, _ = make(PLANS["igva"], torch.float32, tokens=200, width=512)
+    a = torch.randn(400, 400)
+
+    def time_mm():
+        start = perf_counter()
+        torch.mm(a, a)
+        return perf_counter() - start
+
+    alone = sorted(time_mm() for _ in range(60))[10]
+    after = []
+    for _ in range(60):
+        CPU.mix(args, torch.float32)
+        after.append(time_mm())
+    assert sorted(after)[10] < 2 * alone + 1e-3
+
+
+# ---- when it cannot serve ------------------------------------------------------------------------------------------
+
+
+def test_why_not_names_the_reason(monkeypatch):
+    assert CPU.why_not(torch.device("cpu"), torch.float16) is None
+    assert "cuda" in CPU.why_not(torch.device("cuda"), torch.float32)
+    assert "torch.int8" in CPU.why_not(torch.device("cpu"), torch.int8)
+    monkeypatch.setattr(native, "load", lambda: (None, "no compiler"))
+    assert CPU.why_not(torch.device("cpu"), torch.float32) == "no compiler"
+
+
+def test_an_instruction_set_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="isa: this CPU or this build has no avx9000"):
+        MODULE.set_isa("avx9000")
+
+
+@pytest.mark.parametrize("limit", ["AVX2", "AVX512_CORE"])
+def test_low_precision_is_emulated_where_onednn_may_not_use_its_instructions(limit, monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    gemm.is_emulated.cache_clear()
+    try:
+        assert gemm.is_emulated(torch.bfloat16) or "x86" not in native.build_info()["target"]
+        assert not gemm.is_emulated(torch.float32)
+    finally:
+        gemm.is_emulated.cache_clear()
