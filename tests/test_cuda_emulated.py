@@ -93,6 +93,12 @@ def test_an_image_out_of_range_gives_nan_rows_and_reads_nothing(norm):
     assert grads[0][[1, 3]].isnan().all() and grads[0][[0, 2]].isfinite().all()
 
 
+def test_a_row_too_wide_for_a_multiprocessor_is_normalised_from_memory(monkeypatch):
+    monkeypatch.setattr(programs, "NORM_ROW_BYTES", 64)
+    for name in ("concat + LayerNorm", "igva + norm"):
+        judge(next(case for case in verify.SMALL_CASES if case.name == name), "bf16")
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 16), (2, 0, 16), (2, 1, 16)])
 def test_empty_inputs(shape):
     states = [torch.randn(shape) for _ in range(2)]

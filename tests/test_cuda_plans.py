@@ -60,6 +60,12 @@ def test_vectors_need_every_address_to_be_a_multiple_of_16_bytes(width, stride, 
     assert programs.allows_vectors(width, [layer]) is expected
 
 
+def test_the_rows_of_the_project_fit_the_norm_kernel_and_wider_ones_do_not():
+    assert programs.norm_row_fits(5 * 1152, torch.bfloat16) and programs.norm_row_fits(24 * 1024, torch.float32)
+    assert not programs.norm_row_fits(25 * 1024, torch.bfloat16)
+    assert not programs.norm_row_fits(13 * 1024, torch.float64)
+
+
 @pytest.mark.parametrize(
     ("capability", "expected"),
     [

@@ -45,6 +45,8 @@ class CudaBackend(Backend):
             assert mixed.rows is not None
             kept = [raw.to(dtype) for raw in mixed.kept] if keep == Keep.ROWS else mixed.kept
             return Mixed(mixed.rows.to(dtype), kept, mixed.mean, mixed.rstd)
+        if norm is not None and not programs.norm_row_fits(args.plan.num_blocks * args.width, first.dtype):
+            return self._mix_wide_norm(args, dtype, norm, keep)
         sums: list[Tensor] = []
         if keep == Keep.SOURCES:
             sums = _new_sums(args)
@@ -61,6 +63,16 @@ class CudaBackend(Backend):
         mean, rstd = (first.new_empty(rows.shape[:2], dtype=wide) for _ in range(2))
         _launch_mix(args, rows, along, norm, raw, mean, rstd)
         return Mixed(rows, sums if raw is None else [raw], mean, rstd)
+
+    def _mix_wide_norm(self, args: MixArgs, dtype: torch.dtype, norm: Norm, keep: Keep) -> Mixed:
+        """``mix`` where a row is too wide for a multiprocessor: unrounded to memory, then torch's LayerNorm."""
+        wide = accumulation_dtype(args.layers[0].dtype)
+        mixed = self.mix(args, wide, None, keep)
+        assert mixed.rows is not None
+        params = [None if param is None else param.to(wide) for param in norm[:2]]
+        rows, mean, rstd = torch.native_layer_norm(mixed.rows, mixed.rows.shape[-1:], *params, norm[2])
+        kept = [mixed.rows.to(dtype)] if keep == Keep.ROWS else mixed.kept
+        return Mixed(rows.to(dtype), kept, mean.squeeze(-1), rstd.squeeze(-1))
 
     def linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, keep_z: bool

@@ -24,6 +24,10 @@ NORM_CHUNK = 128
 """Rows of a block of the column sums for the norm's parameters."""
 
 
+NORM_ROW_BYTES = 96 << 10
+"""Of shared memory for an unrounded row: what a multiprocessor of every architecture from 8.0 on can give."""
+
+
 @lru_cache(maxsize=256)
 def mix_blocks(plan: MixPlan, keep_sums: bool) -> list[list[Part]]:
     """The blocks of a plan in parts; with ``keep_sums`` the sums of ``plan.reduced()`` are by-products."""
@@ -77,6 +81,11 @@ def allows_vectors(width: int, tensors: Iterable[Tensor]) -> bool:
 def chunks(count: int, size: int) -> int:
     """Chunks of ``size`` that cover ``count``."""
     return -(-count // size)
+
+
+def norm_row_fits(width: int, layers: torch.dtype) -> bool:
+    """Whether the kernel with LayerNorm can hold an unrounded row of this width."""
+    return width * (8 if layers == torch.float64 else 4) <= NORM_ROW_BYTES
 
 
 def dtype_pair_is_served(layers: torch.dtype, rows: torch.dtype) -> bool:
