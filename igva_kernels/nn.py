@@ -66,7 +66,7 @@ class WeightAllocator(nn.Module):
             raise ValueError(f"sentence_embeds: got shape {tuple(sentence_embeds.shape)}, need {(batch, width)}")
         if summaries.shape != (batch, columns, dim):
             raise ValueError(f"summaries: got shape {tuple(summaries.shape)}, need {(batch, columns, dim)}")
-        if torch.is_grad_enabled() and sentence_embeds.is_inference():
+        if not torch.compiler.is_compiling() and sentence_embeds.is_inference():
             sentence_embeds = sentence_embeds.clone()  # autograd cannot save an inference tensor
         query = self.sentence_proj(sentence_embeds.to(self.sentence_proj.weight.dtype)).unsqueeze(1)
         keys = self.cls_proj(summaries.to(self.cls_proj.weight.dtype))
@@ -99,12 +99,12 @@ def column_plan(plan: MixPlan) -> MixPlan:
     Raises:
         ValueError: a column below ``plan.num_columns`` that no entry uses.
     """
-    blocks: list[list[Entry]] = [[] for _ in range(plan.num_columns)]
-    for block in plan.blocks:
-        for layer, column, scale in block:
-            if column is not None:
-                blocks[column].append(Entry(layer, None, scale))
-    return MixPlan(tuple(tuple(block) for block in blocks), plan.num_states)
+    entries = [entry for block in plan.blocks for entry in block if entry.column is not None]
+    blocks = (
+        tuple(Entry(e.layer, None, e.scale) for e in entries if e.column == column)
+        for column in range(len({e.column for e in entries}))
+    )
+    return MixPlan(tuple(blocks), plan.num_states)
 
 
 def column_summaries(

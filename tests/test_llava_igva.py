@@ -272,6 +272,14 @@ def test_the_model_runs_in_other_dtypes(dtype):
     assert out.layer_weights.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("impl", FUSED)
+def test_the_whole_model_is_one_graph_for_the_compiler(impl):
+    model, inputs = igva_model(impl=impl, stream_hidden_states=False).train(), batch((2, 1), labels=True)
+    loss = model(**inputs).loss  # the first run of a tower installs transformers' hooks, which cannot be traced
+    close(torch.compile(model, backend="eager", fullgraph=True)(**inputs).loss, loss)
+
+
 # ---- generate ----
 
 

@@ -131,7 +131,8 @@ def test_the_block_reverts_when_it_raises():
             assert model.model.multi_modal_projector.impl == "auto"
             raise KeyError
 
-    pytest.raises(KeyError, block)
+    with pytest.raises(KeyError):
+        block()
     assert model.model.multi_modal_projector.impl == "reference"
 
 
