@@ -204,6 +204,16 @@ def test_the_fused_gemm_keeps_the_bits_of_the_mix_kernel():
     assert all(torch.equal(a, b) for a, b in zip(sums, two.kept, strict=True))
 
 
+def test_the_ring_of_stages_wraps_without_losing_one():
+    """Ten steps of K through four stages, with integers: every product counts, exactly."""
+    states = [torch.randint(-4, 5, (2, 70, 320)).bfloat16() for _ in range(2)]
+    weight = torch.randint(-4, 5, (272, 640)).bfloat16()
+    call = MixArgs(states, MixPlan.concat([1, 0], 2), None, None, 1)
+    out, _ = gemm.run(call, weight, None, None, False, [])
+    exact = torch.cat([states[1][:, 1:], states[0][:, 1:]], -1).flatten(0, 1).float() @ weight.float().t()
+    assert torch.equal(out, exact.bfloat16())
+
+
 def test_flags_are_complete_and_every_launch_starts_from_zero(monkeypatch):
     """Each flag counts the 16 groups of its rows; tickets end beyond the groups by one a mixer warp."""
     made = []
