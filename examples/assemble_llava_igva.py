@@ -10,6 +10,8 @@ Projector and allocator are new; upgraded from a Llava, the model answers at fir
 from __future__ import annotations
 
 import argparse
+import json
+from typing import Any
 
 import torch
 from llava_data import IMAGE
@@ -26,8 +28,18 @@ from transformers import (
 from igva_kernels.models import LlavaIgvaConfig, LlavaIgvaForConditionalGeneration, LlavaIgvaProcessor
 
 
-def from_parts(vision_tower: str, language_model: str, dtype: torch.dtype, output_dir: str) -> None:
-    """Join a vision tower and a language model, and save the result with its processor."""
+def from_parts(
+    vision_tower: str, language_model: str, output_dir: str, dtype: torch.dtype = torch.bfloat16, **config_fields: Any
+) -> None:
+    """Join a vision tower and a language model, and save the result with its processor.
+
+    Args:
+        vision_tower: name or directory of the tower, alone or in a CLIP or SigLIP.
+        language_model: name or directory of the language model.
+        output_dir: where the result goes.
+        dtype: of its weights.
+        config_fields: of ``LlavaIgvaConfig``.
+    """
     vision_config = AutoConfig.from_pretrained(vision_tower)
     vision_config = getattr(vision_config, "vision_config", vision_config)
     tower = AutoModel.from_pretrained(vision_tower, config=vision_config, dtype=dtype)
@@ -41,6 +53,7 @@ def from_parts(vision_tower: str, language_model: str, dtype: torch.dtype, outpu
         vision_config=vision_config,
         text_config=language.config,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        **config_fields,
     )
     state_dict = {f"model.vision_tower.{name}": value for name, value in tower.state_dict().items()}
     state_dict |= {f"model.language_model.{name}": value for name, value in language.base_model.state_dict().items()}
@@ -51,10 +64,10 @@ def from_parts(vision_tower: str, language_model: str, dtype: torch.dtype, outpu
     LlavaIgvaProcessor.from_config(config, images, tokenizer).save_pretrained(output_dir)
 
 
-def from_llava(llava: str, dtype: torch.dtype, output_dir: str) -> None:
-    """Upgrade a Llava, and save the result with its processor."""
+def from_llava(llava: str, output_dir: str, dtype: torch.dtype = torch.bfloat16, **config_fields: Any) -> None:
+    """Upgrade a Llava, and save the result with its processor; arguments as of ``from_parts``."""
     plain = LlavaForConditionalGeneration.from_pretrained(llava, dtype=dtype)
-    model = LlavaIgvaForConditionalGeneration.from_llava(plain)
+    model = LlavaIgvaForConditionalGeneration.from_llava(plain, **config_fields)
     model.save_pretrained(output_dir)
     processor = AutoProcessor.from_pretrained(llava)
     LlavaIgvaProcessor.from_config(
@@ -69,13 +82,14 @@ def main() -> None:
     parser.add_argument("--language_model")
     parser.add_argument("--llava")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--config", type=json.loads, default={}, help='fields of the config: {"mix_groups": 4}')
     parser.add_argument("--output_dir", required=True)
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     if args.llava:
-        from_llava(args.llava, dtype, args.output_dir)
+        from_llava(args.llava, args.output_dir, dtype, **args.config)
     elif args.vision_tower and args.language_model:
-        from_parts(args.vision_tower, args.language_model, dtype, args.output_dir)
+        from_parts(args.vision_tower, args.language_model, args.output_dir, dtype, **args.config)
     else:
         parser.error("need --llava, or --vision_tower and --language_model")
 

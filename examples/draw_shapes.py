@@ -120,7 +120,7 @@ def describe(scene: Scene) -> str:
     """What is in each quadrant."""
     found = {quadrant: f"{colour} {shape}" for quadrant, shape, colour in scene.things}
     found[scene.letter[0]] = f"letter {scene.letter[1]}"
-    return " , ".join(f"{place} {found.get(quadrant, 'nothing')}" for quadrant, place in enumerate(PLACES))
+    return " , ".join(f"{place} {found.get(quadrant, 'empty ground')}" for quadrant, place in enumerate(PLACES))
 
 
 def write_dataset(folder: Path, pictures: int, held_out: int, seed: int = 0) -> None:

@@ -42,7 +42,7 @@ CONNECTORS = {
     "last layer": {"reads": "last layer only", "impl": "auto"},
 }
 PICTURES, HELD_OUT = 8000, 400
-CAPTION_STEPS, QUESTION_STEPS = 400, 600
+CAPTION_STEPS, QUESTION_STEPS = 300, 500
 
 
 def train(data: Path, folder: Path, connector: str, seed: int) -> None:

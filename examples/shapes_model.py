@@ -41,7 +41,7 @@ def save_checkpoint(folder: Path, reads: str = "all layers", seed: int = 0, **si
 
 
 def _config(
-    reads: str, vision_dim: int = 96, text_dim: int = 128, text_layers: int = 3, patch: int = 8
+    reads: str, vision_dim: int = 64, text_dim: int = 96, text_layers: int = 2, patch: int = 8
 ) -> tuple[LlavaIgvaConfig, LlavaIgvaProcessor]:
     tokenizer = _tokenizer()
     config = LlavaIgvaConfig(
@@ -67,7 +67,7 @@ def _config(
 
 def _tokenizer() -> PreTrainedTokenizerFast:
     names = (*COLOURS, *SHAPES, *PLACES, *LETTERS, *QUESTIONS.values())
-    words = " ".join((*names, "1 2 3 user: assistant: Describe the picture. , nothing letter"))
+    words = " ".join((*names, "1 2 3 user: assistant: Describe the picture. , empty ground letter"))
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = ["<pad>", "<unk>", "</s>", IMAGE]

@@ -85,9 +85,9 @@ def launch(folder: Path, runs: list[dict[str, Any]], processes: int = 2, timeout
 
 
 def run_command(command: list[str], timeout: float = 240) -> None:
-    """A subprocess that must succeed; its last lines are in the error if it does not."""
+    """A subprocess that must succeed; what it wrote is in the error if it does not."""
     done = subprocess.run(command, env=environment(), timeout=timeout, capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def environment() -> dict[str, str]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import assemble_llava_igva
 import pytest
 import torch
 import train_llava_igva
@@ -14,7 +15,7 @@ from PIL import Image
 from recipe import EXAMPLES, arguments, assert_same, environment, make_inputs, result
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoProcessor
+from transformers import AutoProcessor, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 import igva_kernels as ik
 from igva_kernels.models import LlavaIgvaForConditionalGeneration
@@ -56,6 +57,12 @@ def assert_same_losses(actual, expected, tolerance):
 
 def load(folder, **options):
     return LlavaIgvaForConditionalGeneration.from_pretrained(folder, **options)
+
+
+def some_batch(inputs):
+    dataset = LlavaDataset(inputs / "train.json", inputs / "images", sentence_embeds=None)
+    batch = LlavaCollator(AutoProcessor.from_pretrained(inputs / "base"))([dataset[i] for i in range(4)])
+    return {**batch, "sentence_embeds": torch.randn(4, 384, generator=torch.Generator().manual_seed(0))}
 
 
 class TestData:
@@ -163,6 +170,54 @@ class TestStages:
         assert not any(p.requires_grad for p in model.model.language_model.parameters())
 
 
+class TestAssembly:
+    def test_from_a_tower_and_a_language_model(self, train, inputs, tmp_path):
+        whole = load(inputs / "base")
+        processor = AutoProcessor.from_pretrained(inputs / "base")
+        whole.model.vision_tower.save_pretrained(tmp_path / "tower")
+        processor.image_processor.save_pretrained(tmp_path / "tower")
+        language = LlamaForCausalLM(whole.config.text_config)
+        language.save_pretrained(tmp_path / "language")
+        processor.tokenizer.save_pretrained(tmp_path / "language")
+
+        config = {"mix_groups": 2, "sentence_embed_dim": 384, "sentence_encoder": processor.sentence_encoder}
+        assemble_llava_igva.from_parts(
+            str(tmp_path / "tower"), str(tmp_path / "language"), str(tmp_path / "joined"), torch.float32, **config
+        )
+        joined, loading = load(tmp_path / "joined", output_loading_info=True)
+        assert not loading["missing_keys"] and not loading["unexpected_keys"]
+        for part, original in (
+            (joined.model.vision_tower, whole.model.vision_tower),
+            (joined.lm_head, language.lm_head),
+        ):
+            for name, weight in original.state_dict().items():
+                assert torch.equal(part.state_dict()[name], weight)
+        assert torch.equal(joined.model.language_model.norm.weight, language.model.norm.weight)
+        trained = train(
+            "run", model_name_or_path=tmp_path / "joined", stage=1, data_path=inputs / "captions.json", version="plain"
+        )
+        assert trained.losses[-1] < trained.losses[0]
+
+    def test_from_a_llava(self, inputs, tmp_path):
+        config = load(inputs / "base").config
+        llava = LlavaForConditionalGeneration(
+            LlavaConfig(
+                vision_config=config.vision_config,
+                text_config=config.text_config,
+                image_token_index=config.image_token_id,
+            )
+        ).eval()
+        llava.save_pretrained(tmp_path / "llava")
+        AutoProcessor.from_pretrained(inputs / "base").save_pretrained(tmp_path / "llava")
+        assemble_llava_igva.from_llava(
+            str(tmp_path / "llava"), str(tmp_path / "upgraded"), torch.float32, sentence_embed_dim=384
+        )
+        upgraded = load(tmp_path / "upgraded").eval()
+        batch = some_batch(inputs)
+        expected = llava(**{name: value for name, value in batch.items() if name != "sentence_embeds"})
+        torch.testing.assert_close(upgraded(**batch).logits, expected.logits, rtol=1e-4, atol=1e-5)
+
+
 class TestSameTraining:
     """Native and patched connectors train what the plain one trains."""
 
@@ -200,6 +255,63 @@ class TestSameTraining:
 
     def test_bf16_weights(self, train, plain):
         assert_same_losses(train("run", bf16=True, dtype="bfloat16").losses, plain.losses, 3e-2)
+
+
+class TestLora:
+    options = ("--lora_enable", "--lora_r", "4", "--lora_dropout", "0")
+
+    def run(self, inputs, output, **more):
+        train_llava_igva.main(arguments(inputs, output, *self.options, **more))
+        adapter = load_file(output / "adapter_model.safetensors")
+        return adapter, json.loads((output / "trainer_state.json").read_text())["log_history"]
+
+    def test_native_equals_plain_and_the_adapter_loads(self, inputs, tmp_path):
+        peft = pytest.importorskip("peft", reason="peft is not installed: pip install igva-kernels[train]")
+        plain, plain_log = self.run(inputs, tmp_path / "plain", impl="reference")
+        native, log = self.run(inputs, tmp_path / "native")
+        assert_same_losses([e["loss"] for e in log[:-1]], [e["loss"] for e in plain_log[:-1]], 2e-5)
+        assert any("linear_1" in name for name in native) and any("weight_allocator" in name for name in native)
+        for name, weight in plain.items():
+            torch.testing.assert_close(native[name], weight, rtol=2e-5, atol=2e-5)
+        assert any(weight.any() for name, weight in native.items() if "linear_1.lora_B" in name)
+
+        model = peft.PeftModel.from_pretrained(load(inputs / "base"), tmp_path / "native").eval()
+        batch = some_batch(inputs)
+        adapted = model(**batch)
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(**batch).logits, adapted.logits, rtol=1e-4, atol=1e-5)
+        merged.save_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(
+            load(tmp_path / "merged").eval()(**batch).logits, adapted.logits, rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.plain_memory
+def test_compiled_step(train):
+    compiled = train("compiled", torch_compile=True, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    assert_same(compiled, train("plain", impl="reference"), 1e-4)
+
+
+def test_fp16_with_a_gradient_scaler(inputs):
+    losses = {}
+    for impl in ("reference", "auto"):
+        model = load(inputs / "base", impl=impl).train()
+        batch = some_batch(inputs)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=2)
+        losses[impl] = []
+        for _ in range(12):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.float16):
+                loss = model(**batch).loss
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            losses[impl].append(loss.item())
+        assert scaler.get_scale() < 2.0**24, "the first steps must have overflowed and been skipped"
+        assert losses[impl][-1] < losses[impl][0]
+    assert_same_losses(losses["auto"], losses["reference"], 1e-2)
 
 
 def test_activation_checkpointing_over_the_connector(inputs):

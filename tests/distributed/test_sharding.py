@@ -4,10 +4,12 @@ Each run has a frozen tower, the balance term, accumulation, clipping, and micro
 """
 
 import importlib.util
-from pathlib import Path
+import json
+import sys
 
 import pytest
-from recipe import CONFIGS, arguments, assert_same, launch, make_inputs, result
+import torch
+from recipe import CONFIGS, EXAMPLES, arguments, assert_same, launch, make_inputs, result, run_command
 from transformers import AutoProcessor
 
 from igva_kernels.models import LlavaIgvaForConditionalGeneration
@@ -17,7 +19,21 @@ needs_deepspeed = pytest.mark.skipif(
 )
 
 CONNECTORS = {"native": {"impl": "auto", "patch": False}, "patched": {"impl": "reference", "patch": True}}
-TWO_RANKS = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+ENGINES = {
+    "ddp": {},
+    "zero2": {"deepspeed": CONFIGS / "zero2.json"},
+    "zero3": {"deepspeed": CONFIGS / "zero3.json"},
+    "fsdp2": {"fsdp": "full_shard", "fsdp_config": CONFIGS / "fsdp2.json"},
+}
+
+
+def engines(slow):
+    return [
+        pytest.param(
+            name, marks=[*([needs_deepspeed] if "zero" in name else []), *([pytest.mark.slow] * (name in slow))]
+        )
+        for name in ENGINES
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -28,37 +44,104 @@ def inputs(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def plain(inputs):
+def run_plain(inputs, name, *more, **options):
     """One process, one micro-batch, the plain connector: what every other run must equal."""
-    output = inputs / "plain"
-    launch(inputs, [{"argv": arguments(inputs, output, impl="reference"), "patch": False}], processes=1)
-    return result(output)
+    launch(inputs, [{"argv": arguments(inputs, inputs / name, *more, impl="reference", **options)}], processes=1)
+    return result(inputs / name)
 
 
-def run_two(inputs: Path, name: str, *more: str, **options):
-    """Both connectors in two processes."""
-    runs = [
+def both_connectors(inputs, name, *more, **options):
+    """Runs of the native and of the patched connector on a rank: four micro-batches of one sample a step."""
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    return [
         {
-            "argv": arguments(inputs, inputs / f"{name}_{kind}", *more, impl=how["impl"], **TWO_RANKS, **options),
+            "argv": arguments(inputs, inputs / f"{name}_{kind}", *more, **split, impl=how["impl"], **options),
             "patch": how["patch"],
         }
         for kind, how in CONNECTORS.items()
     ]
-    launch(inputs, runs)
+
+
+def results(inputs, name):
     return [result(inputs / f"{name}_{kind}") for kind in CONNECTORS]
 
 
-def test_ddp(inputs, plain):
-    for trained in run_two(inputs, "ddp"):
+@pytest.fixture(scope="session")
+def plain(inputs):
+    return run_plain(inputs, "plain")
+
+
+@pytest.mark.parametrize("engine", engines(slow=("zero2", "fsdp2")))
+def test_same_losses_and_weights(inputs, plain, engine):
+    launch(inputs, both_connectors(inputs, engine, **ENGINES[engine]))
+    for trained in results(inputs, engine):
+        assert_same(trained, plain)
+    saved = inputs / f"{engine}_native"
+    assert LlavaIgvaForConditionalGeneration.from_pretrained(saved).config.balance_coefficient == 0.1
+    assert AutoProcessor.from_pretrained(saved).chat_template
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ["LayerMixLinear", None])
+def test_fsdp2_with_other_units(inputs, plain, unit):
+    config = json.loads((CONFIGS / "fsdp2.json").read_text())
+    config["transformer_layer_cls_to_wrap"].remove("LayerMixProjector")
+    config["transformer_layer_cls_to_wrap"] += [unit] if unit else []
+    file = inputs / f"fsdp2_{unit}.json"
+    file.write_text(json.dumps(config))
+    launch(inputs, both_connectors(inputs, f"fsdp2_{unit}", fsdp="full_shard", fsdp_config=file))
+    for trained in results(inputs, f"fsdp2_{unit}"):
         assert_same(trained, plain)
 
 
-@needs_deepspeed
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_zero(inputs, plain, stage):
-    for trained in run_two(inputs, f"zero{stage}", deepspeed=CONFIGS / f"zero{stage}.json"):
-        assert_same(trained, plain)
-    model = LlavaIgvaForConditionalGeneration.from_pretrained(inputs / f"zero{stage}_native")
-    assert model.config.balance_coefficient == 0.1
-    assert AutoProcessor.from_pretrained(inputs / f"zero{stage}_native").chat_template
+class TestMore:
+    """What an engine is asked beside the plain run; starting it is slow, so one launch does it all."""
+
+    @pytest.fixture(scope="class", params=engines(slow=ENGINES))
+    def engine(self, inputs, request):
+        name, options = request.param, ENGINES[request.param]
+        saving = {**options, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+        whole, resumed = inputs / f"{name}_whole", inputs / f"{name}_resumed"
+        launch(
+            inputs,
+            [
+                *both_connectors(inputs, f"{name}_bf16", bf16=True, **options),
+                *both_connectors(
+                    inputs, f"{name}_tower", "--unfreeze_vision_tower", gradient_checkpointing=True, **options
+                ),
+                {"argv": arguments(inputs, whole, per_device_train_batch_size=4, **saving)},
+                {
+                    "argv": arguments(
+                        inputs, resumed, per_device_train_batch_size=4, **saving,
+                        resume_from_checkpoint=whole / "checkpoint-2",
+                    )
+                },
+            ],
+        )  # fmt: skip
+        return name
+
+    @pytest.fixture(scope="class")
+    def plain_tower(self, inputs):
+        return run_plain(inputs, "plain_tower", "--unfreeze_vision_tower")
+
+    def test_bf16(self, inputs, plain, engine):
+        for trained in results(inputs, f"{engine}_bf16"):
+            torch.testing.assert_close(torch.tensor(trained.losses), torch.tensor(plain.losses), rtol=3e-2, atol=0)
+
+    def test_gradient_checkpointing_and_trained_tower(self, inputs, plain_tower, engine):
+        for trained in results(inputs, f"{engine}_tower"):
+            assert_same(trained, plain_tower)
+
+    def test_resumed_run_ends_with_the_same_bits(self, inputs, engine):
+        whole, resumed = result(inputs / f"{engine}_whole"), result(inputs / f"{engine}_resumed")
+        assert resumed.losses == whole.losses
+        assert all(torch.equal(resumed.weights[name], weight) for name, weight in whole.weights.items())
+
+
+@pytest.mark.slow
+def test_accelerate_launch(inputs, plain):
+    output = inputs / "accelerate"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "accelerate.yaml")]
+    script = [str(EXAMPLES / "train_llava_igva.py"), *arguments(inputs, output, per_device_train_batch_size=4)]
+    run_command([*launcher, "--cpu", "--num_processes", "2", *script])
+    assert_same(result(output), plain)

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 import train_llava_igva
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 
 import igva_kernels as ik
 
 
-def run(argv: list[str], patch: bool) -> None:
+def run(argv: list[str], patch: bool = False) -> None:
     """One run of the recipe."""
     load = train_llava_igva.load_model
 
@@ -32,8 +34,21 @@ def run(argv: list[str], patch: bool) -> None:
         train_llava_igva.load_model = load
 
 
+def shard_on_cpu() -> None:
+    """Let accelerate take its FSDP branch without an accelerator: what it does there runs on gloo as well."""
+    init = AcceleratorState.__init__
+
+    def init_sharded(state: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        init(state, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = init_sharded
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    shard_on_cpu()
     runs = json.loads(Path(sys.argv[1]).read_text())
     if any("--deepspeed" in r["argv"] for r in runs) and "RANK" in os.environ:
         import deepspeed
