@@ -12,7 +12,7 @@ from igva_kernels import dispatch, reference
 from igva_kernels.backends.base import Keep, ProjectorWeights
 from igva_kernels.checks import check_image_index, check_layers, check_mix_weights, check_weight
 from igva_kernels.library import OPS
-from igva_kernels.plan import MixPlan
+from igva_kernels.plan import MixPlan, is_tap
 from igva_kernels.reference import ACTIVATIONS, Norm
 
 
@@ -151,8 +151,8 @@ def layer_mix_mlp(
 
 
 @dispatch.constant_under_compile
-def _lower(code: str, num_states: int | None, length: int) -> tuple[tuple[int, ...], str, int, int]:
-    """``(layers in use, code of the compact plan, C, G)`` of a plan for ``length`` hidden states.
+def _lower(code: str, num_states: int | None, length: int) -> tuple[tuple[int, ...], str, int, int, bool]:
+    """``(layers in use, code of the compact plan, C, G, only taps)`` of a plan for ``length`` hidden states.
 
     A function of constants only, so that torch.compile evaluates it while tracing.
     """
@@ -160,9 +160,10 @@ def _lower(code: str, num_states: int | None, length: int) -> tuple[tuple[int, .
 
 
 @cache
-def _lower_once(code: str, num_states: int | None, length: int) -> tuple[tuple[int, ...], str, int, int]:
+def _lower_once(code: str, num_states: int | None, length: int) -> tuple[tuple[int, ...], str, int, int, bool]:
     layers, plan = MixPlan(MixPlan.from_code(code).blocks, num_states).resolve(length).compact()
-    return layers, plan.code, plan.num_columns, plan.num_blocks
+    only_taps = all(is_tap(block) for block in plan.reduced()[0].blocks)
+    return layers, plan.code, plan.num_columns, plan.num_blocks, only_taps
 
 
 class _Call:
@@ -184,7 +185,9 @@ class _Call:
                 f"hidden_states: need a sequence of tensors [I, T, D], got {type(hidden_states).__name__}; "
                 f"pass the states as they are, not stacked"
             )
-        used, self.code, num_columns, self.num_blocks = _lower(plan.code, plan.num_states, len(hidden_states))
+        used, self.code, num_columns, self.num_blocks, self.only_taps = _lower(
+            plan.code, plan.num_states, len(hidden_states)
+        )
         self.layers = check_layers(hidden_states, used)
         first = self.layers[0]
         num_images, num_tokens, self.width = first.shape
@@ -246,7 +249,7 @@ class _Call:
             if self.mix_weights_need_grad:
                 keep = Keep.SOURCES
             elif weight1.requires_grad or into_norm or (into_rows and norm is not None):
-                keep = Keep.ROWS
+                keep = Keep.SOURCES if self.only_taps else Keep.ROWS  # taps lie there anyway
             into_z = into_rows or into_norm or weight1.requires_grad or _requires_grad(bias1)
             keep_z = (activation is not None and into_z) or _requires_grad(weight2)
         args = [self.layers, self.mix_weights, self.image_index, weight1, bias1, norm_weight, norm_bias]

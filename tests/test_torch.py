@@ -226,6 +226,23 @@ def test_without_a_gradient_for_the_weights_only_the_row_and_z_are_saved(impl):
     assert saved_bytes(run, [weights, *params]) == rows * (2 * width + hidden) * 4
 
 
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_concat_saves_its_taps_where_they_lie_and_no_row(impl, norm):
+    images, tokens, width, hidden = 2, 9, 16, 24
+    plan = MixPlan.concat([-2, 1, 3])
+    states, _, params = make(images, tokens, width, hidden, plan=plan)
+    gamma, beta = torch.rand(48, requires_grad=True), torch.rand(48, requires_grad=True)
+    options = {"norm": (gamma, beta, 1e-5) if norm else None, "skip_tokens": 1}
+    leaves = [*params, *((gamma, beta) if norm else ())]
+    run = lambda: ik.layer_mix_mlp(states, plan, None, *params, **options, impl=impl)  # noqa: E731
+    rows = images * (tokens - 1)
+    assert saved_bytes(run, [*leaves, *states]) == rows * (hidden + 2 * norm) * 4
+    plain = reference.layer_mix_mlp(states, plan.resolve(7), None, *params, **options)
+    grads, expected = (torch.autograd.grad(out.square().sum(), leaves) for out in (run(), plain))
+    for actual, wanted in zip(grads, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-3)
+
+
 def test_a_frozen_first_linear_saves_no_row(impl):
     images, tokens, width, hidden = 2, 9, 16, 24
     states, weights, (w1, b1, w2, b2) = make(images, tokens, width, hidden)
