@@ -166,6 +166,11 @@ def _lower_once(code: str, num_states: int | None, length: int) -> tuple[tuple[i
     return layers, plan.code, plan.num_columns, plan.num_blocks, only_taps
 
 
+@dispatch.constant_under_compile
+def _plan(code: str) -> MixPlan:
+    return MixPlan.from_code(code)
+
+
 class _Call:
     """The checked arguments of one call."""
 
@@ -210,7 +215,7 @@ class _Call:
     @property
     def plan(self) -> MixPlan:
         """The plan over the layers in use."""
-        return MixPlan.from_code(self.code)
+        return _plan(self.code)
 
     def check_projector(
         self, weights: ProjectorWeights, activation: str | None, norm: Norm | None, first: str

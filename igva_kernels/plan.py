@@ -87,7 +87,7 @@ class MixPlan:
     @property
     def num_columns(self) -> int:
         """C: the columns that ``mix_weights [B, C]`` must have; 0 where the plan takes no weights."""
-        return 1 + max((e.column for block in self.blocks for e in block if e.column is not None), default=-1)
+        return 1 + max([-1, *(e.column for block in self.blocks for e in block if e.column is not None)])
 
     @property
     def layers(self) -> tuple[int, ...]:

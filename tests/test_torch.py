@@ -103,6 +103,19 @@ def test_a_second_derivative_is_refused_by_name(impl):
 
 
 @pytest.mark.plain_memory
+@pytest.mark.parametrize("plan", [IGVA, MixPlan.concat([-2, 1])], ids=["igva", "unresolved concat"])
+def test_the_reference_compiles_without_a_graph_break_too(plan):
+    torch.compiler.reset()
+    states, weights, params = make(plan=plan)
+
+    def run(states, weights, params):
+        return ik.layer_mix_mlp(states, plan, weights, *params, skip_tokens=1, impl="reference")
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(states, weights, params), run(states, weights, params))
+
+
+@pytest.mark.plain_memory
 @pytest.mark.parametrize("layers_grad", [False, True])
 @pytest.mark.parametrize("plan", [IGVA, MixPlan.concat([-2, 1])], ids=["igva", "unresolved concat"])
 def test_compiles_without_a_graph_break_forward_and_backward(impl, plan, layers_grad):
