@@ -82,8 +82,8 @@ class HiddenStateStream:
 
     def _see_input(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         state = args[0] if args else kwargs["hidden_states"]
-        # transformers' SigLIP starts with transposed patches, and every residual sum behind keeps their layout: one copy
-        # here, in place of one a layer in the mix.
+        # transformers' SigLIP starts with transposed patches, and every residual sum behind keeps their layout: one
+        # copy here, in place of one a layer in the mix.
         state = state.contiguous()
         self._see(0, state)
         return ((state, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": state})
