@@ -20,6 +20,11 @@ from igva_kernels.testing import MIX_WEIGHT_DRAWS, Verdict, error_budget, relati
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+LINEARS = {
+    "layer_mix": (),
+    "layer_mix_linear": ("weight1", "bias1"),
+    "layer_mix_mlp": ("weight1", "bias1", "weight2", "bias2"),
+}
 MIX_WEIGHTS_GRAD = "grad mix_weights"
 
 
@@ -74,7 +79,7 @@ class Case:
     def forward(self, inputs: Inputs, impl: str) -> Tensor:
         """The output of the operator."""
         params = inputs.params
-        linears = [params[name] for name in ("weight1", "bias1", "weight2", "bias2") if name in params]
+        linears = [params[name] for name in LINEARS[self.op]]
         device = inputs.grad_out.device
         options: dict[str, Any] = {
             "skip_tokens": self.skip,
