@@ -111,10 +111,8 @@ inline void mix_columns(const In* const* rows, int num_layers, typename V::Scala
   }
   for (int u = 0; u < U; ++u) {
     const int64_t at = d + u * V::width, left = U == 1 ? n : int64_t(V::width);
-    V mixed = sum[u];
-    if (scale != 1) mixed = mixed * V::set(scale);
-    if (first) mixed = weight == 1 ? mixed : V::set(weight) * mixed;
-    else mixed = fma(V::set(weight), mixed, load<V>(sums + at, left));
+    V mixed = sum[u] * V::set(scale);
+    mixed = first ? V::set(weight) * mixed : fma(V::set(weight), mixed, load<V>(sums + at, left));
     if (!last) store(mixed, sums + at, left);
     else if (stream && left >= V::width) mixed.stream(out + at);
     else store(mixed, out + at, left);
