@@ -1,15 +1,15 @@
 """Everything on one GPU in one go: checks first, then measures, within eight minutes.
 
-    python benchmarks/gpu_suite.py [--out DIR] [--seconds 480] [--skip-checks] [--tune]
+    python benchmarks/gpu_suite.py [--impl triton|cuda] [--out DIR] [--seconds 480] [--skip-checks] [--tune]
 
-Checks: `pytest -m gpu`, and compute-sanitizer memcheck on small shapes where the tool is there; nothing is measured if
+Checks: the backend's GPU tests, and compute-sanitizer on small shapes where the tool is there; nothing is measured if
 they fail. Measures, at the shapes of CLIP-L/336 and a 7B language model in bf16: copy bandwidth and bare cuBLAS
 products; the mix kernel; the block, forward and with its backward, beside the plain code (as published, and rewritten
 with additions), each eager, compiled, and as CUDA-graph replays; the whole connector from the group CLS on; memory.
 
 The variants of a group are timed in turn, round by round, and compared with the group's baseline round by round.
-Writes gpu_suite.csv and environment.json to DIR (benchmarks/results by default); a group that no longer fits the time
-is left out, and said so.
+Writes gpu_suite_IMPL.csv and environment.json to DIR (benchmarks/results by default); a group that no longer fits the
+time is left out, and said so.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ ROOT = Path(__file__).parent.parent
 PLAN = ik.MixPlan.igva()
 TOKENS, WIDTH, HIDDEN, SENTENCE = 577, 1024, 4096, 768
 BATCHES = (1, 4, 16, 64, 128)
-IMPL = "triton"
 
 Call = Callable[[], object]
 
@@ -64,6 +63,9 @@ class Record(NamedTuple):
 class Connector:
     """Random inputs of one batch size, and the variants of the block."""
 
+    impl = "triton"
+    """The backend that is measured."""
+
     def __init__(self, batch: int) -> None:
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(*shape, device="cuda") * scale).bfloat16()
@@ -79,7 +81,7 @@ class Connector:
         self.sentence = normal(batch, SENTENCE)
 
     def fused(self) -> Tensor:
-        return ik.layer_mix_mlp(self.states, PLAN, self.weights, *self.params, skip_tokens=1, impl=IMPL)
+        return ik.layer_mix_mlp(self.states, PLAN, self.weights, *self.params, skip_tokens=1, impl=self.impl)
 
     def published(self) -> Tensor:
         return ik.layer_mix_mlp(self.states, PLAN, self.weights, *self.params, skip_tokens=1, impl="reference")
@@ -102,7 +104,7 @@ class Connector:
         return self.operands[0] @ self.params[0].t(), self.operands[1] @ self.params[2].t()
 
     def mix(self) -> Tensor:
-        return ik.layer_mix(self.states, PLAN, self.weights, skip_tokens=1, impl=IMPL)
+        return ik.layer_mix(self.states, PLAN, self.weights, skip_tokens=1, impl=self.impl)
 
     def whole(self, impl: str) -> Tensor:
         """From the group CLS to the visual tokens."""
@@ -219,7 +221,7 @@ def concat_forward(rounds: int) -> Iterator[Record]:
             name: lambda s=connector.states, w=weight, b=bias, i=impl: ik.layer_mix_linear(
                 s, plan, None, w, b, activation="gelu", skip_tokens=1, impl=i
             )
-            for name, impl in (("published", "reference"), ("fused", IMPL))
+            for name, impl in (("published", "reference"), ("fused", connector.impl))
         }  # fmt: skip
         graphs = {name: captured(call) for name, call in calls.items()}
         yield from records("concat + Linear", "graph", batch, in_turn(graphs, rounds), "published")
@@ -240,7 +242,8 @@ def whole_connector(rounds: int) -> Iterator[Record]:
     for batch in (1, 64):
         connector = Connector(batch)
         calls = {
-            name: lambda c=connector, i=impl: c.whole(i) for name, impl in (("plain", "reference"), ("fused", IMPL))
+            name: lambda c=connector, i=impl: c.whole(i)
+            for name, impl in (("plain", "reference"), ("fused", connector.impl))
         }
         graphs = {name: captured(call) for name, call in calls.items()}
         yield from records("whole connector", "graph", batch, in_turn(graphs, rounds), "plain")
@@ -276,19 +279,25 @@ GROUPS = (ceilings, mix_forward, block_forward, training, memory, whole_connecto
 
 def check(seconds: float) -> None:
     """Exits where a GPU test or the memory checker fails."""
-    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", str(ROOT / "tests" / "test_triton_gpu.py")]
+    file = ROOT / "tests" / f"test_{Connector.impl}_gpu.py"
+    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", str(file)]
     # Most of the time goes into compiling, which several processes share.
     workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
     paths = dict(os.environ, PYTHONPATH=str(ROOT))
     subprocess.run([*tests, *workers], env=paths, cwd=ROOT, check=True, timeout=seconds)
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
-        print("compute-sanitizer: not on this machine, memcheck left out")
+        print("compute-sanitizer: not on this machine, left out")
         return
     # Torch's cache would hide an access beyond a tensor but within its block.
     uncached = paths | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    memcheck = [sanitizer, "--tool", "memcheck", "--error-exitcode", "1", *tests, "-k", "obey and odd and bf16"]
-    subprocess.run(memcheck, env=uncached, cwd=ROOT, check=True, timeout=seconds)
+    runs = {
+        "triton": [("memcheck", [*tests, "-k", "obey and odd and bf16"])],
+        "cuda": [(tool, [sys.executable, str(file)]) for tool in ("memcheck", "racecheck")],
+    }
+    for tool, command in runs[Connector.impl]:
+        sanitized = [sanitizer, "--tool", tool, "--error-exitcode", "1", *command]
+        subprocess.run(sanitized, env=uncached, cwd=ROOT, check=True, timeout=seconds)
 
 
 def environment() -> dict[str, object]:
@@ -308,6 +317,7 @@ def environment() -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--impl", choices=("triton", "cuda"), default="triton", help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--seconds", type=float, default=480, help="for everything")
     parser.add_argument("--rounds", type=int, default=30)
@@ -316,6 +326,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("gpu_suite: torch sees no CUDA device")
+    Connector.impl = options.impl
     deadline = time.monotonic() + options.seconds
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
@@ -327,7 +338,7 @@ def main() -> None:
 
         tune(output=options.out / file_name(torch.cuda.get_device_name()), log=print)
         os.environ["IGVA_KERNELS_CONFIG_DIR"] = str(options.out)
-    with open(options.out / "gpu_suite.csv", "w", newline="") as file, torch.no_grad():
+    with open(options.out / f"gpu_suite_{options.impl}.csv", "w", newline="") as file, torch.no_grad():
         writer = csv.writer(file)
         writer.writerow(Record._fields)
         for group in GROUPS:

@@ -2,9 +2,9 @@
 
     python benchmarks/streaming_cpu.py [--batch B] [--questions N] [--rounds N]
 
-CLIP-L/336 in fp32 and the connector of IGVA at H 4096, random weights. Memory is the peak that torch allocates beyond the
-weights and pixels, each variant in a process of its own. Times are medians of rounds in which the variants take turns;
-logits are compared first. Prints tables and writes ``benchmarks/results/streaming_cpu.csv``.
+CLIP-L/336 in fp32 and the connector of IGVA at H 4096, random weights. Memory is the peak that torch allocates beyond
+the weights and pixels, each variant in a process of its own. Times are medians of rounds in which the variants take
+turns; visual tokens are compared first. Prints tables and writes ``benchmarks/results/streaming_cpu.csv``.
 """
 
 from __future__ import annotations

@@ -12,6 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from igva_kernels import dispatch
 from igva_kernels.dispatch import KERNEL_BACKENDS
 from igva_kernels.version import __version__
 
@@ -45,6 +48,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", type=Path, metavar="DIR", default=Path("demo_output"), help="default: %(default)s")
     demo.add_argument("--steps", type=int, metavar="N", help="training steps (default: 5, none with --model)")
     demo.set_defaults(run=_demo)
+
+    tune = commands.add_parser("tune", help="measure the Triton kernels on this GPU and remember the best of each")
+    tune.add_argument("--output", type=Path, metavar="FILE", help="default: where the backend looks for it")
+    tune.set_defaults(run=_tune)
     return parser
 
 
@@ -90,3 +97,15 @@ def _demo(args: argparse.Namespace) -> int:
         print(f"the demo needs {error.name}: pip install 'igva-kernels[demo]'", file=sys.stderr)
         return 2
     return run(args.image, args.ask, args.model, args.output, args.steps)
+
+
+def _tune(args: argparse.Namespace) -> int:
+    reason = dispatch.get("triton").why_not(torch.device("cuda"), torch.bfloat16)
+    if reason is not None:
+        print(f"igva-kernels tune: {reason}", file=sys.stderr)
+        return 1
+    from igva_kernels.backends.triton.tune import tune
+
+    path, _ = tune(output=args.output, log=print)
+    print(f"written: {path}")
+    return 0

@@ -11,8 +11,9 @@ import torch
 
 from igva_kernels.backends.base import Backend
 
-# "auto" takes the first one that can serve the call; "reference" always can.
-KERNEL_BACKENDS = ("cuda", "triton", "cpu")
+# "auto" takes the first one that can serve the call; "reference" always can. The CUDA kernels come after Triton's until
+# they have been measured on a card.
+KERNEL_BACKENDS = ("triton", "cuda", "cpu")
 IMPLS = ("auto", "reference", *KERNEL_BACKENDS)
 
 

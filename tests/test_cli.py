@@ -6,6 +6,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, entry_points, version
 
 import pytest
+import torch
 
 from igva_kernels import cli, dispatch, info, verify
 from igva_kernels.testing import Verdict
@@ -87,3 +88,10 @@ def test_module_and_command_are_the_same():
     assert done.stdout.strip() == __version__
     commands = [point for point in entry_points(group="console_scripts") if point.name == "igva-kernels"]
     assert all(point.load() is cli.main for point in commands)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would tune")
+def test_tune_without_a_gpu_says_why_it_cannot(capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert cli.main(["tune"]) == 1
+    assert "igva-kernels tune: " in capsys.readouterr().err
