@@ -50,7 +50,8 @@ class LlavaIgvaModelOutputWithPast(LlavaModelOutputWithPast):
     """What ``LlavaModel`` returns, and the layer weights; ``image_hidden_states`` are ``[R, P, H]``."""
 
     layer_weights: Tensor | None = None
-    """``[R, K]`` in fp32, in the order of the image places; None without images or where the plan has no weights."""
+    """``[R, K]`` in fp32, in the order of the image places; without images R is 0 in training, else it is None. None
+    where the plan has no weights."""
     images_per_sample: Tensor | None = None
     """int64 ``[B]``: how many rows of ``layer_weights`` belong to each sample."""
 
@@ -60,7 +61,8 @@ class LlavaIgvaCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
     """What ``LlavaForConditionalGeneration`` returns, and the layer weights."""
 
     layer_weights: Tensor | None = None
-    """``[R, K]`` in fp32, in the order of the image places; None without images or where the plan has no weights."""
+    """``[R, K]`` in fp32, in the order of the image places; without images R is 0 in training, else it is None. None
+    where the plan has no weights."""
 
 
 class _FrozenTowerMixin:
@@ -204,8 +206,10 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         else:
             size = self.config.vision_config.image_size
             blank = self._image_states(inputs_embeds.new_zeros(1, self.config.vision_config.num_channels, size, size))
-            tokens, _ = self._connect(blank, inputs_embeds.new_zeros(1, self.config.sentence_embed_dim), None)
-            weights, per_sample, places = None, None, torch.zeros_like(places)
+            tokens, weights = self._connect(blank, inputs_embeds.new_zeros(1, self.config.sentence_embed_dim), None)
+            # No rows, but of the graph: ZeRO-3 counts the outputs that every rank differentiates.
+            weights = None if weights is None else weights[:0]
+            places, per_sample = torch.zeros_like(places), places.new_zeros(batch, dtype=torch.int64)
         tokens = tokens.to(inputs_embeds.device, inputs_embeds.dtype)
         inputs_embeds = inputs_embeds.masked_scatter(places.unsqueeze(-1), tokens)
         return inputs_embeds, LlavaIgvaModelOutputWithPast(
