@@ -12,7 +12,7 @@ import torch
 import train_llava_igva
 from llava_data import CHAT_TEMPLATES, LlavaCollator, LlavaDataset, embed_instructions
 from PIL import Image
-from recipe import EXAMPLES, arguments, assert_same, environment, make_inputs, result
+from recipe import EXAMPLES, arguments, assert_same, environment, launch, make_inputs, result
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoProcessor, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
@@ -336,7 +336,7 @@ class TestResumption:
         assert resumed.losses == whole.losses
         assert all(torch.equal(resumed.weights[name], whole.weights[name]) for name in whole.weights)
 
-    def test_killed_run_resumes_and_ends_with_the_same_bits(self, train, inputs, tmp_path):
+    def test_killed_run_resumes_and_ends_with_the_same_bits(self, inputs, tmp_path):
         options = {**ADAM, "max_steps": 40}
         output = tmp_path / "killed"
         command = [sys.executable, str(EXAMPLES / "train_llava_igva.py"), *arguments(inputs, output, **options)]
@@ -348,12 +348,9 @@ class TestResumption:
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL and not (output / "model.safetensors").exists()
 
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            killed, whole = train("killed", **options), train("whole", **options)
-        finally:
-            torch.set_num_threads(threads)
+        runs = [{"argv": arguments(inputs, folder, **options)} for folder in (output, tmp_path / "whole")]
+        launch(tmp_path, runs, processes=1)
+        killed, whole = result(output), result(tmp_path / "whole")
         assert killed.losses == whole.losses
         assert all(torch.equal(killed.weights[name], whole.weights[name]) for name in whole.weights)
 
