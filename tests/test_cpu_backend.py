@@ -46,7 +46,7 @@ def products(request, monkeypatch):
     if request.param == "emulated":
         monkeypatch.setattr(gemm, "is_emulated", lambda dtype: dtype in LOW)
     monkeypatch.setattr(gemm, "BLOCK_ROWS", 16)
-    monkeypatch.setattr(gemm, "EMULATED_BLOCK_ROWS", 16)
+    monkeypatch.setattr(gemm, "TILED_BLOCK_ROWS", 16)
     monkeypatch.setattr(gemm, "TILE_BYTES", 16 * 16 * 4)
     monkeypatch.setattr(gemm, "TILE_DEPTH", 16)
     return request.param
@@ -281,6 +281,30 @@ def test_matmul_takes_transposed_views(dtype, transposed, products):
     a = (torch.randn(45, 35).t() if transposed == "a" else torch.randn(35, 45)).to(dtype)
     b = (torch.randn(29, 45).t() if transposed == "b" else torch.randn(45, 29)).to(dtype)
     assert_within_rule(CPU.matmul(a, b), a.double() @ b.double(), a @ b, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matmul_takes_slices_of_a_matrix(dtype, products):
+    a, b = torch.randn(35, 45).to(dtype), torch.randn(45, 60).to(dtype)
+    for part in (b[:, 20:50], b.t().contiguous()[20:50].t(), b[:, ::2]):
+        assert_within_rule(CPU.matmul(a, part), a.double() @ part.double(), a @ part, dtype)
+
+
+@pytest.mark.plain_memory
+def test_a_slice_of_a_matrix_is_not_multiplied_by_a_reference_loop():
+    from time import thread_time
+
+    a, b = torch.randn(256, 1024), torch.randn(1024, 1024)
+
+    def best(b):
+        times = []
+        for _ in range(3):
+            start = thread_time()
+            CPU.matmul(a, b)
+            times.append(thread_time() - start)
+        return min(times)
+
+    assert best(b[:, 512:]) < 3 * best(b) + 1e-3
 
 
 # ---- gradients of the mix ------------------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ class CpuBackend(Backend):
         # Where products are emulated, a block of inference stays in fp32 from the mix to the output.
         block_dtype = torch.float32 if emulated and keep == Keep.NOTHING and not keep_z else dtype
         limit = SCRATCH_BYTES // (4 * (row_width + hidden + width))
-        step = gemm.block_rows(total, max(16, min(limit, gemm.EMULATED_BLOCK_ROWS if emulated else gemm.BLOCK_ROWS)))
+        step = gemm.block_rows(total, max(16, min(limit, gemm.TILED_BLOCK_ROWS if emulated else gemm.BLOCK_ROWS)))
         scratch = None
         if kept_rows is None or norm is not None:
             scratch = weight1.new_empty((min(step, total), row_width), dtype=block_dtype)

@@ -19,14 +19,14 @@ from torch import Tensor
 BLOCK_ROWS = 384
 """Rows of a block: its operands stay in the cache, and packing the weight again for every block costs little."""
 
-EMULATED_BLOCK_ROWS = 1024
-"""Rows of a block where tiles of the weight are converted for every block."""
+TILED_BLOCK_ROWS = 1024
+"""Rows of a block where tiles of the weight are copied for every block."""
 
 TILE_BYTES = 16 << 20
-"""Of a converted tile of the weight."""
+"""Of a copied tile of the weight."""
 
 TILE_DEPTH = 8192
-"""Inner dimension of a converted tile."""
+"""Inner dimension of a tile in fp32."""
 
 _POINTWISE = {
     None: ("none", ""),
@@ -80,7 +80,11 @@ def products(
         Blocks in the dtype of ``weight``, or in fp32 where it is emulated; the caller may overwrite them.
     """
     if is_emulated(weight.dtype):
-        yield from _emulated_products(x, weight, bias)
+        yield from _tiled_products(x, weight, bias, torch.float32)
+        return
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        # A slice of a matrix: oneDNN has nothing but a reference loop for it.
+        yield from _tiled_products(x, weight, bias, weight.dtype)
         return
     step = block_rows(x.shape[0], BLOCK_ROWS)
     everything = slice(0, weight.shape[0])
@@ -89,26 +93,33 @@ def products(
         yield rows, everything, _linear(x[rows], weight, bias, activation)
 
 
-def _emulated_products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, slice, Tensor]]:
+def _tiled_products(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """The same with contiguous copies of tiles of the weight in ``dtype``."""
     (m, k), n = x.shape, weight.shape[0]
-    step = block_rows(m, EMULATED_BLOCK_ROWS)
-    depth = min(k, TILE_DEPTH)
-    width = block_rows(n, max(16, TILE_BYTES // (4 * max(depth, 1))))
-    bias = None if bias is None else bias.float()
+    step = block_rows(m, TILED_BLOCK_ROWS)
+    depth = min(k, TILE_DEPTH) if dtype == torch.float32 else k  # partial sums are not rounded to 16 bits
+    width = block_rows(n, max(16, TILE_BYTES // (dtype.itemsize * max(depth, 1))))
+    bias = None if bias is None else bias.to(dtype)
     for top in range(0, m, step):
         rows = slice(top, top + step)
-        whole = x[rows].float() if k <= depth else None
+        whole = x[rows].to(dtype) if k <= depth else None
         for left in range(0, n, width):
             columns = slice(left, left + width)
             tile_bias = None if bias is None else bias[columns]
             if whole is not None:
-                yield rows, columns, _linear(whole, weight[columns].float(), tile_bias, None)
+                yield rows, columns, _linear(whole, _copy(weight[columns], dtype), tile_bias, None)
                 continue
-            block = _linear(x[rows, :depth].float(), weight[columns, :depth].float(), tile_bias, None)
+            block = _linear(x[rows, :depth].to(dtype), _copy(weight[columns, :depth], dtype), tile_bias, None)
             for start in range(depth, k, depth):
                 inner = slice(start, start + depth)
-                block += _linear(x[rows, inner].float(), weight[columns, inner].float(), None, None)
+                block += _linear(x[rows, inner].to(dtype), _copy(weight[columns, inner], dtype), None, None)
             yield rows, columns, block
+
+
+def _copy(tile: Tensor, dtype: torch.dtype) -> Tensor:
+    return tile.to(dtype).contiguous()
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
