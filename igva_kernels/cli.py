@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--ask", action="append", metavar="TEXT", help="an instruction (repeatable)")
     demo.add_argument("--model", metavar="DIR", help="a LLaVA-IGVA checkpoint (default: random weights)")
     demo.add_argument("--output", type=Path, metavar="DIR", default=Path("demo_output"), help="default: %(default)s")
-    demo.add_argument("--steps", type=int, metavar="N", help="training steps (default: 5, none with --model)")
+    demo.add_argument("--steps", type=int, metavar="N", help="training steps (default: 4, none with --model)")
     demo.set_defaults(run=_demo)
 
     tune = commands.add_parser("tune", help="measure the Triton kernels on this GPU and remember the best of each")

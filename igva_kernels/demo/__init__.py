@@ -36,7 +36,7 @@ QUESTIONS = {
     "What could one do with this?": "Drink the coffee while it is hot.",
 }
 
-RANDOM_STEPS = 5
+RANDOM_STEPS = 4
 """Training steps unless told otherwise; a checkpoint is not trained unless told so."""
 
 

@@ -21,8 +21,8 @@ T = TypeVar("T")
 CONNECTORS = {"plain": "reference", "fused": "auto"}
 """The connectors of the demo and the ``impl`` that each one is."""
 
-ROUNDS = 5
-NEW_TOKENS = 14
+ROUNDS = 3
+NEW_TOKENS = 12
 LEARNING_RATE = 3e-4
 ALLOCATOR_RATE = 1e-5
 """A faster allocator settles on one layer group before the projector can read any."""
