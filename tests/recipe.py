@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import draw_shapes
 import shapes_model
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
+
+from igva_kernels.models import LlavaIgvaForConditionalGeneration
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CONFIGS = EXAMPLES / "configs"
@@ -69,8 +70,15 @@ def result(output: Path) -> Result:
     return Result(
         [entry["loss"] for entry in log],
         [entry["grad_norm"] for entry in log],
-        load_file(output / "model.safetensors"),
+        weights(output),
     )
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint as the model names them: under ZeRO-3, transformers saves them without renaming."""
+    model, loading = LlavaIgvaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    return model.state_dict()
 
 
 def launch(folder: Path, runs: list[dict[str, Any]], processes: int = 2, timeout: float = 240) -> None:

@@ -12,7 +12,7 @@ import torch
 import train_llava_igva
 from llava_data import CHAT_TEMPLATES, LlavaCollator, LlavaDataset, embed_instructions
 from PIL import Image
-from recipe import EXAMPLES, arguments, assert_same, environment, launch, make_inputs, result
+from recipe import EXAMPLES, arguments, assert_same, environment, launch, make_inputs, result, weights
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoProcessor, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
@@ -45,10 +45,6 @@ def train(inputs, tmp_path):
         return result(tmp_path / name)
 
     return run
-
-
-def result_weights(folder):
-    return load_file(folder / "model.safetensors")
 
 
 def assert_same_losses(actual, expected, tolerance):
@@ -128,7 +124,7 @@ class TestData:
 
 class TestStages:
     def test_stage_1_trains_the_projector_and_stage_2_adds_allocator_and_language_model(self, train, inputs, tmp_path):
-        before = result_weights(inputs / "base")
+        before = weights(inputs / "base")
         first = train("stage1", stage=1, data_path=inputs / "captions.json").weights
         changed = {name for name, weight in first.items() if not torch.equal(weight, before[name])}
         assert changed == {name for name in before if "multi_modal_projector" in name}
@@ -150,7 +146,7 @@ class TestStages:
         assert all(torch.equal(one.weights[name], two.weights[name]) for name in one.weights)
 
     def test_projector_has_its_own_rate(self, train, inputs):
-        before = result_weights(inputs / "base")
+        before = weights(inputs / "base")
         after = train("run", mm_projector_lr=0.0).weights
         unchanged = {name for name in before if torch.equal(before[name], after[name])}
         assert unchanged == {name for name in before if "vision_tower" in name or "multi_modal_projector" in name}
