@@ -71,7 +71,7 @@ class CpuBackend(Backend):
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         """``a @ b`` in the dtype of both, accumulated in fp32; either may be a transposed view."""
-        return _linear(a, b.t(), None, None, b.dtype)
+        return _linear(a, b.t(), None, None, b.dtype, limit=gemm.whole_rows(a))
 
     def linear_grad_input(
         self, grad_out: Tensor, weight: Tensor | None, z: Tensor | None, activation: str | None, need_y: bool
@@ -217,12 +217,12 @@ def _mix_rows(
 
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, dtype: torch.dtype,
-    out: Tensor | None = None, z: Tensor | None = None,
+    out: Tensor | None = None, z: Tensor | None = None, limit: int | None = None,
 ) -> Tensor:  # fmt: skip
     """``act(x @ weight.T + bias)`` into ``out`` or a new tensor of ``dtype``, and before the activation into ``z``."""
     shape = (x.shape[0], weight.shape[0])
     fused = activation if z is None and gemm.fuses_activation(weight.dtype) else None
-    for rows, columns, block in gemm.products(x, weight, bias, fused):
+    for rows, columns, block in gemm.products(x, weight, bias, fused, limit):
         if out is None:
             out = block if block.shape == shape and block.dtype == dtype else x.new_empty(shape, dtype=dtype)
         rest = None if fused else activation

@@ -28,6 +28,9 @@ TILE_BYTES = 16 << 20
 TILE_DEPTH = 8192
 """Inner dimension of a tile in fp32."""
 
+COPY_BYTES = 64 << 20
+"""Of the contiguous copy that oneDNN makes of a transposed operand."""
+
 _POINTWISE = {
     None: ("none", ""),
     "gelu": ("gelu", "none"),
@@ -65,8 +68,15 @@ def block_rows(rows: int, limit: int) -> int:
     return max(rows, 1) if blocks <= 1 else min(limit, -(-rows // (16 * blocks)) * 16)
 
 
+def whole_rows(x: Tensor) -> int:
+    """Rows of a block where the result is wanted whole: all of them, unless x is transposed and large."""
+    if x.is_contiguous():
+        return x.shape[0]
+    return max(BLOCK_ROWS, COPY_BYTES // max(1, x.shape[1] * x.itemsize))
+
+
 def products(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, limit: int | None = None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """``act(x @ weight.T + bias)`` in blocks: ``(rows, columns, block)``.
 
@@ -75,6 +85,7 @@ def products(
         weight: ``[N, K]``, any strides.
         bias: ``[N]`` or None.
         activation: only where ``fuses_activation``.
+        limit: rows of a block, ``BLOCK_ROWS`` unless given; tiles of the weight have their own.
 
     Yields:
         Blocks in the dtype of ``weight``, or in fp32 where it is emulated; the caller may overwrite them.
@@ -86,7 +97,7 @@ def products(
         # A slice of a matrix: oneDNN has nothing but a reference loop for it.
         yield from _tiled_products(x, weight, bias, weight.dtype)
         return
-    step = block_rows(x.shape[0], BLOCK_ROWS)
+    step = block_rows(x.shape[0], limit or BLOCK_ROWS)
     everything = slice(0, weight.shape[0])
     for start in range(0, x.shape[0], step):
         rows = slice(start, start + step)
@@ -96,7 +107,7 @@ def products(
 def _tiled_products(
     x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """The same with contiguous copies of tiles of the weight in ``dtype``."""
+    """The same with dense copies of tiles of the weight in ``dtype``."""
     (m, k), n = x.shape, weight.shape[0]
     step = block_rows(m, TILED_BLOCK_ROWS)
     depth = min(k, TILE_DEPTH) if dtype == torch.float32 else k  # partial sums are not rounded to 16 bits
@@ -119,7 +130,8 @@ def _tiled_products(
 
 
 def _copy(tile: Tensor, dtype: torch.dtype) -> Tensor:
-    return tile.to(dtype).contiguous()
+    """A dense copy in the order in which the tile lies in memory: oneDNN takes both, transposing takes time."""
+    return tile.t().to(dtype).contiguous().t() if tile.stride(0) == 1 else tile.to(dtype).contiguous()
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
