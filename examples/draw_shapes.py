@@ -124,9 +124,9 @@ def describe(scene: Scene) -> str:
 
 
 def write_dataset(folder: Path, pictures: int, held_out: int, seed: int = 0) -> None:
-    """``captions.json`` (stage 1), ``train.json`` (stage 2), ``held_out.json`` and ``images/``.
+    """``captions.json``, ``train.json``, ``held_out.json`` and ``images/``.
 
-    A picture has a question of every kind; those for training have a caption too.
+    A picture has a question of every kind; those for training have a caption too, which is in both of their files.
     """
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
@@ -142,9 +142,10 @@ def write_dataset(folder: Path, pictures: int, held_out: int, seed: int = 0) -> 
             captions.append(_sample(f"{name}_{i:05d}", file, "Describe the picture.", describe(scene)))
             for kind in KINDS:
                 samples.append(_sample(f"{name}_{i:05d}_{kind}", file, *ask(scene, kind, rng)))
-        (folder / f"{name}.json").write_text(json.dumps(samples))
         if name == "train":
+            samples += captions
             (folder / "captions.json").write_text(json.dumps(captions))
+        (folder / f"{name}.json").write_text(json.dumps(samples))
 
 
 def _sample(name: str, image: str, question: str, answer: str) -> dict[str, Any]:

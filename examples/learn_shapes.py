@@ -3,9 +3,9 @@
     python examples/learn_shapes.py            # about 10 minutes a seed on two cores; run it again after a stop
 
 For every seed the recipe trains three connectors: the fused one over all layers, the plain torch code of the same, and
-the fused one over the tower's last layer alone. First captions, then questions. The report has the accuracy on held-out
-pictures by kind of question, the loss curves, and the mean layer weights by kind. A run is one process of one thread,
-and resumes from its last checkpoint; a finished one is not run again.
+the fused one over the tower's last layer alone. First captions, then questions among captions. The report has accuracy
+on held-out pictures by kind of question, loss curves, and mean layer weights by kind. A run is one process of one
+thread, and resumes from its last checkpoint; a finished one is not run again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CONNECTORS = {
     "last layer": {"reads": "last layer only", "impl": "auto"},
 }
 PICTURES, HELD_OUT = 8000, 400
-CAPTION_STEPS, QUESTION_STEPS = 300, 500
+CAPTION_STEPS, QUESTION_STEPS = 300, 900
 
 
 def train(data: Path, folder: Path, connector: str, seed: int) -> None:
@@ -52,20 +52,20 @@ def train(data: Path, folder: Path, connector: str, seed: int) -> None:
         save_checkpoint(folder / "start", options["reads"], seed)
     captions, questions = folder / "captions", folder / "questions"
     if not (captions / "model.safetensors").exists():
-        _run(data, "captions", folder / "start", captions, CAPTION_STEPS, options["impl"], seed)
+        _run(data, "captions", folder / "start", captions, CAPTION_STEPS, 2e-3, options["impl"], seed)
     if not (questions / "model.safetensors").exists():
-        _run(data, "train", captions, questions, QUESTION_STEPS, options["impl"], seed)
+        _run(data, "train", captions, questions, QUESTION_STEPS, 1e-3, options["impl"], seed)
     results: dict[str, Any] = evaluate(data, questions)
     results["losses"] = _losses(captions) + _losses(questions)
     (folder / "results.json").write_text(json.dumps(results))
 
 
-def _run(data: Path, file: str, start: Path, output: Path, steps: int, impl: str, seed: int) -> None:
+def _run(data: Path, file: str, start: Path, output: Path, steps: int, rate: float, impl: str, seed: int) -> None:
     options = {
         "model_name_or_path": start, "version": "checkpoint", "impl": impl,
         "data_path": data / f"{file}.json", "image_folder": data / "images",
         "sentence_embeds": data / f"{file}.safetensors", "output_dir": output, "seed": seed,
-        "per_device_train_batch_size": 64, "max_steps": steps, "learning_rate": 2e-3, "warmup_steps": 30,
+        "per_device_train_batch_size": 64, "max_steps": steps, "learning_rate": rate, "warmup_steps": 30,
         "lr_scheduler_type": "cosine", "adam_beta2": 0.98, "logging_steps": 1, "save_steps": 50, "save_total_limit": 1,
         "disable_tqdm": True,
     }  # fmt: skip
