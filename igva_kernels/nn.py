@@ -7,7 +7,7 @@ H language-model width, E width of the sentence embedding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +152,7 @@ class LayerMixLinear(nn.Linear):
     def forward(self, input: Tensor | MixInput) -> Tensor:
         """``input @ weight.T + bias`` of a tensor; ``act(norm?(A) @ weight.T + bias)`` ``[B, P, H]`` of a MixInput."""
         if not isinstance(input, MixInput):
-            return super().forward(input)
+            return nn.Linear.forward(self, input)  # not super(): a patch lends this function to an nn.Linear
         return layer_mix_linear(
             input.hidden_states, input.plan, input.mix_weights, self.weight, self.bias, activation=input.activation,
             norm=input.norm, skip_tokens=input.skip_tokens, image_index=input.image_index, impl=input.impl,
@@ -165,7 +165,7 @@ class LayerMixNorm(nn.LayerNorm):
     def forward(self, input: Tensor | MixInput) -> Tensor | MixInput:
         """The normalised tensor, or the same MixInput with this norm in it."""
         if not isinstance(input, MixInput):
-            return super().forward(input)
+            return nn.LayerNorm.forward(self, input)
         # Copies: a sharded norm releases its parameters when this forward returns, before the Linear reads them.
         return input._replace(norm=(self.weight.clone(), self.bias.clone(), self.eps))
 
@@ -232,43 +232,63 @@ class LayerMixProjector(nn.Module):
         Raises:
             ValueError, TypeError, NotImplementedError: as in ``layer_mix_mlp``.
         """
-        norm, linear_1, linear_2 = self.projector_layernorm, self.linear_1, self.linear_2
         mixed = MixInput(
             tuple(hidden_states), mix_weights, image_index, None, self.plan if plan is None else plan,
             self.skip_tokens, self.activation, self.impl,
         )  # fmt: skip
-        if all(is_plain(child) for child in self.children()):
-            return layer_mix_mlp(
-                mixed.hidden_states, mixed.plan, mix_weights,
-                linear_1.weight, linear_1.bias, linear_2.weight, linear_2.bias, activation=self.activation,
-                norm=None if norm is None else (norm.weight, norm.bias, norm.eps),
-                skip_tokens=self.skip_tokens, image_index=image_index, impl=self.impl,
-            )  # fmt: skip
-        if isinstance(linear_1, LayerMixLinear):
-            return linear_2(linear_1(mixed if norm is None else norm(mixed)))
-        # A stand-in for linear_1, such as LoRA's or a quantised one, wants the mixed row itself.
-        rows = layer_mix(
-            mixed.hidden_states, mixed.plan, mix_weights,
-            skip_tokens=self.skip_tokens, image_index=image_index, impl=self.impl,
-        )  # fmt: skip
-        rows = rows if norm is None else norm(rows)
-        return linear_2(ACTIVATIONS[self.activation](linear_1(rows)))
+        return connect(mixed, self.projector_layernorm, self.linear_1, self.linear_2)
 
     def extra_repr(self) -> str:
         return f"plan={self.plan}, activation={self.activation!r}, skip_tokens={self.skip_tokens}, impl={self.impl!r}"
+
+
+def connect(mixed: MixInput, norm: nn.Module | None, linear_1: nn.Module, linear_2: nn.Module) -> Tensor:
+    """Layers through ``norm``, ``linear_1``, the activation of ``mixed`` and ``linear_2``: ``[B, P, H]``.
+
+    One operator while the modules are plain. Else each reads its weights in its own forward, as sharding and offload
+    need it: ``linear_1`` mixes if it takes layers, and is called with the mixed row if it is a stand-in (LoRA's).
+    """
+    if all(is_plain(module) for module in (norm, linear_1, linear_2) if module is not None):
+        return layer_mix_mlp(
+            mixed.hidden_states, mixed.plan, mixed.mix_weights,
+            linear_1.weight, linear_1.bias, linear_2.weight, linear_2.bias, activation=mixed.activation,
+            norm=None if norm is None else (norm.weight, norm.bias, norm.eps),
+            skip_tokens=mixed.skip_tokens, image_index=mixed.image_index, impl=mixed.impl,
+        )  # fmt: skip
+    if takes_layers(linear_1) and (norm is None or takes_layers(norm)):
+        return linear_2(linear_1(mixed if norm is None else norm(mixed)))
+    rows = layer_mix(
+        mixed.hidden_states, mixed.plan, mixed.mix_weights,
+        skip_tokens=mixed.skip_tokens, image_index=mixed.image_index, impl=mixed.impl,
+    )  # fmt: skip
+    rows = rows if norm is None else norm(rows)
+    return linear_2(ACTIVATIONS[mixed.activation](linear_1(rows)))
 
 
 _PLAIN_TYPES = (nn.Linear, LayerMixLinear, nn.LayerNorm, LayerMixNorm)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def takes_layers(module: nn.Module) -> bool:
+    """Whether the forward of a Linear or LayerNorm, under the hooks it may have, takes a ``MixInput``."""
+    own = vars(module)
+    return _takes_layers(own.get("_old_forward", own.get("forward", type(module).forward)))  # accelerate's name
+
+
+def _takes_layers(forward: Any) -> bool:
+    return getattr(forward, "__func__", forward) in (LayerMixLinear.forward, LayerMixNorm.forward)
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether a Linear or LayerNorm may be read from outside its own forward: nothing would happen in that forward.
 
     False for subclasses (FSDP2 makes one of a unit, parametrisation and quantisation too), wrappers, hooked or rebound
-    forwards (DeepSpeed ZeRO-3, accelerate), and weights that are tensor subclasses or whose storage was released.
+    forwards (DeepSpeed ZeRO-3, accelerate), and weights that are tensor subclasses or whose storage was released. A
+    forward that a patch bound is plain.
     """
-    if type(module) not in _PLAIN_TYPES or "forward" in vars(module) or any(getattr(module, name) for name in _HOOKS):
+    own = vars(module).get("forward")
+    rebound = own is not None and not _takes_layers(own)
+    if type(module) not in _PLAIN_TYPES or rebound or any(getattr(module, name) for name in _HOOKS):
         return False
     return all(type(p) in (Tensor, nn.Parameter) and _has_storage(p) for p in module.parameters(recurse=False))
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from igva_kernels.integrations.handle import PatchHandle
 
-FAMILIES = ("llava_igva",)
+FAMILIES = ("llava_igva", "transformers_llava")
 """In the order in which they are asked."""
 
 
@@ -31,7 +31,8 @@ def patch(model: nn.Module, **options: Any) -> PatchHandle:
 
     Args:
         model: a model of a known family, bare or wrapped (peft, DDP, ...).
-        options: as the family takes them. LLaVA-IGVA: ``impl``, as in ``layer_mix`` ("auto" by default).
+        options: as the family takes them. LLaVA-IGVA and transformers' models: ``impl``, as in ``layer_mix`` ("auto" by
+            default).
 
     Returns:
         A handle with ``revert()``; as a context manager it reverts at the end of the block.

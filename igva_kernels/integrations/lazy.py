@@ -1,0 +1,239 @@
+"""The two changes that an integration makes to a host, each on an instance.
+
+1. ``defer_concat``: inside the host's own method (``get_image_features``) the vision tower returns its hidden states as
+   ``LazyConcat``. What the method does to all of them, cutting the CLS off and concatenating, is only noted down; any
+   other use makes the tensor. The method runs over a stand-in for the model, so nothing is hooked: wrappers of the
+   tower (sharding, offload, compilation) see tensors, and so does whoever gets the method's result.
+2. ``patch_projector``: the projector takes a ``LazyConcat``, a ``MixInput`` or a tensor, and runs the operator.
+
+Both bind functions to the instance, never closures over a module: a copy of a patched model is bound to itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from igva_kernels.dispatch import select
+from igva_kernels.integrations.handle import PatchHandle
+from igva_kernels.nn import LayerMixLinear, LayerMixNorm, MixInput, connect
+from igva_kernels.plan import MixPlan
+from igva_kernels.reference import ACTIVATIONS
+
+
+class LazyConcat:
+    """``torch.cat([h[:, skip_tokens:] for h in layers], dim=-1)`` that nobody has computed yet.
+
+    ``[:, n:]``, ``torch.cat(..., dim=-1)`` and ``to`` stay lazy; any other use computes the tensor.
+    """
+
+    def __init__(self, layers: tuple[Tensor, ...], skip_tokens: int = 0) -> None:
+        self.layers, self.skip_tokens = layers, skip_tokens
+        self._tensor: Tensor | None = None
+
+    @property
+    def tensor(self) -> Tensor:
+        """What this stands for; of one whole layer, that very tensor."""
+        if self._tensor is None:  # not a cached_property: its lock cannot be compiled
+            states = [h[:, self.skip_tokens :] if self.skip_tokens else h for h in self.layers]
+            self._tensor = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
+        return self._tensor
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> LazyConcat:
+        """``fn`` of every layer, where it commutes with the concat."""
+        return LazyConcat(tuple(fn(LazyConcat((h,), self.skip_tokens).tensor) for h in self.layers))
+
+    def to(self, *args: Any, **kwargs: Any) -> LazyConcat:
+        """``Tensor.to`` of every layer (accelerate moves the arguments of a module)."""
+        return LazyConcat(tuple(h.to(*args, **kwargs) for h in self.layers), self.skip_tokens)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, tuple) and len(index) == 2 and index[0] == slice(None) and isinstance(index[1], slice):
+            start, stop, step = index[1].start, index[1].stop, index[1].step
+            if isinstance(start, int) and start >= 0 and stop is None and step is None:
+                return LazyConcat(self.layers, self.skip_tokens + start)
+        return self.tensor[index]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.tensor, name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.cat:
+            parts, dim = _cat_arguments(*args, **kwargs)
+            if dim in (-1, 2) and all(isinstance(part, LazyConcat) for part in parts):
+                if len({part.skip_tokens for part in parts}) == 1:
+                    return cls(tuple(h for part in parts for h in part.layers), parts[0].skip_tokens)
+        return func(*computed(args), **computed(kwargs))
+
+
+def _cat_arguments(tensors: Any, dim: int = 0, **_: Any) -> tuple[Any, int]:
+    return tensors, dim
+
+
+def computed(value: Any) -> Any:
+    """``value``, what is lazy in it computed; tuples, lists and dicts (as transformers' outputs are) are looked into."""
+    if isinstance(value, LazyConcat):
+        return value.tensor
+    if isinstance(value, dict):
+        for key, item in value.items():
+            value[key] = computed(item)
+    elif type(value) in (tuple, list):
+        return type(value)([computed(item) for item in value])
+    return value
+
+
+class _LazyTower:
+    """A vision tower whose hidden states are lazy; in all else the tower itself."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        self._tower = tower
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tower, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        out = self._tower(*args, **kwargs)
+        if getattr(out, "hidden_states", None) is not None:
+            out.hidden_states = tuple(None if h is None else LazyConcat((h,)) for h in out.hidden_states)
+        return out
+
+
+class _StandIn:
+    """The model as its own method sees it: itself, but for its towers."""
+
+    def __init__(self, model: nn.Module, towers: tuple[str, ...]) -> None:
+        self._model, self._towers = model, towers
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._model, name)
+        return _LazyTower(value) if name in self._towers else value
+
+
+def defer_concat(edits: PatchHandle, model: nn.Module, methods: tuple[str, ...], towers: tuple[str, ...]) -> None:
+    """Let ``methods`` of ``model`` concatenate the hidden states of ``towers`` lazily.
+
+    Raises:
+        ValueError: the instance has a method of its own, so another patch's.
+    """
+    for name in methods:
+        set_method(edits, model, name, _deferring(getattr(type(model), name), towers))
+
+
+def _deferring(method: Callable[..., Any], towers: tuple[str, ...]) -> Callable[..., Any]:
+    @wraps(method)  # generate() reads the signature
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return computed(method(_StandIn(self, towers), *args, **kwargs))
+
+    return run
+
+
+Children = Callable[[nn.Module], tuple[nn.Module | None, nn.Module, nn.Module]]
+"""The LayerNorm (or None), first and second Linear of a projector."""
+
+
+def patch_projector(
+    edits: PatchHandle, projector: nn.Module, children: Children, activation: str, impl: str, name: str
+) -> None:
+    """Let ``projector`` take layers: a ``LazyConcat``, a ``MixInput``, or one state ``[I, P, D]``.
+
+    Args:
+        edits: the handle of the patch.
+        projector: computes ``linear_2(act(linear_1(norm?(rows))))``.
+        children: finds the modules in it, and in a copy of it.
+        activation: a key of ``ACTIVATIONS``, see ``activation_of``.
+        impl: as in ``layer_mix_mlp``.
+        name: what to call the projector in an error.
+
+    Raises:
+        NotImplementedError: a quantised Linear, or an explicit ``impl`` that cannot serve it.
+        ValueError: a projector that is patched already.
+    """
+    norm, linear_1, linear_2 = children(projector)
+    for linear in (linear_1, linear_2):
+        _check_linear(linear, name)
+    weight = getattr(linear_1, "base_layer", linear_1).weight
+    if weight.device.type != "meta":  # offloaded weights are nowhere until they run
+        select(impl, weight.device.type, weight.dtype)
+    _set_forward(edits, projector, _projector_forward(children, activation, impl))
+    # A stand-in for linear_1 (LoRA's) gets the mixed row, so it stays as it is, and what is below it too.
+    if isinstance(linear_1, nn.Linear):
+        _set_forward(edits, linear_1, LayerMixLinear.forward)
+    if norm is not None:
+        _set_forward(edits, norm, LayerMixNorm.forward)
+
+
+def _projector_forward(children: Children, activation: str, impl: str) -> Callable[..., Tensor]:
+    def forward(self: nn.Module, rows: LazyConcat | MixInput | Tensor) -> Tensor:
+        if isinstance(rows, MixInput):
+            return connect(rows._replace(activation=activation, impl=impl), *children(self))
+        if isinstance(rows, Tensor):
+            if rows.dim() != 3:
+                return type(self).forward(self, rows)
+            rows = LazyConcat((rows,))
+        plan = MixPlan.concat(range(len(rows.layers)))
+        mixed = MixInput(rows.layers, None, None, None, plan, rows.skip_tokens, activation, impl)
+        return connect(mixed, *children(self))
+
+    return forward
+
+
+def _set_forward(edits: PatchHandle, module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Bind ``forward`` to the module, below the hook that accelerate may have put around its forward."""
+    set_method(edits, module, "forward", forward, "_old_forward" if hasattr(module, "_hf_hook") else "forward")
+
+
+def set_method(
+    edits: PatchHandle, module: nn.Module, method: str, function: Callable[..., Any], attribute: str | None = None
+) -> None:
+    """Bind ``function`` to ``module`` in place of its class's ``method``, as the ``attribute`` (of the same name).
+
+    Raises:
+        ValueError: the instance has a method of its own there, so another patch's.
+    """
+    attribute = attribute or method
+    own = vars(module).get(attribute)
+    if own is not None and getattr(own, "__func__", None) is not getattr(type(module), method):
+        raise ValueError(
+            f"model: {attribute} of its {type(module).__name__} is patched already; revert that patch first (a copy "
+            f"of a patched model stays patched: copy it before)"
+        )
+    edits.set(module, attribute, MethodType(function, module))
+
+
+def _check_linear(linear: nn.Module, name: str) -> None:
+    base = getattr(linear, "base_layer", linear)  # below LoRA
+    weight = getattr(base, "weight", None)
+    plain = type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "device_mesh")
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if isinstance(base, nn.Linear) and type(base).forward is nn.Linear.forward and plain and weight.dtype in floats:
+        return
+    raise NotImplementedError(
+        f"{name}: got a {type(base).__module__}.{type(base).__name__} with {getattr(weight, 'dtype', 'no')} weights, "
+        f"need nn.Linear modules in floating point; leave the projector out of the quantisation (bitsandbytes: "
+        f"llm_int8_skip_modules, others: modules_to_not_convert), as its weights are few"
+    )
+
+
+def activation_of(module: nn.Module, name: str) -> str:
+    """The key of ``ACTIVATIONS`` for an activation module, by what it computes.
+
+    Raises:
+        NotImplementedError: it is none of them.
+    """
+    with torch.no_grad():
+        probe = torch.linspace(-6.0, 6.0, 97, dtype=torch.float64, device="cpu")
+        for key, fn in ACTIVATIONS.items():
+            if torch.allclose(module(probe), fn(probe), rtol=0, atol=1e-5):
+                return key
+    raise NotImplementedError(
+        f"{name}: got the activation {type(module).__name__}, need one of {', '.join(map(repr, ACTIVATIONS))}"
+    )

@@ -1,0 +1,80 @@
+"""transformers' models of the LLaVA family, whose projector reads one hidden state or a concat of several."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from functools import partial
+
+from torch import Tensor, nn
+
+from igva_kernels.integrations.handle import PatchHandle
+from igva_kernels.integrations.lazy import LazyConcat, activation_of, defer_concat, patch_projector, set_method
+
+DESCRIPTION = "transformers' Llava, VipLlava, LlavaNext, LlavaNextVideo, LlavaOnevision and VideoLlava"
+HOSTS = ("Llava", "VipLlava", "LlavaNext", "LlavaNextVideo", "LlavaOnevision", "VideoLlava")
+TOWERS = ("vision_tower", "image_tower", "video_tower")
+METHODS = ("get_image_features", "get_video_features")
+
+
+def matches(model: nn.Module) -> bool:
+    """Whether there is a model of the family in it."""
+    return any(_is_host(module) for module in model.modules())
+
+
+def _is_host(module: nn.Module) -> bool:
+    names = [cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("transformers.models.")]
+    return "multi_modal_projector" in module._modules and any(name.removesuffix("Model") in HOSTS for name in names)
+
+
+def apply(model: nn.Module, edits: PatchHandle, impl: str = "auto") -> None:
+    """Let the projectors take layers, and the methods that feed them concatenate lazily."""
+    for host in model.modules():
+        if not _is_host(host):
+            continue
+        methods = [name for name in METHODS if hasattr(type(host), name)]
+        for name in methods:
+            _check_signature(host, name)
+        projectors = [m for m in host.multi_modal_projector.modules() if {"linear_1", "linear_2"} <= m._modules.keys()]
+        if not projectors:
+            raise _unknown(host, "multi_modal_projector", "no linear_1 and linear_2 in it")
+        for projector in projectors:  # peft's modules_to_save wraps two
+            _patch_projector(edits, projector, impl)
+        resampler = getattr(host, "vision_resampler", None)
+        if isinstance(getattr(resampler, "pool", None), (nn.AvgPool2d, nn.MaxPool2d)):
+            set_method(edits, resampler, "forward", _resample)
+        defer_concat(edits, host, tuple(methods), TOWERS)
+
+
+def _check_signature(host: nn.Module, name: str) -> None:
+    parameters = inspect.signature(getattr(type(host), name)).parameters
+    if not {"vision_feature_layer", "vision_feature_layers"} & parameters.keys():
+        raise _unknown(host, name, f"it takes {', '.join(parameters)}, need vision_feature_layer")
+
+
+def _patch_projector(edits: PatchHandle, projector: nn.Module, impl: str) -> None:
+    children = projector._modules.keys()
+    if children - {"projector_layernorm"} != {"linear_1", "act", "linear_2"}:
+        raise _unknown(
+            projector, "forward", f"it has {', '.join(children)}, need [projector_layernorm,] linear_1, act, linear_2"
+        )
+    activation = activation_of(projector.act, "model.multi_modal_projector.act")
+    patch_projector(edits, projector, _children, activation, impl, "model.multi_modal_projector")
+
+
+def _children(projector: nn.Module) -> tuple[nn.Module | None, nn.Module, nn.Module]:
+    return getattr(projector, "projector_layernorm", None), projector.linear_1, projector.linear_2
+
+
+def _resample(self: nn.Module, image_features: Tensor | LazyConcat) -> Tensor | LazyConcat:
+    """LlavaNextVideo pools the frames before the projector; average and maximum of a channel know no other channel."""
+    pool = partial(type(self).forward, self)
+    return image_features.map(pool) if isinstance(image_features, LazyConcat) else pool(image_features)
+
+
+def _unknown(module: nn.Module, name: str, found: str) -> NotImplementedError:
+    version = getattr(sys.modules.get("transformers"), "__version__", "unknown")
+    return NotImplementedError(
+        f"model: {type(module).__name__}.{name} of transformers {version} is not known: {found}; "
+        f"docs/compatibility.md has the versions that are tested"
+    )
