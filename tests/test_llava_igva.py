@@ -8,7 +8,8 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers
-from tiny import EMBED, FUSED, IMAGE, PATCHES, batch, gradients, igva_config, igva_model, prompts, vision_config
+from hosts import gradients
+from tiny import EMBED, FUSED, IMAGE, PATCHES, batch, igva_config, igva_model, prompts, vision_config
 from transformers import AttentionInterface, AutoModel, AutoModelForImageTextToText, Trainer, TrainingArguments
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

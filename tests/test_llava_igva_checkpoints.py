@@ -8,8 +8,9 @@ import torch
 
 pytest.importorskip("transformers")
 
+from hosts import liven
 from safetensors.torch import load_file, save_file
-from tiny import IMAGE, SMALL, batch, igva_config, igva_model, liven, llava_config
+from tiny import IMAGE, SMALL, batch, igva_config, igva_model, llava_config
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from igva_kernels import MixPlan

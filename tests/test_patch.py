@@ -14,7 +14,8 @@ from igva_kernels.nn import LayerMixProjector
 
 pytest.importorskip("transformers")
 
-from tiny import FUSED, batch, gradients, igva_model
+from hosts import gradients
+from tiny import FUSED, batch, igva_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 

@@ -1,6 +1,7 @@
 """Tiny random models of the real classes, and batches for them."""
 
 import torch
+from hosts import liven
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, SiglipVisionConfig
 
 from igva_kernels import dispatch
@@ -53,14 +54,6 @@ def igva_model(tower="clip", seed=0, **overrides):
     return liven(LlavaIgvaForConditionalGeneration(igva_config(tower, **overrides)).eval())
 
 
-def liven(model):
-    """Weights as large as a trained model's: initialised as usual, so narrow a model hardly sees its images."""
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=1.5 * parameter[0].numel() ** -0.5)
-    return model
-
-
 def prompts(images_per_sample, padding="right", seed=0):
     """``input_ids`` and ``attention_mask`` of samples with so many images each; lengths differ by sample."""
     generator = torch.Generator().manual_seed(seed)
@@ -90,7 +83,3 @@ def batch(images_per_sample=(1, 1), padding="right", seed=0, labels=False):
         supervised = (inputs["attention_mask"] == 1) & (inputs["input_ids"] != IMAGE)
         inputs["labels"] = inputs["input_ids"].masked_fill(~supervised, -100)
     return inputs
-
-
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

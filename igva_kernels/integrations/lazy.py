@@ -53,14 +53,15 @@ class LazyConcat:
         return LazyConcat(tuple(h.to(*args, **kwargs) for h in self.layers), self.skip_tokens)
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, tuple) and len(index) == 2 and index[0] == slice(None) and isinstance(index[1], slice):
-            start, stop, step = index[1].start, index[1].stop, index[1].step
-            if isinstance(start, int) and start >= 0 and stop is None and step is None:
-                return LazyConcat(self.layers, self.skip_tokens + start)
+        if isinstance(index, tuple) and len(index) == 2 and all(isinstance(part, slice) for part in index):
+            rows, tokens = index
+            from_start = tokens.stop is None and tokens.step is None and isinstance(tokens.start, int)
+            if rows == slice(None) and from_start and tokens.start >= 0:
+                return LazyConcat(self.layers, self.skip_tokens + tokens.start)
         return self.tensor[index]
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__"):  # copying and pickling ask for what an object need not have
             raise AttributeError(name)
         return getattr(self.tensor, name)
 
@@ -69,10 +70,19 @@ class LazyConcat:
         kwargs = kwargs or {}
         if func is torch.cat:
             parts, dim = _cat_arguments(*args, **kwargs)
-            if dim in (-1, 2) and all(isinstance(part, LazyConcat) for part in parts):
-                if len({part.skip_tokens for part in parts}) == 1:
-                    return cls(tuple(h for part in parts for h in part.layers), parts[0].skip_tokens)
+            lazy = dim in (-1, 2) and all(isinstance(part, LazyConcat) for part in parts)
+            if lazy and len({part.skip_tokens for part in parts}) == 1:
+                return cls(tuple(h for part in parts for h in part.layers), parts[0].skip_tokens)
         return func(*computed(args), **computed(kwargs))
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    return lambda self, *others: getattr(self.tensor, name)(*computed(others))
+
+
+_OPERATORS = ("len", "iter", "neg", "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "matmul")
+for _name in _OPERATORS:
+    setattr(LazyConcat, f"__{_name}__", _operator(f"__{_name}__"))  # Python looks operators up on the class
 
 
 def _cat_arguments(tensors: Any, dim: int = 0, **_: Any) -> tuple[Any, int]:
@@ -80,7 +90,7 @@ def _cat_arguments(tensors: Any, dim: int = 0, **_: Any) -> tuple[Any, int]:
 
 
 def computed(value: Any) -> Any:
-    """``value``, what is lazy in it computed; tuples, lists and dicts (as transformers' outputs are) are looked into."""
+    """``value``, what is lazy in it computed, also in tuples, lists and dicts (as transformers' outputs are)."""
     if isinstance(value, LazyConcat):
         return value.tensor
     if isinstance(value, dict):
@@ -163,12 +173,12 @@ def patch_projector(
     weight = getattr(linear_1, "base_layer", linear_1).weight
     if weight.device.type != "meta":  # offloaded weights are nowhere until they run
         select(impl, weight.device.type, weight.dtype)
-    _set_forward(edits, projector, _projector_forward(children, activation, impl))
+    set_forward(edits, projector, _projector_forward(children, activation, impl))
     # A stand-in for linear_1 (LoRA's) gets the mixed row, so it stays as it is, and what is below it too.
     if isinstance(linear_1, nn.Linear):
-        _set_forward(edits, linear_1, LayerMixLinear.forward)
+        set_forward(edits, linear_1, LayerMixLinear.forward)
     if norm is not None:
-        _set_forward(edits, norm, LayerMixNorm.forward)
+        set_forward(edits, norm, LayerMixNorm.forward)
 
 
 def _projector_forward(children: Children, activation: str, impl: str) -> Callable[..., Tensor]:
@@ -186,7 +196,7 @@ def _projector_forward(children: Children, activation: str, impl: str) -> Callab
     return forward
 
 
-def _set_forward(edits: PatchHandle, module: nn.Module, forward: Callable[..., Any]) -> None:
+def set_forward(edits: PatchHandle, module: nn.Module, forward: Callable[..., Any]) -> None:
     """Bind ``forward`` to the module, below the hook that accelerate may have put around its forward."""
     set_method(edits, module, "forward", forward, "_old_forward" if hasattr(module, "_hf_hook") else "forward")
 
@@ -211,7 +221,7 @@ def set_method(
 
 def _check_linear(linear: nn.Module, name: str) -> None:
     base = getattr(linear, "base_layer", linear)  # below LoRA
-    weight = getattr(base, "weight", None)
+    weight: Any = getattr(base, "weight", None)
     plain = type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "device_mesh")
     floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     if isinstance(base, nn.Linear) and type(base).forward is nn.Linear.forward and plain and weight.dtype in floats:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import sys
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
 from igva_kernels.integrations.handle import PatchHandle
-from igva_kernels.integrations.lazy import LazyConcat, activation_of, defer_concat, patch_projector, set_method
+from igva_kernels.integrations.lazy import LazyConcat, activation_of, defer_concat, patch_projector, set_forward
 
 DESCRIPTION = "transformers' Llava, VipLlava, LlavaNext, LlavaNextVideo, LlavaOnevision and VideoLlava"
 HOSTS = ("Llava", "VipLlava", "LlavaNext", "LlavaNextVideo", "LlavaOnevision", "VideoLlava")
@@ -42,7 +43,10 @@ def apply(model: nn.Module, edits: PatchHandle, impl: str = "auto") -> None:
             _patch_projector(edits, projector, impl)
         resampler = getattr(host, "vision_resampler", None)
         if isinstance(getattr(resampler, "pool", None), (nn.AvgPool2d, nn.MaxPool2d)):
-            set_method(edits, resampler, "forward", _resample)
+            set_forward(edits, resampler, _resample)
+        for tower in (getattr(host, name) for name in TOWERS if hasattr(host, name)):
+            for embeddings in (m for m in tower.modules() if "patch_embedding" in m._modules):
+                set_forward(edits, embeddings, _embed)
         defer_concat(edits, host, tuple(methods), TOWERS)
 
 
@@ -64,6 +68,11 @@ def _patch_projector(edits: PatchHandle, projector: nn.Module, impl: str) -> Non
 
 def _children(projector: nn.Module) -> tuple[nn.Module | None, nn.Module, nn.Module]:
     return getattr(projector, "projector_layernorm", None), projector.linear_1, projector.linear_2
+
+
+def _embed(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """SigLIP starts with transposed patches, and all its states keep their layout: one copy here, or one a layer."""
+    return type(self).forward(self, *args, **kwargs).contiguous()
 
 
 def _resample(self: nn.Module, image_features: Tensor | LazyConcat) -> Tensor | LazyConcat:
