@@ -52,6 +52,16 @@ def _parser() -> argparse.ArgumentParser:
     tune = commands.add_parser("tune", help="measure the Triton kernels on this GPU and remember the best of each")
     tune.add_argument("--output", type=Path, metavar="FILE", help="default: where the backend looks for it")
     tune.set_defaults(run=_tune)
+
+    convert = commands.add_parser(
+        "convert", help="a checkpoint of the IGVA or LLaVA repository to transformers' layout, or back"
+    )
+    convert.add_argument("source", type=Path, metavar="SRC", help="a directory; what it holds says the direction")
+    convert.add_argument("target", type=Path, metavar="DST", help="a new directory")
+    convert.add_argument(
+        "--vision-tower", metavar="DIR", help="the tower's checkpoint, in place of the one that SRC names"
+    )
+    convert.set_defaults(run=_convert)
     return parser
 
 
@@ -108,4 +118,20 @@ def _tune(args: argparse.Namespace) -> int:
 
     path, _ = tune(output=args.output, log=print)
     print(f"written: {path}")
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    try:
+        from igva_kernels.models.llava_igva.convert import convert
+    except ModuleNotFoundError as error:
+        print(f"convert needs {error.name}: pip install 'igva-kernels[models]'", file=sys.stderr)
+        return 2
+    try:
+        model = convert(args.source, args.target, args.vision_tower)
+    except (OSError, ValueError) as error:
+        print(f"igva-kernels convert: {error}", file=sys.stderr)
+        return 1
+    layout = json.loads((args.target / "config.json").read_text())["model_type"]
+    print(f"written: {args.target}, a {type(model).__name__} in the layout of {layout!r}")
     return 0

@@ -12,9 +12,11 @@ from hosts import liven
 from safetensors.torch import load_file, save_file
 from tiny import IMAGE, SMALL, batch, igva_config, igva_model, llava_config
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, LlavaForConditionalGeneration
+from transformers.utils import logging
 
 from igva_kernels import MixPlan
 from igva_kernels.models import LlavaIgvaConfig, LlavaIgvaForConditionalGeneration, LlavaIgvaModel
+from igva_kernels.models.llava_igva.upgrade import load_state_dict
 
 
 def same_weights(a, b):
@@ -133,6 +135,21 @@ def test_an_upgraded_llava_answers_at_first_as_the_original(tmp_path, given):
     assert not model.model.multi_modal_projector.linear_1.weight[:, 16:].any()
     assert all(p.isfinite().all() for p in model.parameters())
     assert model.config.image_token_id == IMAGE
+
+
+def test_an_upgrade_prints_nothing_and_leaves_transformers_as_talkative_as_it_was(capfd):
+    source, verbosity = llava(), logging.get_verbosity()
+    LlavaIgvaForConditionalGeneration.from_llava(source, **SMALL)
+    printed = capfd.readouterr()
+    assert printed.out + printed.err == ""
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (verbosity, True)
+
+
+def test_weights_that_do_not_make_the_model_are_named():
+    config, weights = igva_config(), dict(igva_model().state_dict())
+    weights["model.stranger"] = weights.pop("lm_head.weight")
+    with pytest.raises(ValueError, match=r"missing are lm_head.weight; left over are model.stranger"):
+        load_state_dict(LlavaIgvaForConditionalGeneration, config, weights, torch.float32, new="weight_allocator")
 
 
 def test_an_upgraded_llava_learns_from_the_mixed_half_at_once():

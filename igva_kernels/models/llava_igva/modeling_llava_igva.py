@@ -32,7 +32,7 @@ from transformers.utils.generic import can_return_tuple
 from igva_kernels.models.llava_igva.configuration_llava_igva import LlavaIgvaConfig
 from igva_kernels.models.llava_igva.image_features import ImageFeatures
 from igva_kernels.models.llava_igva.sentence_encoder import encode_sentences
-from igva_kernels.models.llava_igva.upgrade import upgraded_config, upgraded_state_dict
+from igva_kernels.models.llava_igva.upgrade import load_state_dict, upgraded_config, upgraded_state_dict
 from igva_kernels.nn import LayerMixProjector, WeightAllocator, balance_loss, column_summaries
 from igva_kernels.streaming import stream_hidden_states
 
@@ -370,7 +370,7 @@ class LlavaIgvaForConditionalGeneration(_FrozenTowerMixin, LlavaForConditionalGe
             )
         config = upgraded_config(llava.config, config_overrides)
         state_dict = upgraded_state_dict(llava, config)
-        model = cls.from_pretrained(None, config=config, state_dict=state_dict, dtype=llava.dtype)
+        model = load_state_dict(cls, config, state_dict, llava.dtype, new="weight_allocator")
         model.generation_config = llava.generation_config
         return model.to(llava.device)
 

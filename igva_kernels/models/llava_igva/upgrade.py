@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers.utils import logging
 
 from igva_kernels.models.llava_igva.configuration_llava_igva import LlavaIgvaConfig
 from igva_kernels.plan import is_tap
@@ -39,3 +43,48 @@ def upgraded_state_dict(llava: LlavaForConditionalGeneration, config: LlavaIgvaC
             raise ValueError(f"mix_plan: the Llava reads layer {layer}, need a block of that layer alone, got {plan}")
         wide[:, block * width : (block + 1) * width] = narrow[:, i * width : (i + 1) * width]
     return {**state_dict, name: wide}
+
+
+def load_state_dict(
+    model_class: Any, config: LlavaConfig, state_dict: dict[str, Tensor], dtype: torch.dtype, new: str | None = None
+) -> Any:
+    """A model of this class with these weights, taken over and not copied. Nothing is printed.
+
+    Args:
+        model_class: a class of transformers' models.
+        config: its config.
+        state_dict: its weights.
+        dtype: of the model.
+        new: the name of a module whose weights are initialised where they are missing.
+
+    Raises:
+        ValueError: any other weight is missing, left over or of another shape.
+    """
+    with _quiet():
+        model, info = model_class.from_pretrained(
+            None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    wrong = {
+        "missing": [name for name in info["missing_keys"] if new is None or f".{new}." not in name],
+        "left over": list(info["unexpected_keys"]),
+        "of another shape": [name for name, *_ in info["mismatched_keys"]],
+    }
+    if any(wrong.values()):
+        details = "; ".join(f"{what} are {', '.join(sorted(names))}" for what, names in wrong.items() if names)
+        raise ValueError(f"the weights do not make a {model_class.__name__}: {details}")
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers reports on the weights and draws a bar; what matters of that is an error here."""
+    verbosity, draws = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if draws:
+            logging.enable_progress_bar()
