@@ -14,7 +14,7 @@ from igva_kernels.backends.cpu import backend, gemm
 from igva_kernels.plan import MixPlan, is_tap
 from igva_kernels.reference import ACTIVATIONS
 from igva_kernels.testing import assert_within_rule as assert_rule
-from igva_kernels.testing import measure_memory
+from igva_kernels.testing import measure_memory, relative_error
 
 MODULE, WHY_NOT = native.load()
 pytestmark = pytest.mark.skipif(MODULE is None, reason=WHY_NOT)
@@ -288,6 +288,12 @@ def test_matmul_takes_slices_of_a_matrix(dtype, products):
     a, b = torch.randn(35, 45).to(dtype), torch.randn(45, 60).to(dtype)
     for part in (b[:, 20:50], b.t().contiguous()[20:50].t(), b[:, ::2]):
         assert_within_rule(CPU.matmul(a, part), a.double() @ part.double(), a @ part, dtype)
+
+
+def test_a_long_inner_dimension_does_not_add_up_in_one_chain():
+    x, weight = torch.randn(48, 4096), torch.randn(32, 4096)
+    oracle = x.double() @ weight.double().t()
+    assert relative_error(CPU.matmul(x, weight.t()), oracle) < 5e-7  # 5.8e-7 in one chain of AVX-512 instructions
 
 
 @pytest.mark.plain_memory

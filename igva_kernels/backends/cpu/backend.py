@@ -159,11 +159,10 @@ class CpuBackend(Backend):
         sums = _empty_sums(args) if keep == Keep.SOURCES else []
         stats = _empty_stats(args, norm)
 
-        emulated = gemm.is_emulated(dtype)
         # Where products are emulated, a block of inference stays in fp32 from the mix to the output.
-        block_dtype = torch.float32 if emulated and keep == Keep.NOTHING and not keep_z else dtype
+        block_dtype = torch.float32 if gemm.is_emulated(dtype) and keep == Keep.NOTHING and not keep_z else dtype
         limit = SCRATCH_BYTES // (4 * (row_width + hidden + width))
-        step = gemm.block_rows(total, max(16, min(limit, gemm.TILED_BLOCK_ROWS if emulated else gemm.BLOCK_ROWS)))
+        step = gemm.block_rows(total, max(16, min(limit, gemm.BLOCK_ROWS)))
         scratch = None
         if kept_rows is None or norm is not None:
             scratch = weight1.new_empty((min(step, total), row_width), dtype=block_dtype)
@@ -179,6 +178,7 @@ class CpuBackend(Backend):
             else:
                 y = _linear(x, weight1, bias1, activation, block_dtype, z=z_block)
                 _linear(y, weight2, bias2, None, dtype, out[rows])
+                del y  # before the next block makes another
         whole = None if kept_rows is None else kept_rows.view(batch, patches, row_width)
         raw = [whole] if whole is not None and norm is not None else sums
         return out.view(batch, patches, width), Mixed(whole if norm is None else None, raw, *stats), z
