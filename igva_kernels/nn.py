@@ -93,6 +93,51 @@ class _AllocatorBlock(nn.Module):
         return self.norm2(query + self.ffn(query))
 
 
+class TextAllocator(nn.Module):
+    """Layer weights from the instruction alone: ``w = softmax(W2 relu(W1 t + b1) + b2)`` (TGIF, arXiv 2601.03100).
+
+    Args:
+        sentence_dim: E, the width of the text embedding (TGIF: the mean of the prompt's token embeddings, 4096).
+        num_weights: K.
+        hidden_dim: width of the hidden layer (TGIF: 512).
+    """
+
+    def __init__(self, sentence_dim: int, num_weights: int, hidden_dim: int = 512) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(sentence_dim, hidden_dim)
+        self.linear_2 = nn.Linear(hidden_dim, num_weights)
+
+    def forward(self, sentence_embeds: Tensor) -> Tensor:
+        """The weights ``[B, K]`` of ``sentence_embeds`` ``[B, E]``, rows that sum to one, at least in fp32.
+
+        Raises:
+            ValueError: another shape.
+        """
+        if sentence_embeds.ndim != 2 or sentence_embeds.shape[1] != self.linear_1.in_features:
+            raise ValueError(
+                f"sentence_embeds: got shape {tuple(sentence_embeds.shape)}, need [B, {self.linear_1.in_features}]"
+            )
+        scores = self.linear_2(self.linear_1(sentence_embeds.to(self.linear_1.weight.dtype)).relu())
+        return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+
+
+class LearnedWeights(nn.Module):
+    """Layer weights that are parameters, the same for every image: ``w = softmax(scores)`` (COMM, arXiv 2310.08825).
+
+    Args:
+        num_weights: K. All start equal.
+    """
+
+    def __init__(self, num_weights: int) -> None:
+        super().__init__()
+        self.scores = nn.Parameter(torch.zeros(num_weights))
+
+    def forward(self, rows: int) -> Tensor:
+        """The weights ``[rows, K]``, all rows the same, at least in fp32."""
+        dtype = torch.promote_types(self.scores.dtype, torch.float32)
+        return self.scores.softmax(dim=-1, dtype=dtype).expand(rows, -1)
+
+
 def column_plan(plan: MixPlan) -> MixPlan:
     """One weight-free block a weight column: what that column weighs (IGVA: the group means ``G_1..G_K``).
 

@@ -135,8 +135,21 @@ class MixPlan:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> MixPlan:
-        """The plan that ``to_dict`` wrote."""
-        return cls(data["blocks"], data.get("num_states"))
+        """The plan that ``to_dict`` wrote, or that a constructor makes: ``{"layer_select": {"strategy": "18"}}``.
+
+        Raises:
+            ValueError: neither of the two.
+            TypeError: arguments that the constructor does not take.
+        """
+        if "blocks" in data:
+            return cls(data["blocks"], data.get("num_states"))
+        if len(data) != 1 or next(iter(data)) not in CONSTRUCTORS:
+            raise ValueError(
+                f"mix_plan: got {data!r}, need what MixPlan.to_dict writes, or one of {', '.join(CONSTRUCTORS)} with "
+                f"its arguments: {{'layer_select': {{'strategy': '18'}}}}"
+            )
+        ((name, arguments),) = data.items()
+        return getattr(cls, name)(**arguments)
 
     @staticmethod
     def from_code(code: str) -> MixPlan:
@@ -221,6 +234,10 @@ class MixPlan:
         if residual is not None:
             block.append(Entry(residual))
         return cls((tuple(block),), num_states)
+
+
+CONSTRUCTORS = ("igva", "igva_uniform", "concat", "dense_connector", "layer_select", "weighted_sum")
+"""The constructors of ``MixPlan`` that a config can name."""
 
 
 def _entry(entry: Sequence[Any], num_states: int | None) -> Entry:

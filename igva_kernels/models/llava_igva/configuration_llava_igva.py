@@ -26,19 +26,21 @@ class LlavaIgvaConfig(LlavaConfig):
     """A ``LlavaConfig`` (vision tower, language model, projector) and how the tower's layers are mixed.
 
     Args:
-        aggregation: where the weights of the plan's columns come from: "instruction" (stage 2: the allocator, from the
-            instruction and the image) or "uniform" (stage 1: each column has 1 / K, nothing to learn).
+        aggregation: where the weights of the plan's columns come from: "instruction" (IGVA's stage 2: an allocator,
+            from the instruction and the image), "text" (an MLP, from the instruction alone), "learned" (parameters) or
+            "uniform" (IGVA's stage 1: each column has 1 / K, nothing to learn).
         mix_groups: the layer groups of IGVA's plan, an int that divides the tower's layers or the layers of each group.
             Its base layer is ``vision_feature_layer``.
-        mix_plan: any other ``MixPlan`` in place of IGVA's, as it is or as ``MixPlan.to_dict`` writes it.
+        mix_plan: any other ``MixPlan`` in place of IGVA's: itself, or as plain data, either the blocks as
+            ``MixPlan.to_dict`` writes them or a constructor with its arguments, ``{"dense_connector": {"kind": "dci"}}``.
         projector_layernorm_eps: with a number, a LayerNorm over the mixed row comes before the projector.
         vision_has_cls: whether token 0 of the tower's states is a CLS token; known for CLIP and SigLIP.
         vision_feature_select_strategy: "default" drops the CLS token from the visual tokens, "full" keeps every token.
             "default" for towers that have a CLS token and "full" for the others, unless given.
         sentence_encoder: name or directory of the sentence-transformers model that embeds instructions given as text.
         sentence_embed_dim: E, the width of its embeddings.
-        allocator_hidden_dim: width of the allocator.
-        allocator_num_blocks: cross-attention blocks of the allocator.
+        allocator_hidden_dim: width of the allocator, of either kind.
+        allocator_num_blocks: cross-attention blocks of the allocator from instruction and image.
         allocator_num_heads: attention heads of a block.
         balance_coefficient: lambda, the factor of the negative entropy of the layer weights in the training loss.
         freeze_vision_tower: whether a new model's tower takes no gradient.
@@ -55,7 +57,7 @@ class LlavaIgvaConfig(LlavaConfig):
 
     model_type = "llava_igva"
 
-    aggregation: Literal["instruction", "uniform"] = "instruction"
+    aggregation: Literal["instruction", "text", "learned", "uniform"] = "instruction"
     mix_groups: int | list[list[int]] = 4
     mix_plan: Any = None
     projector_layernorm_eps: float | None = None
@@ -73,8 +75,9 @@ class LlavaIgvaConfig(LlavaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if isinstance(self.mix_plan, MixPlan):
-            self.mix_plan = self.mix_plan.to_dict()
+        if self.mix_plan is not None:
+            plan = self.mix_plan if isinstance(self.mix_plan, MixPlan) else MixPlan.from_dict(self.mix_plan)
+            self.mix_plan = plan.to_dict()
         tower = self.vision_config.model_type
         if self.vision_has_cls is None:
             if tower not in _HAS_CLS:

@@ -33,7 +33,14 @@ from igva_kernels.models.llava_igva.configuration_llava_igva import LlavaIgvaCon
 from igva_kernels.models.llava_igva.image_features import ImageFeatures
 from igva_kernels.models.llava_igva.sentence_encoder import encode_sentences
 from igva_kernels.models.llava_igva.upgrade import load_state_dict, upgraded_config, upgraded_state_dict
-from igva_kernels.nn import LayerMixProjector, WeightAllocator, balance_loss, column_summaries
+from igva_kernels.nn import (
+    LayerMixProjector,
+    LearnedWeights,
+    TextAllocator,
+    WeightAllocator,
+    balance_loss,
+    column_summaries,
+)
 from igva_kernels.streaming import stream_hidden_states
 
 
@@ -88,12 +95,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         plan, width = config.plan, config.vision_config.hidden_size
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.vision_tower.requires_grad_(not config.freeze_vision_tower)
-        self.weight_allocator = None
-        if plan.num_columns:
-            self.weight_allocator = WeightAllocator(
-                config.sentence_embed_dim, width, plan.num_columns,
-                config.allocator_hidden_dim, config.allocator_num_blocks, config.allocator_num_heads,
-            )  # fmt: skip
+        self.weight_allocator = _allocator(config)
         self.multi_modal_projector = LayerMixProjector(
             plan, width, config.text_config.hidden_size,
             bias=config.multimodal_projector_bias, activation=config.projector_activation,
@@ -298,20 +300,30 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         self, features: ImageFeatures, sentence_embeds: Tensor | None, image_index: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Visual tokens ``[R, P, H]`` and layer weights ``[R, K]``."""
-        weights = None
-        if self.weight_allocator is not None:
-            if sentence_embeds is None:
-                raise ValueError(
-                    "sentence_embeds: images are weighted by their instructions, got none; need sentence_embeds or "
-                    "instructions, or aggregation='uniform' in the config"
-                )
-            summaries = column_summaries(
-                features.sources, features.plan, self.config.vision_has_cls, self.multi_modal_projector.impl
-            )
-            summaries = summaries if image_index is None else summaries[image_index]
-            weights = self.weight_allocator(sentence_embeds.to(summaries.device), summaries)
+        weights = self._weights(features, sentence_embeds, image_index)
         tokens = self.multi_modal_projector(features.sources, weights, plan=features.plan, image_index=image_index)
         return tokens, weights
+
+    def _weights(
+        self, features: ImageFeatures, sentence_embeds: Tensor | None, image_index: Tensor | None
+    ) -> Tensor | None:
+        allocator = self.weight_allocator
+        if allocator is None:
+            return None
+        if isinstance(allocator, LearnedWeights):
+            return allocator(len(features) if image_index is None else len(image_index))
+        if sentence_embeds is None:
+            raise ValueError(
+                "sentence_embeds: images are weighted by their instructions, got none; need sentence_embeds or "
+                "instructions, or aggregation='uniform' in the config"
+            )
+        sentence_embeds = sentence_embeds.to(features.sources[0].device)
+        if isinstance(allocator, TextAllocator):
+            return allocator(sentence_embeds)
+        summaries = column_summaries(
+            features.sources, features.plan, self.config.vision_has_cls, self.multi_modal_projector.impl
+        )
+        return allocator(sentence_embeds, summaries if image_index is None else summaries[image_index])
 
     def _image_places(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
         """Bool ``[B, S]``: where the prompt holds image tokens."""
@@ -470,6 +482,20 @@ _IMAGE_ARGUMENTS = (
     "instructions",
     "mm_encoder_outputs",
 )
+
+
+def _allocator(config: LlavaIgvaConfig) -> WeightAllocator | TextAllocator | LearnedWeights | None:
+    columns, hidden_dim = config.plan.num_columns, config.allocator_hidden_dim
+    if columns == 0:
+        return None
+    if config.aggregation == "learned":
+        return LearnedWeights(columns)
+    if config.aggregation == "text":
+        return TextAllocator(config.sentence_embed_dim, columns, hidden_dim)
+    return WeightAllocator(
+        config.sentence_embed_dim, config.vision_config.hidden_size, columns, hidden_dim,
+        config.allocator_num_blocks, config.allocator_num_heads,
+    )  # fmt: skip
 
 
 def _check_pixels(pixel_values: Tensor) -> None:
