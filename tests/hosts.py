@@ -25,8 +25,8 @@ def host_model(name, layers, tower="clip", seed=0, **overrides):
     fields = {
         "vision_config": vision(**sizes, image_size=SIZE, patch_size=14),
         "text_config": LlamaConfig(
-            hidden_size=TEXT, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            hidden_size=TEXT, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=62, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         ),
         "image_token_index": IMAGE,
         "vision_feature_layer": layers,
@@ -74,16 +74,17 @@ def features(model, inputs):
     """The visual tokens of the images, one ``[tokens, TEXT]`` each, whatever a version returns them in."""
     (values,) = (inputs[key] for key in inputs if key.startswith("pixel_values"))
     sizes = {key: inputs[key] for key in inputs if key == "image_sizes"}
-    return list(_matrices(model.model.get_image_features(values, **sizes)))
+    return list(matrices(model.model.get_image_features(values, **sizes)))
 
 
-def _matrices(out):
+def matrices(out):
+    """The matrices in the output of ``get_image_features`` of any version; of a batch of them, each."""
     out = getattr(out, "pooler_output", out)
     if isinstance(out, torch.Tensor):
         yield from [out] if out.dim() == 2 else out if out.dim() == 3 else []
     elif isinstance(out, (tuple, list)):
         for item in out:
-            yield from _matrices(item)
+            yield from matrices(item)
 
 
 def host_inputs(model, video=False, labels=False, seed=0):

@@ -12,6 +12,7 @@ Both bind functions to the instance, never closures over a module: a copy of a p
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from functools import wraps
 from types import MethodType
 from typing import Any
@@ -101,30 +102,37 @@ def computed(value: Any) -> Any:
     return value
 
 
-class _LazyTower:
-    """A vision tower whose hidden states are lazy; in all else the tower itself."""
+class _StandIn:
+    """Another object, but for what the subclass says."""
 
-    def __init__(self, tower: nn.Module) -> None:
-        self._tower = tower
+    def __init__(self, of: Any, **own: Any) -> None:
+        object.__setattr__(self, "_of", of)
+        for name, value in own.items():
+            object.__setattr__(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._tower, name)
+        return getattr(self._of, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._of, name, value)
+
+
+class _LazyTower(_StandIn):
+    """A vision tower whose hidden states are lazy."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        out = self._tower(*args, **kwargs)
+        out = self._of(*args, **kwargs)
         if getattr(out, "hidden_states", None) is not None:
+            out = copy(out)  # hooks of the tower may have kept the other
             out.hidden_states = tuple(None if h is None else LazyConcat((h,)) for h in out.hidden_states)
         return out
 
 
-class _StandIn:
-    """The model as its own method sees it: itself, but for its towers."""
-
-    def __init__(self, model: nn.Module, towers: tuple[str, ...]) -> None:
-        self._model, self._towers = model, towers
+class _Host(_StandIn):
+    """A model as its own method sees it: itself, but for its towers."""
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._model, name)
+        value = getattr(self._of, name)
         return _LazyTower(value) if name in self._towers else value
 
 
@@ -141,7 +149,7 @@ def defer_concat(edits: PatchHandle, model: nn.Module, methods: tuple[str, ...],
 def _deferring(method: Callable[..., Any], towers: tuple[str, ...]) -> Callable[..., Any]:
     @wraps(method)  # generate() reads the signature
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return computed(method(_StandIn(self, towers), *args, **kwargs))
+        return computed(method(_Host(self, _towers=towers), *args, **kwargs))
 
     return run
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from igva_kernels.integrations.handle import PatchHandle
 from igva_kernels.integrations.lazy import LazyConcat, activation_of, defer_concat, patch_projector, set_forward
 
-DESCRIPTION = "transformers' Llava, VipLlava, LlavaNext, LlavaNextVideo, LlavaOnevision and VideoLlava"
+DESCRIPTION = "transformers' (4.52 and newer) Llava, VipLlava, LlavaNext, LlavaNextVideo, LlavaOnevision, VideoLlava"
 HOSTS = ("Llava", "VipLlava", "LlavaNext", "LlavaNextVideo", "LlavaOnevision", "VideoLlava")
 TOWERS = ("vision_tower", "image_tower", "video_tower")
 METHODS = ("get_image_features", "get_video_features")
@@ -51,7 +51,10 @@ def apply(model: nn.Module, edits: PatchHandle, impl: str = "auto") -> None:
 
 
 def _check_signature(host: nn.Module, name: str) -> None:
-    parameters = inspect.signature(getattr(type(host), name)).parameters
+    method = getattr(type(host), name)
+    if not method.__module__.startswith("transformers.models."):
+        raise _unknown(host, name, f"it is overridden in {method.__module__}")
+    parameters = inspect.signature(method).parameters
     if not {"vision_feature_layer", "vision_feature_layers"} & parameters.keys():
         raise _unknown(host, name, f"it takes {', '.join(parameters)}, need vision_feature_layer")
 
@@ -84,6 +87,6 @@ def _resample(self: nn.Module, image_features: Tensor | LazyConcat) -> Tensor | 
 def _unknown(module: nn.Module, name: str, found: str) -> NotImplementedError:
     version = getattr(sys.modules.get("transformers"), "__version__", "unknown")
     return NotImplementedError(
-        f"model: {type(module).__name__}.{name} of transformers {version} is not known: {found}; "
-        f"docs/compatibility.md has the versions that are tested"
+        f"model: {type(module).__name__}.{name} with transformers {version}: {found}; "
+        f"docs/compatibility.md has the versions that are known"
     )
