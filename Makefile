@@ -4,7 +4,8 @@
 #   make demo ARGS="--image cat.jpg"    the same about yours; see: igva-kernels demo --help
 #   make test                           ruff, mypy and the tests
 #   make test-all                       the slow tests too, and the oldest transformers that is supported
-#   make bench                          time and memory of the connector on this CPU
+#   make bench                          the benchmark suite on this CPU, or on its GPU (8 to 10 minutes); pictures
+#   make plots                          pictures, benchmarks/RESULTS.md and the README's table from the CSV files
 #   make learn                          small models learn from drawn pictures, plain beside fused (about 10 minutes)
 #
 # Linux without a GPU: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves gigabytes of CUDA packages.
@@ -19,7 +20,7 @@ TEST := .venv-test/bin
 # The CUDA module compiles for minutes, which a machine without a GPU need not wait for.
 NO_CUDA := $(if $(shell command -v nvidia-smi),,IGVA_KERNELS_SKIP_CUDA=1)
 
-.PHONY: demo test test-all lint bench learn clean
+.PHONY: demo test test-all lint bench plots learn clean
 
 demo: .venv-demo/installed
 	.venv-demo/bin/igva-kernels demo $(ARGS)
@@ -38,7 +39,10 @@ lint: .venv-test/installed
 	$(TEST)/mypy
 
 bench: .venv-test/installed
-	$(TEST)/python benchmarks/connector_cpu.py $(ARGS)
+	$(TEST)/python -m benchmarks --plots $(ARGS)
+
+plots: .venv-test/installed
+	$(TEST)/python -m benchmarks --suite none --plots
 
 learn: .venv-test/installed
 	$(TEST)/python examples/learn_shapes.py $(ARGS)

@@ -21,7 +21,12 @@ from igva_kernels.version import __version__
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if args.run is _bench:
+        args.rest = rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args.run(args)
 
 
@@ -62,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
         "--vision-tower", metavar="DIR", help="the tower's checkpoint, in place of the one that SRC names"
     )
     convert.set_defaults(run=_convert)
+
+    bench = commands.add_parser("bench", add_help=False, help="the benchmark suite of a checkout; see bench --help")
+    bench.set_defaults(run=_bench)
     return parser
 
 
@@ -107,6 +115,25 @@ def _demo(args: argparse.Namespace) -> int:
         print(f"the demo needs {error.name}: pip install 'igva-kernels[demo]'", file=sys.stderr)
         return 2
     return run(args.image, args.ask, args.model, args.output, args.steps)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    """Hands over to ``python -m benchmarks``, which is part of a checkout and not of the package."""
+    checkout = Path(__file__).parent.parent
+    if not (checkout / "benchmarks" / "__main__.py").exists():
+        print(
+            f"igva-kernels bench: no benchmarks beside {Path(__file__).parent}; they are not installed with the "
+            "package. Get the sources, and there: pip install -e '.[bench]'",
+            file=sys.stderr,
+        )
+        return 2
+    sys.path.insert(0, str(checkout))
+    try:
+        from benchmarks.__main__ import main as bench
+    except ModuleNotFoundError as error:
+        print(f"the benchmarks need {error.name}: pip install -e '.[bench]'", file=sys.stderr)
+        return 2
+    return bench(args.rest)
 
 
 def _tune(args: argparse.Namespace) -> int:

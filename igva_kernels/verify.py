@@ -120,13 +120,14 @@ class Inputs(NamedTuple):
 
     def double(self) -> Inputs:
         """The same numbers in fp64."""
-        return self._map(Tensor.double)
+        return self.map(Tensor.double)
 
     def detached(self) -> Inputs:
         """The same tensors, none of them part of a graph."""
-        return self._map(Tensor.detach)
+        return self.map(Tensor.detach)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same with every tensor changed."""
         return Inputs(
             [None if layer is None else change(layer) for layer in self.layers],
             None if self.mix_weights is None else change(self.mix_weights),

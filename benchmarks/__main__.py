@@ -1,0 +1,189 @@
+"""The command of the suite: ``python -m benchmarks``, or ``igva-kernels bench`` in a checkout."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from benchmarks import report
+from benchmarks.measure import ROOT, Ceilings, Figures, Refused, ceilings, measure, timer_for
+from benchmarks.providers import PLAIN, Provider, providers
+from benchmarks.results import RESULTS, Environment, Row, append, compare, default_path, environment, read, row_of
+from benchmarks.workloads import Workload, suite
+from igva_kernels.verify import DTYPES
+
+SECONDS = {"cpu": 570, "cuda": 480}
+BUDGETS = {"full": {"cpu": 2.0, "cuda": 0.5}, "quick": {"cpu": 1.0, "cuda": 0.3}}
+"""Seconds of the rounds of a workload; slow ones take three rounds however long."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the suite and returns the exit status: 1 where a provider failed its check."""
+    args = _parser().parse_args(argv)
+    console = Console()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("benchmarks: torch sees no CUDA device", file=sys.stderr)
+        return 2
+    wrong = 0
+    if args.suite != "none":
+        env = environment(args.device)
+        path = args.output or (default_path(env) if args.suite == "full" else None)
+        earlier = read(path) if path else []
+        chosen = [
+            workload for workload in suite(args.suite, args.device)
+            if _is_named(workload.name, args.workload) and (not args.dtype or workload.dtype in args.dtype)
+        ]  # fmt: skip
+        budget, seconds = BUDGETS[args.suite][args.device], args.seconds or SECONDS[args.device]
+        rows, wrong = run(chosen, args.provider, args.device, budget, seconds, env, path, console)
+        console.print(f"written: {path}" if path else "nothing written; name a file with --output")
+        if args.compare:
+            try:
+                console.print(_changes(earlier, rows, args.compare))
+            except ValueError as error:
+                print(error, file=sys.stderr)
+                return 2
+    if args.plots:
+        for written in report.write(RESULTS, RESULTS.parent / "RESULTS.md", ROOT / "README.md"):
+            console.print(f"written: {written}", highlight=False)
+    return 1 if wrong else 0
+
+
+def run(
+    workloads: Sequence[Workload], names: Sequence[str], device: str, budget: float, seconds: float,
+    env: Environment, path: Path | None, console: Console,
+) -> tuple[list[Row], int]:  # fmt: skip
+    """Measures workloads and adds to the CSV as it goes.
+
+    Args:
+        workloads: in their order; those that no longer fit the time are left out, and said so.
+        names: of providers, with wildcards; plain torch is always among them. All where there is none.
+        device: "cpu" or "cuda".
+        budget: seconds of the rounds of a workload.
+        seconds: for everything.
+        env: what goes into the rows.
+        path: the CSV, or None.
+        console: where progress and figures go.
+
+    Returns:
+        The rows, and how many providers failed their check.
+    """
+    deadline = time.monotonic() + seconds
+    timer = timer_for(device)
+    rows: list[Row] = []
+    wrong = 0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("the machine's ceilings", total=len(workloads))
+        machine = ceilings(timer, device, {w.dtype: w.torch_dtype for w in workloads})
+        progress.console.print(_describe(env, machine), highlight=False)
+        for at, workload in enumerate(workloads):
+            if time.monotonic() > deadline:
+                left = ", ".join(workload.title for workload in workloads[at:])
+                progress.console.print(f"[bold]out of time, left out:[/] {left}", highlight=False)
+                break
+            progress.update(task, description=workload.title, completed=at)
+            torch.compiler.reset()  # each workload compiles anew; the compiler would give up after a few
+            found: list[Row] = []
+            try:
+                for result in measure(workload, _chosen(workload, names, device), timer, device, budget):
+                    if isinstance(result, Refused):
+                        wrong += result.is_wrong
+                        progress.console.print(_refusal(result), highlight=False)
+                    else:
+                        found.append(_noted(result, env, machine, progress.console))
+            except torch.OutOfMemoryError:
+                progress.console.print(f"{workload.title}: needs more memory than there is, left out")
+            except ModuleNotFoundError as error:
+                progress.console.print(f"{workload.title}: needs {error.name}, left out")
+            if path:
+                append(path, found)
+            rows += found
+            gc.collect()
+            if device == "cuda":
+                torch.cuda.empty_cache()
+    return rows, wrong
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("igva-kernels bench", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="default: %(default)s")  # fmt: skip
+    parser.add_argument("--suite", choices=("full", "quick", "none"), default="full",
+                        help="quick: a minute, written only to --output; none: nothing, for --plots")  # fmt: skip
+    parser.add_argument("--workload", action="append", metavar="NAME", default=[],
+                        help="only these (repeatable; wildcards)")  # fmt: skip
+    parser.add_argument("--provider", action="append", metavar="NAME", default=[],
+                        help="only these beside plain torch (repeatable; wildcards)")  # fmt: skip
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="only this one (repeatable)")
+    parser.add_argument("--output", type=Path, metavar="CSV", help="rows are added to it (default: the device's own)")
+    parser.add_argument("--compare", metavar="REV", help="with the newest earlier rows of this revision in the CSV")
+    parser.add_argument("--plots", action="store_true", help="draw the pictures, write RESULTS.md and README's table")
+    parser.add_argument("--seconds", type=float, help="for everything (default: 570 on a CPU, 480 on a GPU)")
+    return parser
+
+
+def _is_named(name: str, patterns: Sequence[str]) -> bool:
+    return not patterns or any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _chosen(workload: Workload, names: Sequence[str], device: str) -> Mapping[str, Provider]:
+    found = providers(workload, device)
+    return {name: provider for name, provider in found.items() if name == PLAIN or _is_named(name, names)}
+
+
+def _noted(figures: Figures, env: Environment, machine: Ceilings, console: Console) -> Row:
+    row = row_of(figures, env, machine)
+    shown = figures.workload.title + ("" if figures.timing == "eager" else " (graph)")
+    rate = f"{100 * row.tflops / row.ceiling_tflops:3.0f} % of GEMM" if row.tflops else ""
+    rate = f"{100 * row.gbps / row.ceiling_gbps:3.0f} % of copy" if row.gbps and not row.hidden else rate
+    memory = f"{row.peak_mib:8.1f} MiB" if row.peak_mib is not None else ""
+    line = f"{shown:42} {row.label:36} {row.ms:9.4g} ms  x {row.speedup:5.2f}  {rate:14} {memory}"
+    console.print(line, highlight=False, soft_wrap=True)
+    return row
+
+
+def _refusal(refused: Refused) -> str:
+    answer = "[bold red]WRONG, not recorded[/]" if refused.is_wrong else "cannot serve"
+    return f"{refused.workload.title:42} {refused.provider.label:36} {answer}: {refused.reason}"
+
+
+def _describe(env: Environment, machine: Ceilings) -> str:
+    rates = ", ".join(f"{name} {rate:.3g} TFLOP/s" for name, rate in machine.tflops.items())
+    return (
+        f"{env.device}, {env.threads} threads, torch {env.torch}, revision {env.revision}\n"
+        f"ceilings: memory {machine.gbps:.4g} GB/s, products {rates}"
+    )
+
+
+def _changes(earlier: Sequence[Row], rows: Sequence[Row], name: str) -> Table:
+    changes = compare(earlier, rows, name)
+    same = sum(change.verdict == "same" for change in changes)
+    table = Table(title=f"beside {name}: {same} of {len(changes)} within their spread", title_justify="left")
+    for head in ("workload", "provider", "run", "before, ms", "after, ms", "after / before", ""):
+        table.add_column(head, justify="right" if "/" in head or "ms" in head else "left")
+    for change in changes:
+        before, row = change
+        table.add_row(
+            f"{row.workload} {row.mode} {row.dtype} B {row.batch}", row.provider, row.timing, _spread(before),
+            _spread(row), f"{change.ratio:.2f}", change.verdict,
+        )  # fmt: skip
+    return table
+
+
+def _spread(row: Row) -> str:
+    return f"{row.ms:.4g} ({row.ms_p20:.4g}-{row.ms_p80:.4g})"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,154 @@
+"""The tasks of the reference model: random weights, its vision side at real size, its language model cut short."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from benchmarks.workloads import CLIP_L, HIDDEN, Model
+from igva_kernels.models import LlavaIgvaConfig, LlavaIgvaForConditionalGeneration, LlavaIgvaModel
+from igva_kernels.nn import column_summaries
+from igva_kernels.streaming import stream_hidden_states
+
+SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "clip-l-336": (
+        {"hidden_size": CLIP_L.width, "intermediate_size": 4 * CLIP_L.width, "num_hidden_layers": CLIP_L.layers,
+         "num_attention_heads": 16, "image_size": 336, "patch_size": 14},
+        {"hidden_size": HIDDEN, "intermediate_size": 1024, "num_hidden_layers": 1, "num_attention_heads": 8,
+         "head_dim": 128},
+        {},
+    ),
+    "tiny": (
+        {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 8, "num_attention_heads": 2,
+         "image_size": 28, "patch_size": 14},
+        {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+        {"sentence_embed_dim": 12, "allocator_hidden_dim": 16, "allocator_num_blocks": 2, "allocator_num_heads": 2},
+    ),
+}  # fmt: skip
+"""Vision tower, language model, other fields of the config."""
+
+IMAGE = 60
+TEXT_TOKENS = 64
+
+Results = dict[str, Tensor]
+
+
+class ModelInputs(NamedTuple):
+    """A model and what it is asked."""
+
+    model: LlavaIgvaForConditionalGeneration
+    pixels: Tensor
+    sentences: Tensor
+    optimizer: torch.optim.Optimizer
+    encoded: Any
+    """The image, encoded before."""
+
+    def double(self) -> ModelInputs:
+        """The same numbers in fp64."""
+        model = copy.deepcopy(self.model).double()
+        return ModelInputs(model, self.pixels.double(), self.sentences.double(), _optimizer(model), None)
+
+
+def draw(workload: Model, device: str) -> ModelInputs:
+    """A random model on ``device`` and its inputs."""
+    torch.manual_seed(0)
+    vision, language, fields = SIZES[workload.size]
+    config = LlavaIgvaConfig(
+        vision_config=CLIPVisionConfig(**vision), text_config=LlamaConfig(**language, vocab_size=64),
+        image_token_index=IMAGE, **fields,
+    )  # fmt: skip
+    model = LlavaIgvaForConditionalGeneration(config).eval().to(device, workload.torch_dtype)
+    side = vision["image_size"]
+    rows = max(workload.batch, workload.questions)
+    pixels = torch.randn(workload.batch, 3, side, side).to(device, workload.torch_dtype)
+    sentences = torch.randn(rows, config.sentence_embed_dim).to(device, workload.torch_dtype)
+    encoded = model.encode_images(pixels) if workload.task == "another question" else None
+    return ModelInputs(model, pixels, sentences, _optimizer(model), encoded)
+
+
+def _optimizer(model: LlavaIgvaForConditionalGeneration) -> torch.optim.Optimizer:
+    # A rate of zero: all the work, and the next round starts from the same weights.
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+
+
+def _tell(model: LlavaIgvaForConditionalGeneration, impl: str, streams: bool = True) -> LlavaIgvaModel:
+    model.model.multi_modal_projector.impl = impl
+    model.model.config.stream_hidden_states = streams
+    return model.model
+
+
+@torch.no_grad()
+def tower_alone(inputs: ModelInputs) -> Tensor:
+    """What every other task begins with."""
+    return inputs.model.model.vision_tower(inputs.pixels).last_hidden_state
+
+
+@torch.no_grad()
+def tower(inputs: ModelInputs, impl: str, mode: str | None = "group") -> Results:
+    """From pixels to visual tokens; ``mode`` as in ``stream_hidden_states``, None where all states are kept."""
+    model = _tell(inputs.model, impl, mode is not None)
+    if mode != "layer":
+        tokens = model.get_image_features(inputs.pixels, inputs.sentences).pooler_output
+        return {"visual tokens": torch.stack(list(tokens))}
+    projector = model.multi_modal_projector
+    with stream_hidden_states(model.vision_tower, projector.plan, mode=mode, impl=impl) as stream:
+        model.vision_tower(inputs.pixels)
+    assert model.weight_allocator is not None
+    summaries = column_summaries(stream.sources, stream.plan, model.config.vision_has_cls, impl)
+    weights = model.weight_allocator(inputs.sentences, summaries)
+    return {"visual tokens": projector(stream.sources, weights, plan=stream.plan)}
+
+
+@torch.no_grad()
+def questions(inputs: ModelInputs, impl: str) -> Results:
+    """Visual tokens of several instructions about one image: a forward each, or the image encoded once."""
+    model, sentences = _tell(inputs.model, impl), inputs.sentences
+    if impl == "reference":
+        tokens = [model.get_image_features(inputs.pixels, sentences[i : i + 1]).pooler_output[0]
+                  for i in range(len(sentences))]  # fmt: skip
+    else:
+        index = torch.zeros(len(sentences), dtype=torch.int64, device=sentences.device)
+        encoded = model.encode_images(inputs.pixels)
+        tokens = model.get_image_features(
+            sentence_embeds=sentences, image_features=encoded, image_index=index
+        ).pooler_output  # fmt: skip
+    return {"visual tokens": torch.stack(list(tokens))}
+
+
+@torch.no_grad()
+def another_question(inputs: ModelInputs, impl: str) -> Results:
+    """One more instruction about an image that was encoded before; plain torch runs the tower again."""
+    model = _tell(inputs.model, impl)
+    if impl == "reference":
+        found = model.get_image_features(inputs.pixels, inputs.sentences)
+    else:
+        found = model.get_image_features(sentence_embeds=inputs.sentences, image_features=inputs.encoded)
+    return {"visual tokens": torch.stack(list(found.pooler_output))}
+
+
+def training_step(inputs: ModelInputs, impl: str) -> Results:
+    """Forward, backward and AdamW; the tower is frozen. Returns the gradients of the projector."""
+    model = inputs.model.train()
+    _tell(model, impl)
+    config, batch, device = model.config, len(inputs.pixels), inputs.pixels.device
+    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    text = torch.arange(TEXT_TOKENS, device=device).remainder(50).expand(batch, -1)
+    ids = torch.cat([text.new_full((batch, patches), IMAGE), text], dim=1)
+    labels = ids.masked_fill(ids == IMAGE, -100)
+    out = model(input_ids=ids, pixel_values=inputs.pixels, sentence_embeds=inputs.sentences, labels=labels)
+    out.loss.backward()
+    inputs.optimizer.step()
+    projector = model.model.multi_modal_projector
+    grads = {f"grad {name}": param.grad for name, param in projector.named_parameters()}
+    inputs.optimizer.zero_grad()
+    model.eval()
+    return grads
+
+
+TASKS = {
+    "tower": tower, "questions": questions, "another question": another_question, "training step": training_step,
+}  # fmt: skip

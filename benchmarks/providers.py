@@ -1,0 +1,267 @@
+"""Who computes a workload: plain torch in its forms, the backends, and the floors that nothing can go below.
+
+A provider binds a workload and one draw of its inputs to a call. What the call returns is judged before it is timed; a
+floor returns nothing that could be judged, and shows how fast the machine does the part that cannot be left out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.workloads import Connector, Model, Workload
+from igva_kernels import dispatch, ops
+from igva_kernels.plan import terms
+from igva_kernels.reference import ACTIVATIONS
+from igva_kernels.verify import LINEARS, Case, Inputs
+
+Call = Callable[[], Any]
+"""Returns results by name; a floor's returns anything."""
+
+PLAIN = "plain"
+"""The provider that every other one is compared with."""
+
+
+@dataclass
+class Bound:
+    """A provider on one draw of inputs."""
+
+    call: Call
+    keeps: Call | None = None
+    """A forward that keeps what its backward needs, where the workload has a backward."""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute a workload."""
+
+    name: str
+    label: str
+    bind: Callable[[Any], Bound] = field(repr=False)
+    """Takes a draw of the workload's inputs."""
+    is_floor: bool = False
+    in_graph: bool = True
+    """Whether a CUDA graph can hold it."""
+
+
+def providers(workload: Workload, device: str) -> dict[str, Provider]:
+    """What can compute the workload on ``device``, by name, plain first; compiled forms where compiling them pays."""
+    if isinstance(workload, Model):
+        found = _of_model(workload, device)
+    else:
+        assert isinstance(workload, Connector)
+        found = _of_connector(workload, device)
+    return {provider.name: provider for provider in found}
+
+
+def kernels(device: str, dtype: torch.dtype) -> list[str]:
+    """The backends that can serve here; Triton's interpreter is a test tool."""
+    where = torch.device(device)
+    able = [name for name in dispatch.KERNEL_BACKENDS if dispatch.get(name).why_not(where, dtype) is None]
+    return [name for name in able if (name, device) != ("triton", "cpu")]
+
+
+# ---- connectors ------------------------------------------------------------------------------------------------------
+
+
+def _of_connector(workload: Connector, device: str) -> list[Provider]:
+    case = workload.case
+    forms: dict[str, tuple[str, Callable[[Inputs], Tensor]]] = {
+        PLAIN: ("plain torch, as published", partial(case.forward, impl="reference")),
+        "additions": ("plain torch, as additions", partial(additions, case)),
+    }
+    if _worth_compiling(workload, device):
+        for name, (label, forward) in list(forms.items()):
+            compiled = torch.compile(forward, dynamic=False)
+            forms[f"{name}-compiled"] = (f"{label}, torch.compile", compiled)
+    able = kernels(device, workload.torch_dtype)
+    if able and case.op != "layer_mix":
+        forms["mix+library"] = (f"{able[0]} mix, torch's products", partial(mix_then_library, case))
+    for name in able:
+        forms[name] = (f"igva_kernels, {name}", partial(case.forward, impl=name))
+    found = [Provider(name, label, partial(bind, workload, forward)) for name, (label, forward) in forms.items()]
+    if case.op == "layer_mix":
+        copy = Provider("copy", "copy of the same bytes", partial(_copy, workload), is_floor=True)
+        return [*found, copy]
+    products = Provider("products", "bare matrix products", partial(_products, workload), is_floor=True)
+    return [*found, products]
+
+
+def _worth_compiling(workload: Connector, device: str) -> bool:
+    """Compiling takes some 10 s: only the main workloads, at sizes that tell."""
+    sizes = (2,) if device == "cpu" else (16, 64)
+    return workload.name in ("igva-2", "igva-2-mix") and workload.batch in sizes and workload.mode != "backward"
+
+
+def bind(workload: Connector, forward: Callable[[Inputs], Tensor], inputs: Inputs) -> Bound:
+    """The call of the workload's mode; in a backward, gradients of mix weights and parameters."""
+    if workload.mode == "forward":
+
+        @torch.no_grad()
+        def infer() -> dict[str, Tensor]:
+            return {"output": forward(inputs)}
+
+        return Bound(infer)
+
+    inputs = inputs.detached()
+    leaves = {f"grad {name}": param for name, param in inputs.params.items()}
+    if inputs.mix_weights is not None:
+        leaves["grad mix_weights"] = inputs.mix_weights
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+
+    def keeps() -> Tensor:
+        return forward(inputs)
+
+    def gradients(out: Tensor, retain_graph: bool) -> dict[str, Tensor]:
+        grads = torch.autograd.grad(out, list(leaves.values()), inputs.grad_out, retain_graph=retain_graph)
+        return dict(zip(leaves, grads, strict=True))
+
+    if workload.mode == "backward":
+        ahead: list[Tensor] = []
+
+        def backward() -> dict[str, Tensor]:
+            if not ahead:
+                ahead.append(keeps())
+            return gradients(ahead[0], retain_graph=True)
+
+        return Bound(backward, keeps)
+
+    def both() -> dict[str, Tensor]:
+        out = keeps()
+        return {"output": out.detach(), **gradients(out, retain_graph=False)}
+
+    return Bound(both, keeps)
+
+
+def additions(case: Case, inputs: Inputs) -> Tensor:
+    """Plain torch with the stacks and means written as sums, the form that a compiler fuses best."""
+    blocks = []
+    index = None if case.image_index is None else torch.tensor(case.image_index, device=inputs.grad_out.device)
+    for block in case.plan.blocks:
+        mixed: Tensor | None = None
+        for column, scale, layers in terms(block):
+            first, *others = (inputs.layers[layer] for layer in layers)
+            assert first is not None
+            total = first
+            for layer in others:
+                total = total + layer
+            total = total[:, case.skip :] if index is None else total[index, case.skip :]
+            if column is not None:
+                assert inputs.mix_weights is not None
+                total = total * (scale * inputs.mix_weights[:, column, None, None]).to(total.dtype)
+            elif scale != 1.0:
+                total = total * scale
+            mixed = total if mixed is None else mixed + total
+        assert mixed is not None
+        blocks.append(mixed)
+    return _linears(case, inputs, torch.cat(blocks, dim=-1))
+
+
+def mix_then_library(case: Case, inputs: Inputs) -> Tensor:
+    """The mix by the best kernel, everything else by torch."""
+    index = None if case.image_index is None else torch.tensor(case.image_index, device=inputs.grad_out.device)
+    rows = ops.layer_mix(inputs.layers, case.plan, inputs.mix_weights, skip_tokens=case.skip, image_index=index)
+    return _linears(case, inputs, rows)
+
+
+def _linears(case: Case, inputs: Inputs, rows: Tensor) -> Tensor:
+    params = inputs.params
+    if case.norm_eps is not None:
+        rows = F.layer_norm(rows, rows.shape[-1:], params["norm weight"], params["norm bias"], case.norm_eps)
+    linears = [params[name] for name in LINEARS[case.op]]
+    if linears:
+        rows = F.linear(rows, *linears[:2])
+        rows = ACTIVATIONS[case.activation](rows) if case.activation else rows
+    return F.linear(rows, *linears[2:]) if linears[2:] else rows
+
+
+# ---- floors ----------------------------------------------------------------------------------------------------------
+
+
+def library_products(device: str, dtype: torch.dtype) -> Mapping[str, tuple[torch.dtype, Callable[..., Tensor]]]:
+    """``x [M, K] @ weight [N, K].T`` by the libraries behind torch: by name the dtype they are given and the call."""
+    ways: dict[str, tuple[torch.dtype, Callable[..., Tensor]]] = {"torch.mm": (dtype, _mm)}
+    if device == "cpu":
+        onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+        if onednn is not None:
+            ways["oneDNN"] = (dtype, lambda x, weight: onednn(x, weight, None, "none", [], ""))
+            if dtype != torch.float32:
+                # Where the CPU has no instructions for a dtype, its products are computed in fp32.
+                ways["oneDNN in fp32"] = (torch.float32, ways["oneDNN"][1])
+    return ways
+
+
+def fastest_products(
+    device: str, dtype: torch.dtype, sizes: list[tuple[int, int, int]]
+) -> tuple[str, Callable[[], list[Tensor]]]:
+    """Products of these sizes by the way that is fastest here, and its name."""
+    found: dict[str, Callable[[], list[Tensor]]] = {}
+    for name, (taken, multiply) in library_products(device, dtype).items():
+        operands = [
+            (torch.randn(m, k, device=device).to(taken), torch.randn(n, k, device=device).to(taken))
+            for m, n, k in sizes
+        ]
+
+        def call(multiply: Callable[..., Tensor] = multiply, operands: Any = operands) -> list[Tensor]:
+            with torch.no_grad():
+                return [multiply(x, weight) for x, weight in operands]
+
+        found[name] = call
+    if len(found) == 1:
+        return next(iter(found.items()))
+    seconds = {name: min(_seconds(call) for _ in range(2)) for name, call in found.items()}
+    best = min(seconds, key=lambda name: seconds[name])
+    return best, found[best]
+
+
+def _mm(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.mm(x, weight.t())
+
+
+def _seconds(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _products(workload: Connector, inputs: Inputs) -> Bound:
+    name, call = fastest_products(inputs.grad_out.device.type, workload.torch_dtype, workload.products())
+    return Bound(call, note=name)
+
+
+def _copy(workload: Connector, inputs: Inputs) -> Bound:
+    assert workload.num_bytes is not None
+    source = torch.ones(int(workload.num_bytes) // 2, dtype=torch.uint8, device=inputs.grad_out.device)
+    target = torch.empty_like(source)
+    return Bound(lambda: target.copy_(source))
+
+
+# ---- the reference model ---------------------------------------------------------------------------------------------
+
+
+def _of_model(workload: Model, device: str) -> list[Provider]:
+    def provider(name: str, label: str, call: Callable[..., Any], is_floor: bool = False, **options: Any) -> Provider:
+        return Provider(name, label, lambda inputs: Bound(lambda: call(inputs, **options)), is_floor, in_graph=False)
+
+    from benchmarks import models  # needs transformers, which the connectors do without
+
+    run = models.TASKS[workload.task]
+    found = [provider(PLAIN, "plain torch, as published", run, impl="reference")]
+    for name in kernels(device, workload.torch_dtype):
+        label = f"igva_kernels, {name}"
+        if workload.task == "tower":
+            found.append(provider(f"{name}-unstreamed", f"{label}, all states kept", run, impl=name, mode=None))
+            found.append(provider(f"{name}-layer", f"{label}, streamed by layer", run, impl=name, mode="layer"))
+        found.append(provider(name, f"{label}, streamed" if workload.task == "tower" else label, run, impl=name))
+    if workload.task in ("tower", "questions"):
+        found.append(provider("tower", "the vision tower alone", models.tower_alone, is_floor=True))
+    return found

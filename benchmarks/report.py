@@ -1,0 +1,183 @@
+"""RESULTS.md, the table in README.md and the pictures: all made from the CSV files, nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from benchmarks import plots, scaling
+from benchmarks.providers import PLAIN
+from benchmarks.results import Row, newest, read
+from igva_kernels.dispatch import KERNEL_BACKENDS
+
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+
+HEAD = """\
+# Results
+
+Made by `python -m benchmarks --suite none --plots` from the CSV files in `results/`; do not edit. Everything here was
+measured, nothing is modelled. Of every measurement the newest row counts.
+
+* **ms**: median of the rounds and, in brackets, the quantiles that hold the middle 60 %. The providers of a workload
+  take turns round by round in one run. "graph": replays of a CUDA graph; "eager": calls from Python.
+* **speed-up**: time of plain torch as published / this one's, median over the rounds of one run, with the same
+  quantiles.
+* **GB/s**, **TFLOP/s**: bytes and operations that cannot be avoided / time, and per cent of the most that the machine
+  was seen to do in the same run (copy or read; the library's square product). Intermediates that a provider moves
+  count for nothing.
+* **peak**: most memory of torch's allocator beyond inputs and results. Of the whole tower beyond weights and pixels, on
+  a CPU in a process of its own. **kept**: held for the backward beyond the output.
+* **error**: relative, against fp64, of the result that is nearest to its budget (2 x plain torch's error + eps / 2). A
+  provider beyond its budget is not timed and has no row. The gradient of `mix_weights` is judged on several draws by
+  `igva-kernels verify`; here it is only looked at for gross mistakes.
+* A **floor** does only what cannot be left out: the bare products, a copy of the same bytes, the tower.
+"""
+
+
+def write(folder: Path, page: Path, readme: Path | None) -> list[Path]:
+    """Draws the pictures of every CSV in ``folder``, writes the page, and the table between the marks of the README.
+
+    Returns:
+        The files that were written.
+    """
+    devices = {path: newest(read(path)) for path in sorted(folder.glob("*.csv"))}
+    written = []
+    sections = []
+    for path, rows in devices.items():
+        pictures = plots.draw_all(rows, folder, path.stem)
+        written += [*pictures, *(picture.with_suffix(".svg") for picture in pictures)]
+        sections.append("\n".join(_section(rows, [p.relative_to(page.parent).as_posix() for p in pictures])))
+    page.write_text("\n".join([HEAD, *sections]))
+    written.append(page)
+    if readme is not None and devices:
+        _put_between(readme, "\n".join(_summary(path, rows, readme.parent) for path, rows in devices.items()))
+        written.append(readme)
+    return written
+
+
+def _section(rows: Sequence[Row], pictures: Sequence[str]) -> Iterator[str]:
+    last = max(rows, key=lambda row: row.date)
+    yield f"## {last.device}\n"
+    yield (
+        f"Driver or kernel {last.driver}, {last.threads} threads, Python {last.python}, torch {last.torch}, Triton "
+        f"{last.triton or 'none'}, igva_kernels {last.igva_kernels}. Runs of {_dates(rows)}, revisions "
+        f'{", ".join(sorted({row.revision for row in rows}))} ("+": with changes that were not committed).\n'
+    )
+    by_dtype = {row.dtype: row for row in sorted(rows, key=lambda row: row.date)}
+    rates = ", ".join(f"{dtype} {row.ceiling_tflops:.3g} TFLOP/s" for dtype, row in by_dtype.items())
+    yield f"Ceilings, measured: memory {last.ceiling_gbps:.4g} GB/s; products {rates}.\n"
+    for picture in pictures:
+        yield f"![{Path(picture).stem}]({picture})\n"
+    yield from _growth_table(rows)
+    for name, group in groupby(rows, key=lambda row: (row.workload, row.mode)):
+        yield from _table(" ".join(name), list(group))
+
+
+def _table(title: str, rows: Sequence[Row]) -> Iterator[str]:
+    columns: dict[str, Callable[[Row], str]] = {
+        "dtype": lambda r: r.dtype,
+        "B": lambda r: str(r.batch),
+        "L": lambda r: _number(r.layers),
+        "D": lambda r: _number(r.width),
+        "H": lambda r: _number(r.hidden),
+        "provider": lambda r: r.label + (" (floor)" if r.floor else "") + (f" [{r.note}]" if r.note else ""),
+        "run": lambda r: r.timing,
+        "ms": lambda r: f"{r.ms:.4g} ({r.ms_p20:.4g}-{r.ms_p80:.4g})",
+        "speed-up": lambda r: (
+            "1" if r.provider == PLAIN else f"{r.speedup:.2f} ({r.speedup_p20:.2f}-{r.speedup_p80:.2f})"
+        ),
+        "GB/s": lambda r: _rate(r.gbps, r.ceiling_gbps),
+        "TFLOP/s": lambda r: _rate(r.tflops, r.ceiling_tflops),
+        "peak MiB": lambda r: _number(r.peak_mib),
+        "kept MiB": lambda r: _number(r.saved_mib),
+        "error (plain's)": lambda r: "" if r.error is None else f"{r.judged} {r.error:.1e} ({r.plain_error:.1e})",
+    }
+    cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
+    shown = [name for name, column in cells.items() if any(column)]
+    yield f"### {title}\n"
+    yield from _markdown(shown, zip(*(cells[name] for name in shown), strict=True))
+
+
+def _growth_table(rows: Sequence[Row]) -> Iterator[str]:
+    lines = [
+        (g.workload, g.dtype, f"{g.label}{'' if g.timing == 'eager' else ', graph'}",
+         f"{scaling.SYMBOLS[g.axis]} = {', '.join(map(str, g.sizes))}", _power(g.time), _power(g.memory))
+        for g in scaling.growths(rows)
+    ]  # fmt: skip
+    if not lines:
+        return
+    yield "### Growth\n"
+    yield "Exponent e of time and of peak memory ~ size^e, fitted, and its standard error; linear where e = 1.\n"
+    yield from _markdown(("workload", "dtype", "provider", "size", "time", "peak memory"), lines)
+
+
+def _power(power: scaling.Power | None) -> str:
+    if power is None:
+        return ""
+    return f"{power.exponent:.2f}" + ("" if math.isnan(power.error) else f" ± {power.error:.2f}")
+
+
+HIGHLIGHTS = (
+    ("igva-2", "forward", "connector, forward"),
+    ("igva-2-mix", "forward", "its mix alone"),
+    ("igva-2", "both", "connector, forward and backward"),
+    ("vision-tower", "forward", "whole vision tower and connector"),
+    ("training-step", "both", "training step of the reference model, cut language model"),
+)
+"""What the README shows: workload, mode, and what it is called."""
+
+
+def _summary(path: Path, rows: Sequence[Row], root: Path) -> str:
+    """The short table of a device."""
+    kernels = [name for name in KERNEL_BACKENDS if any(row.provider == name for row in rows)]
+    lines = []
+    for workload, mode, called in HIGHLIGHTS:
+        found = [row for row in rows if (row.workload, row.mode) == (workload, mode)]
+        for (dtype, batch, timing), group in groupby(found, key=lambda row: (row.dtype, row.batch, row.timing)):
+            at = {row.provider: row for row in group}
+            fused = next((at[name] for name in kernels if name in at), None)
+            if fused is None or (batch not in (2, 16) and workload.startswith("igva")):
+                continue
+            floor = next((row for row in at.values() if row.floor), None)
+            memory = [f"{row.peak_mib:.3g}" if row.peak_mib is not None else "" for row in (at[PLAIN], fused)]
+            kept = [f"{row.saved_mib:.3g}" if row.saved_mib is not None else "" for row in (at[PLAIN], fused)]
+            lines.append((
+                f"{called}, {dtype}, B {batch}{', CUDA graph' if timing == 'graph' else ''}",
+                f"{at[PLAIN].ms:.3g} ms", f"**{fused.ms:.3g} ms**", f"{fused.speedup:.2f}",
+                f"{floor.ms:.3g} ms" if floor else "", " / ".join(memory) if all(memory) else "",
+                " / ".join(kept) if all(kept) else "",
+            ))  # fmt: skip
+    heads = ("", "plain", "fused", "speed-up", "floor", "peak MiB, plain / fused", "kept for backward MiB")
+    picture = path.with_name(f"{path.stem}-time.png")
+    image = f"![time against the batch size]({picture.relative_to(root).as_posix()})\n" if picture.exists() else ""
+    return "\n".join([f"{plots.where(rows)}:\n", *_markdown(heads, lines), image])
+
+
+def _put_between(path: Path, text: str) -> None:
+    whole = path.read_text()
+    if BEGIN not in whole or END not in whole:
+        raise ValueError(f"{path}: need the lines {BEGIN} and {END}")
+    before, rest = whole.split(BEGIN, 1)
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}")
+
+
+def _markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(heads) + " |"
+    yield "|" + "---|" * len(heads)
+    for line in lines:
+        yield "| " + " | ".join(line) + " |"
+    yield ""
+
+
+def _dates(rows: Sequence[Row]) -> str:
+    return ", ".join(sorted({row.date[:10] for row in rows}))
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _rate(value: float | None, ceiling: float) -> str:
+    return "" if value is None else f"{value:.3g} ({100 * value / ceiling:.0f} %)"

@@ -1,0 +1,267 @@
+"""The CSV of a device: rows of many runs, each with what its figures depend on, and their comparison."""
+
+from __future__ import annotations
+
+import csv
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
+
+import torch
+
+from benchmarks.measure import ROOT, Ceilings, Figures
+from benchmarks.workloads import Connector
+from igva_kernels import info
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """What the figures of a run depend on."""
+
+    date: str
+    revision: str
+    """Of git; ends in "+" where files were changed since."""
+    device: str
+    driver: str
+    threads: int
+    python: str
+    torch: str
+    triton: str
+    igva_kernels: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Environment):
+    """One provider in one workload of one run: a line of the CSV. Nothing that does not apply has a value."""
+
+    workload: str
+    mode: str
+    dtype: str
+    batch: int
+    images: int | None = None
+    patches: int | None = None
+    layers: int | None = None
+    width: int | None = None
+    hidden: int | None = None
+    provider: str
+    label: str
+    timing: str
+    floor: bool
+    rounds: int
+    ms: float
+    ms_p20: float
+    ms_p80: float
+    speedup: float
+    """Time of plain torch as published / this one's, median over the rounds of one run."""
+    speedup_p20: float
+    speedup_p80: float
+    gbps: float | None = None
+    tflops: float | None = None
+    ceiling_gbps: float
+    ceiling_tflops: float
+    """The machine's own, measured in the same run."""
+    peak_mib: float | None = None
+    saved_mib: float | None = None
+    judged: str = ""
+    """The result nearest to its budget, or "" for a floor."""
+    error: float | None = None
+    plain_error: float | None = None
+    budget: float | None = None
+    note: str = ""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What is measured: equal for the same measurement in two runs."""
+        return (
+            self.device, self.threads, self.workload, self.mode, self.dtype, self.batch, self.layers, self.width,
+            self.hidden, self.provider, self.timing,
+        )  # fmt: skip
+
+
+def environment(device: str) -> Environment:
+    """Of a run that starts now."""
+    report = info.collect()
+    return Environment(
+        date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        revision=revision("HEAD") + ("+" if _git("status", "--porcelain", "--untracked-files=no") else ""),
+        device=report["cpu"]["name"] if device == "cpu" else torch.cuda.get_device_name(),
+        driver=platform.release() if device == "cpu" else _driver(),
+        threads=torch.get_num_threads(),
+        python=report["python"],
+        torch=report["packages"]["torch"],
+        triton=report["packages"]["triton"] or "",
+        igva_kernels=report["igva_kernels"],
+    )  # fmt: skip
+
+
+def revision(name: str) -> str:
+    """The abbreviated git revision of a name, "" where there is no such revision or no git."""
+    return _git("rev-parse", "--short=10", "--verify", "--quiet", f"{name}^{{commit}}")
+
+
+def _git(*arguments: str) -> str:
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
+
+
+def default_path(env: Environment) -> Path:
+    """The CSV of this device."""
+    name = re.sub(r"[^a-z0-9]+", "-", env.device.lower()).strip("-")
+    return RESULTS / f"{name}.csv"
+
+
+def row_of(figures: Figures, env: Environment, machine: Ceilings) -> Row:
+    """The line of the CSV."""
+    workload, verdict = figures.workload, figures.verdict
+    sizes: dict[str, Any] = {}
+    if isinstance(workload, Connector):
+        case = workload.case
+        sizes = {
+            "images": case.images, "patches": case.tokens - case.skip, "layers": len(case.plan.layers),
+            "width": case.width, "hidden": case.hidden or None,
+        }  # fmt: skip
+    return Row(
+        **{field.name: getattr(env, field.name) for field in fields(env)},
+        workload=workload.name, mode=workload.mode, dtype=workload.dtype, batch=workload.batch, **sizes,
+        provider=figures.provider.name, label=figures.provider.label, timing=figures.timing,
+        floor=figures.provider.is_floor, rounds=figures.rounds,
+        ms=figures.ms.p50, ms_p20=figures.ms.p20, ms_p80=figures.ms.p80,
+        speedup=figures.speedup.p50, speedup_p20=figures.speedup.p20, speedup_p80=figures.speedup.p80,
+        gbps=figures.gbps, tflops=figures.tflops, ceiling_gbps=machine.gbps,
+        ceiling_tflops=machine.tflops[workload.dtype],
+        peak_mib=_mib(figures.peak_bytes), saved_mib=_mib(figures.saved_bytes),
+        judged=verdict.name if verdict else "", error=verdict.error if verdict else None,
+        plain_error=verdict.plain if verdict else None, budget=verdict.budget if verdict else None, note=figures.note,
+    )  # fmt: skip
+
+
+def _mib(size: int | None) -> float | None:
+    return None if size is None else size / 2**20
+
+
+# ---- the file --------------------------------------------------------------------------------------------------------
+
+COLUMNS = [field.name for field in fields(Row)]
+
+
+def append(path: Path, rows: Iterable[Row]) -> None:
+    """Adds rows to a CSV, which is made where it is not there.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    if not is_new:
+        _check_columns(path)
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if is_new:
+            writer.writerow(COLUMNS)
+        for row in rows:
+            writer.writerow([_text(getattr(row, name)) for name in COLUMNS])
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV, in the order in which they were measured; none where there is no file.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    if not path.exists():
+        return []
+    _check_columns(path)
+    types = get_type_hints(Row)
+    with path.open(newline="") as file:
+        return [Row(**{name: _value(types[name], line[name]) for name in COLUMNS}) for line in csv.DictReader(file)]
+
+
+def newest(rows: Iterable[Row]) -> list[Row]:
+    """Of every measurement the newest, in the order in which they first came."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        if row.key not in found or row.date >= found[row.key].date:
+            found[row.key] = row
+    return list(found.values())
+
+
+def _check_columns(path: Path) -> None:
+    with path.open(newline="") as file:
+        columns = next(csv.reader(file), [])
+    if columns != COLUMNS:
+        raise ValueError(f"{path}: its columns are those of another version of the suite; name another file")
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def _value(kind: Any, text: str) -> Any:
+    if kind is str:
+        return text
+    if kind is bool:
+        return text == "True"
+    if text == "":
+        return None
+    return int(text) if kind in (int, int | None) else float(text)
+
+
+# ---- two runs --------------------------------------------------------------------------------------------------------
+
+
+class Change(NamedTuple):
+    """One measurement in two runs."""
+
+    before: Row
+    after: Row
+
+    @property
+    def ratio(self) -> float:
+        """Time after / before."""
+        return self.after.ms / self.before.ms
+
+    @property
+    def verdict(self) -> str:
+        """ "same" where the stated spreads of the times overlap."""
+        if self.after.ms_p20 > self.before.ms_p80:
+            return "slower"
+        return "faster" if self.after.ms_p80 < self.before.ms_p20 else "same"
+
+
+def compare(earlier: Sequence[Row], after: Sequence[Row], name: str) -> list[Change]:
+    """The rows of a run beside the newest earlier ones of a revision.
+
+    Args:
+        earlier: what the CSV held before the run.
+        after: the rows of the run.
+        name: the revision, as git takes it or as the CSV has it.
+
+    Raises:
+        ValueError: the CSV has no such row; the message says how to get them.
+    """
+    wanted = revision(name) or name
+    before = {row.key: row for row in newest(row for row in earlier if row.revision.startswith(wanted))}
+    changes = [Change(before[row.key], row) for row in after if row.key in before]
+    if not changes:
+        raise ValueError(
+            f"--compare {name}: the CSV has no row of revision {wanted} that this run measured too; measure it with "
+            f"`git worktree add ../earlier {wanted}`, then there `python -m benchmarks --output` this CSV"
+        )
+    return changes

@@ -1,0 +1,268 @@
+"""What is measured: one definition of each workload, which every provider is given.
+
+A workload says shape, dtype, plan and mode; from these follow the products and the bytes that no implementation can
+avoid, which is what achieved rates and the floors are computed from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from igva_kernels.plan import MixPlan
+from igva_kernels.verify import DTYPES, VIP_LLAVA, Case, Inputs
+
+MODES = ("forward", "backward", "both")
+"""Inference; the backward of a training step alone; forward and backward."""
+
+DISTINCT_IMAGES = 4
+"""Drawn at random; a larger batch repeats them, each copy in memory of its own."""
+
+
+class Tower(NamedTuple):
+    """What a vision tower returns."""
+
+    tokens: int
+    width: int
+    layers: int
+    skip: int
+
+
+CLIP_L = Tower(tokens=577, width=1024, layers=24, skip=1)
+SIGLIP_SO400M = Tower(tokens=729, width=1152, layers=27, skip=0)
+HIDDEN = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What every row of the results is known by."""
+
+    name: str
+    dtype: str
+    batch: int
+    """B: samples; a sample of several tiles is as many rows of the operator."""
+    mode: str = "forward"
+
+    is_model: ClassVar[bool] = False
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def title(self) -> str:
+        """The name with what tells it from others of its kind."""
+        return f"{self.name} {self.mode} {self.dtype} B {self.batch}"
+
+    @property
+    def flops(self) -> float | None:
+        """Multiplications and additions that cannot be avoided; None where they are not counted."""
+        return None
+
+    @property
+    def num_bytes(self) -> float | None:
+        """Bytes that cannot be left where they are; None where they are not counted."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Connector(Workload):
+    """One call of one operator on random tensors."""
+
+    case: Case
+
+    @property
+    def rows(self) -> int:
+        """M: rows of every product."""
+        case = self.case
+        return len(case.image_index or range(case.images)) * (case.tokens - case.skip)
+
+    @property
+    def row_width(self) -> int:
+        """G * D."""
+        return self.case.plan.num_blocks * self.case.width
+
+    def draw(self, device: str) -> Inputs:
+        """Inputs from a fixed seed, in the workload's dtype."""
+        case = self.case
+        few = min(case.images, DISTINCT_IMAGES)
+        if few == case.images:
+            return case.draw(0, self.torch_dtype, device)
+        inputs = replace(case, images=few).draw(0, self.torch_dtype, device)
+
+        def repeat(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.repeat(case.images // few, *[1] * (tensor.ndim - 1))
+
+        grad_out = repeat(inputs.grad_out)
+        assert grad_out is not None
+        return Inputs([*map(repeat, inputs.layers)], repeat(inputs.mix_weights), inputs.params, grad_out)
+
+    def products(self) -> list[tuple[int, int, int]]:
+        """``(m, n, k)`` of the matrix products that the mode cannot do without; the tower is frozen."""
+        case, m, h = self.case, self.rows, self.case.hidden
+        forward, backward = [], []
+        if case.op != "layer_mix":
+            forward.append((m, h, self.row_width))
+            backward.append((h, self.row_width, m))
+            # Only blocks with weights need the gradient of the row; below a LayerNorm with parameters all of it counts.
+            into_row = self.row_width if case.norm_eps is not None else len(case.plan.weighted_blocks) * case.width
+            backward.append((m, into_row, h))
+        if case.op == "layer_mix_mlp":
+            forward.append((m, h, h))
+            backward += [(h, h, m), (m, h, h)]
+        chosen = {"forward": forward, "backward": backward, "both": forward + backward}[self.mode]
+        return [product for product in chosen if all(product)]
+
+    @property
+    def flops(self) -> float:
+        """Multiplications and additions of the products, and of the mix where there are none."""
+        entries = sum(len(block) for block in self.case.plan.blocks)
+        mix = 2.0 * entries * self.rows * self.case.width if self.mode != "backward" else 0.0
+        return mix + sum(2.0 * m * n * k for m, n, k in self.products())
+
+    @property
+    def num_bytes(self) -> float | None:
+        """Of a forward that reads and writes everything once: states in use, parameters, result. None for others."""
+        if self.mode != "forward":
+            return None
+        case = self.case
+        states = len(case.plan.layers) * case.images * (case.tokens - case.skip) * case.width
+        params = sum(n * k + n for _, n, k in self.products())
+        return float(self.torch_dtype.itemsize * (states + params + self.rows * (case.hidden or self.row_width)))
+
+
+def clones(inputs: Inputs, count: int) -> list[Inputs]:
+    """``inputs`` and ``count - 1`` copies of it in memory of their own."""
+
+    def clone(tensor: Tensor) -> Tensor:
+        return tensor.clone()
+
+    return [inputs, *(inputs.map(clone) for _ in range(count - 1))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Workload):
+    """The reference model with random weights: the whole vision tower before the connector."""
+
+    task: str = "tower"
+    """"tower": from pixels to visual tokens; "questions": the visual tokens of ``questions`` instructions about one
+    image; "another question": of one more, where the image was encoded before; "training step": all of it."""
+    size: str = "clip-l-336"
+    questions: int = 1
+
+    is_model: ClassVar[bool] = True
+
+
+def connector(
+    name: str, plan: MixPlan, batch: int, dtype: str, mode: str = "forward", *, op: str = "layer_mix_mlp",
+    tower: Tower = CLIP_L, hidden: int = HIDDEN, tiles: int = 1, instructions: int = 1, norm_eps: float | None = None,
+) -> Connector:  # fmt: skip
+    """A connector behind ``tower``: ``batch`` samples of ``tiles`` images, or of one image with ``instructions``."""
+    case = Case(
+        name, op, plan.resolve(tower.layers + 1), batch * tiles, tower.tokens, tower.width,
+        0 if op == "layer_mix" else hidden, skip=tower.skip,
+        image_index=tuple(b for b in range(batch) for _ in range(instructions)) if instructions > 1 else None,
+        activation=None if op == "layer_mix" else "gelu", norm_eps=norm_eps,
+    )  # fmt: skip
+    return Connector(name=name, dtype=dtype, batch=batch, mode=mode, case=case)
+
+
+IGVA = MixPlan.igva()
+
+
+def igva(batch: int, dtype: str, mode: str = "forward") -> Connector:
+    """The block of stage 2, the main workload."""
+    return connector("igva-2", IGVA, batch, dtype, mode)
+
+
+def igva_mix(batch: int, dtype: str) -> Connector:
+    """Its mix alone."""
+    return connector("igva-2-mix", IGVA, batch, dtype, op="layer_mix")
+
+
+def igva_linear(batch: int, dtype: str) -> Connector:
+    """Its mix and first Linear with GELU."""
+    return connector("igva-2-linear", IGVA, batch, dtype, op="layer_mix_linear")
+
+
+def stage_1(batch: int, dtype: str, mode: str = "forward") -> Connector:
+    """The block with uniform weights."""
+    return connector("igva-1", MixPlan.igva_uniform(), batch, dtype, mode)
+
+
+def family(batch: int, dtype: str) -> list[Connector]:
+    """The other connectors of this shape, as their code has them, and IGVA at other inputs."""
+    return [
+        connector("dense-connector-sci", MixPlan.dense_connector("sci"), batch, dtype),
+        connector("dense-connector-dci", MixPlan.dense_connector("dci"), batch, dtype),
+        connector("lsf-3-18-23", MixPlan.layer_select("3-18-23"), batch, dtype),
+        connector("lsf-all", MixPlan.layer_select("all"), batch, dtype),
+        connector("vip-llava", MixPlan.concat(VIP_LLAVA, 25), batch, dtype, norm_eps=1e-5),
+        connector("tgif", MixPlan.weighted_sum(range(1, 25), -2, 25), batch, dtype, norm_eps=1e-5),
+        connector("siglip-so400m", MixPlan.igva(27, 3), batch, dtype, tower=SIGLIP_SO400M),
+        connector("igva-2-anyres-5-tiles", IGVA, batch, dtype, tiles=5),
+        connector("igva-2-8-instructions", IGVA, batch, dtype, instructions=8),
+    ]
+
+
+def scaling(batch: int, dtype: str) -> list[Connector]:
+    """One size at a time: L and D of the mix, L and H of the block. Growth in B is read from the other workloads."""
+    varied: list[Connector] = []
+    for layers in (6, 12, 24, 48):
+        plan, tower = MixPlan.igva(layers, 3), CLIP_L._replace(layers=layers)
+        varied.append(connector("mix-by-layers", plan, batch, dtype, op="layer_mix", tower=tower))
+        varied.append(connector("block-by-layers", plan, batch, dtype, tower=tower, hidden=1024))
+    for width in (256, 512, 1024, 2048):
+        tower = CLIP_L._replace(width=width)
+        varied.append(connector("mix-by-width", IGVA, batch, dtype, op="layer_mix", tower=tower))
+    for hidden in (512, 1024, 2048, 4096):
+        varied.append(connector("block-by-hidden", IGVA, batch, dtype, hidden=hidden))
+    return varied
+
+
+def models(dtype: str, batch: int, questions: int) -> list[Model]:
+    """The whole vision side and a training step."""
+    return [
+        Model(name="vision-tower", dtype=dtype, batch=batch, task="tower"),
+        Model(name=f"{questions}-questions", dtype=dtype, batch=1, task="questions", questions=questions),
+        Model(name="another-question", dtype=dtype, batch=1, task="another question"),
+        Model(name="training-step", dtype=dtype, batch=1, mode="both", task="training step"),
+    ]
+
+
+def cpu_suite() -> list[Workload]:
+    """What two cores measure in minutes."""
+    most: list[Workload] = []
+    for dtype in ("bf16", "fp32"):
+        most += [igva(batch, dtype) for batch in (1, 2, 4, 8)]
+        most += [igva_mix(batch, dtype) for batch in (1, 2, 4, 8)]
+        most += [igva(2, dtype, "both"), igva(2, dtype, "backward"), stage_1(2, dtype), stage_1(2, dtype, "both")]
+        most += [igva_linear(2, dtype), *family(1, dtype)]
+    return [*most, igva(2, "fp16"), *models("fp32", 1, 4), *scaling(2, "bf16")]
+
+
+def gpu_suite() -> list[Workload]:
+    """What one GPU measures in minutes, the most telling first."""
+    most: list[Workload] = [igva(batch, "bf16") for batch in (1, 2, 4, 8, 16, 32, 64, 128)]
+    most += [igva_mix(batch, "bf16") for batch in (1, 2, 4, 8, 16, 32, 64, 128)]
+    most += [igva(batch, "bf16", mode) for batch in (1, 16, 64) for mode in ("both", "backward")]
+    most += [igva_linear(16, "bf16"), stage_1(16, "bf16"), stage_1(16, "bf16", "both"), *family(4, "bf16")]
+    most += [*models("bf16", 4, 8), *scaling(16, "bf16"), igva(16, "fp16"), igva(4, "fp32")]
+    return most
+
+
+def quick_suite(device: str) -> list[Workload]:
+    """A minute: whether everything works, and roughly how it stands."""
+    batch = 1 if device == "cpu" else 16
+    return [igva(batch, "bf16"), igva_mix(batch, "bf16"), igva(batch, "bf16", "both")]
+
+
+def suite(name: str, device: str) -> Sequence[Workload]:
+    """The workloads of "full", "quick" or "none"."""
+    if name == "none":
+        return []
+    return quick_suite(device) if name == "quick" else cpu_suite() if device == "cpu" else gpu_suite()

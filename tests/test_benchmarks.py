@@ -1,0 +1,451 @@
+"""The benchmark suite at tiny sizes: what it refuses, what it writes, and what it makes of it."""
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks import __main__ as bench
+from benchmarks import gpu_suite, measure, plots, providers, report, results, scaling, workloads
+from benchmarks.workloads import IGVA, Tower, connector
+from igva_kernels import cli
+from igva_kernels.verify import Case
+
+ROOT = Path(__file__).parent.parent
+TINY = Tower(tokens=10, width=16, layers=24, skip=1)
+ENV = results.Environment(
+    date="2026-01-02T03:04:05Z", revision="abcdef0123", device="A Device", driver="1", threads=1, python="3.11.0",
+    torch="2.13.0", triton="", igva_kernels="0.1.0",
+)  # fmt: skip
+MACHINE = measure.Ceilings(100.0, {"fp32": 1.0, "bf16": 2.0})
+
+
+def tiny(batch=3, dtype="fp32", mode="forward", op="layer_mix_mlp", **options):
+    return connector("igva-2", IGVA, batch, dtype, mode, op=op, tower=TINY, hidden=24, **options)
+
+
+def found(workload, **chosen):
+    """Results of a workload by all of its providers, or by plain torch and the ones given."""
+    available = providers.providers(workload, "cpu")
+    chosen = {"plain": available["plain"], **chosen} if chosen else available
+    return list(measure.measure(workload, chosen, measure.CpuTimer(), "cpu", budget=0.01))
+
+
+def rows_of(workload, env=ENV):
+    return [results.row_of(figures, env, MACHINE) for figures in found(workload)]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """A small device's CSV: both main workloads at three batch sizes, and a training step."""
+    some = [tiny(batch, dtype) for dtype in ("fp32", "bf16") for batch in (1, 3, 4)]
+    some += [replace(tiny(batch, op="layer_mix"), name="igva-2-mix") for batch in (1, 3, 4)]
+    return [row for workload in [*some, tiny(mode="both")] for row in rows_of(workload)]
+
+
+# ---- a wrong provider ------------------------------------------------------------------------------------------------
+
+
+def wrong_in(result):
+    """A provider that is right but for one result."""
+
+    def bind(workload, inputs):
+        bound = providers.providers(workload, "cpu")["plain"].bind(inputs)
+
+        def call():
+            answers = bound.call()
+            answers[result] = answers[result] * 1.01
+            return answers
+
+        return providers.Bound(call, bound.keeps)
+
+    return lambda workload: providers.Provider("wrong", "wrong", lambda inputs: bind(workload, inputs))
+
+
+@pytest.mark.parametrize(
+    ("mode", "result"),
+    [("forward", "output"), ("both", "output"), ("both", "grad weight1"), ("backward", "grad bias2")],
+)
+def test_a_wrong_provider_is_refused_and_never_timed(mode, result):
+    workload = tiny(mode=mode)
+    plain, refused = sorted(found(workload, wrong=wrong_in(result)(workload)), key=lambda f: f.provider.name)
+    assert isinstance(plain, measure.Figures)
+    assert isinstance(refused, measure.Refused)
+    assert refused.is_wrong
+    assert result in refused.reason
+
+
+def test_a_gradient_of_mix_weights_is_refused_when_grossly_wrong():
+    workload = tiny(mode="both")
+    provider = wrong_in("grad mix_weights")(workload)
+    assert all(isinstance(f, measure.Figures) for f in found(workload, almost=provider))  # one draw cannot tell
+
+    def reversed_sign(inputs):
+        call = provider.bind(inputs).call
+        return providers.Bound(lambda: {name: -v if "mix" in name else v for name, v in call().items()})
+
+    assert any(isinstance(f, measure.Refused) for f in found(workload, wrong=replace(provider, bind=reversed_sign)))
+
+
+def test_what_was_refused_is_not_in_the_csv_and_shows_in_the_exit_status(tmp_path, monkeypatch, capsys):
+    workload = tiny()
+    honest = providers.providers(workload, "cpu")
+    listed = {"plain": honest["plain"], "wrong": wrong_in("output")(workload)}
+    monkeypatch.setattr(bench, "providers", lambda *_: listed)
+    monkeypatch.setattr(bench, "suite", lambda *_: [workload])
+    monkeypatch.setattr(bench, "ceilings", lambda *_: MACHINE)
+    path = tmp_path / "some.csv"
+    assert bench.main(["--device", "cpu", "--output", str(path)]) == 1
+    assert [row.provider for row in results.read(path)] == ["plain"]
+    assert "WRONG" in capsys.readouterr().out
+    del listed["wrong"]
+    assert bench.main(["--device", "cpu", "--output", str(path)]) == 0
+    assert [row.provider for row in results.read(path)] == ["plain", "plain"]
+
+
+def test_a_provider_that_cannot_serve_is_left_out_without_blame():
+    def cannot(inputs):
+        raise NotImplementedError("odd width")
+
+    (refused,) = [f for f in found(tiny(), none=providers.Provider("none", "none", cannot))
+                  if isinstance(f, measure.Refused)]  # fmt: skip
+    assert refused.reason == "odd width"
+    assert not refused.is_wrong
+
+
+def test_a_provider_that_breaks_is_to_blame_and_the_others_go_on():
+    def breaks(inputs):
+        raise RuntimeError("an illegal access\nand a long trace")
+
+    figures = found(tiny(), broken=providers.Provider("broken", "broken", breaks))
+    (refused,) = [f for f in figures if isinstance(f, measure.Refused)]
+    assert refused.is_wrong
+    assert refused.reason == "an illegal access"
+    assert [f.provider.name for f in figures if isinstance(f, measure.Figures)] == ["plain"]
+
+
+# ---- workloads and providers -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", range(len(workloads.family(1, "fp32"))))
+def test_the_providers_compute_the_same_workload(kind, dtype):
+    """Every connector of the suite at a tiny size: none is refused."""
+    case = workloads.family(2, dtype)[kind].case
+    small = replace(workloads.family(2, dtype)[kind], case=replace(case, tokens=9 + case.skip, width=32, hidden=48))
+    figures = found(small)
+    assert {f.provider.name for f in figures} >= {"plain", "additions", "products"}
+    assert all(isinstance(f, measure.Figures) for f in figures)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_no_two_workloads_of_a_suite_share_a_key(device):
+    def key(workload):
+        return workload.name, workload.mode, workload.dtype, workload.batch, getattr(workload, "case", None)
+
+    for name in ("full", "quick"):
+        every = list(map(key, workloads.suite(name, device)))
+        assert len(set(every)) == len(every)
+
+
+def test_products_and_bytes_of_the_paper_shapes():
+    """GEMM1 9.66 and GEMM2 19.33 GFLOP an image; a backward without the base half of dA."""
+    forward, backward, both = (workloads.igva(1, "bf16", mode) for mode in workloads.MODES)
+    assert forward.products() == [(576, 4096, 2048), (576, 4096, 4096)]
+    gemms = sum(2 * m * n * k for m, n, k in backward.products()) / 1e9
+    assert gemms == pytest.approx(53.2, abs=0.1)
+    assert both.flops == pytest.approx(forward.flops + backward.flops)
+    mix = workloads.igva_mix(1, "bf16")
+    assert mix.num_bytes == 576 * 1024 * 2 * (24 + 2)
+    assert both.num_bytes is None
+
+
+def test_more_images_than_are_drawn_repeat_in_memory_of_their_own():
+    inputs = tiny(batch=8).draw("cpu")
+    assert inputs.layers[1].shape[0] == inputs.mix_weights.shape[0] == inputs.grad_out.shape[0] == 8
+    assert torch.equal(inputs.layers[1][:4], inputs.layers[1][4:])
+    copies = workloads.clones(inputs, 3)
+    assert len({copy.layers[1].data_ptr() for copy in copies}) == 3
+
+
+@pytest.mark.parametrize("task", ["tower", "questions", "another question", "training step"])
+def test_the_tasks_of_the_model(task):
+    mode = "both" if task == "training step" else "forward"
+    workload = workloads.Model(name=task, dtype="fp32", batch=1, mode=mode, task=task, size="tiny",
+                               questions=3 if task == "questions" else 1)  # fmt: skip
+    chosen = providers.providers(workload, "cpu")
+    figures = list(measure.measure(workload, chosen, InProcess(), "cpu", budget=0.01)) if task != "tower" else []
+    if task == "tower":
+        inputs = measure.draw(workload, "cpu")
+        exact = measure.exact_results(workload, inputs)
+        plain = chosen["plain"].bind(inputs).call()
+        for name, provider in chosen.items():
+            if not provider.is_floor:
+                answers = provider.bind(inputs).call()
+                assert all(v.ok for v in measure.verdicts(workload, answers, exact, plain)), name
+    assert all(isinstance(f, measure.Figures) for f in figures)
+    assert {"plain", *providers.kernels("cpu", torch.float32)} <= set(chosen)
+
+
+class InProcess(measure.CpuTimer):
+    """As few rounds as can be."""
+
+    def in_turn(self, calls, budget, least=2, most=2):
+        return super().in_turn(calls, budget, least, most)
+
+
+# ---- time and memory -------------------------------------------------------------------------------------------------
+
+
+class Ticks(measure.Timer):
+    """A timer whose marks are the calls themselves."""
+
+    def __init__(self):
+        self.order = []
+
+    def once(self, call):
+        self.order.append(call())
+        return len(self.order)
+
+    def seconds(self, marks):
+        return [float(mark) for mark in marks]
+
+    def end_round(self):
+        self.order.append("|")
+
+
+def test_rounds_interleave_and_rotate():
+    ticks = Ticks()
+    calls = {"a": [lambda: "a0", lambda: "a1"], "b": [lambda: "b0", lambda: "b1"]}
+    times = ticks.in_turn(calls, budget=0.0, least=3, most=9)
+    warm, rounds = ticks.order[:4], ticks.order[4:]
+    assert warm == ["a0", "a1", "b0", "b1"]
+    assert rounds == ["a0", "b0", "|", "b1", "a1", "|", "a0", "b0", "|"]
+    assert times["a"] == [5.0, 9.0, 11.0]
+    assert times["b"] == [6.0, 8.0, 12.0]
+
+
+def test_inputs_are_rotated_until_they_exceed_the_cache():
+    workload = tiny()
+    inputs = workload.draw("cpu")
+    timer = measure.CpuTimer()
+    assert len(measure.rotated(workload, inputs, timer)) == 1
+    timer.copies_bytes = 10 * sum(layer.nbytes for layer in inputs.layers if layer is not None)
+    assert len(measure.rotated(workload, inputs, timer)) > 2
+
+
+def test_spread_and_speedup_are_those_of_the_rounds():
+    assert measure.Spread.of([5.0, 1.0, 4.0, 2.0, 3.0, 6.0]) == (3.5, 2.0, 5.0)
+    plain = next(f for f in found(tiny()) if f.provider.name == "plain")
+    assert plain.speedup == (1.0, 1.0, 1.0)
+
+
+def test_the_connector_takes_less_memory_than_plain_torch():
+    for mode in ("forward", "both"):
+        by_name = {f.provider.name: f for f in found(tiny(batch=4, mode=mode)) if not f.provider.is_floor}
+        fused = by_name[providers.kernels("cpu", torch.float32)[0]]
+        if mode == "forward":
+            assert fused.saved_bytes is None
+            assert fused.peak_bytes < by_name["plain"].peak_bytes
+        else:
+            assert fused.saved_bytes < by_name["plain"].saved_bytes
+
+
+@pytest.mark.plain_memory
+def test_the_ceilings_of_a_machine_are_above_what_is_measured(monkeypatch):
+    monkeypatch.setattr(measure, "CEILING_SIZES", {"cpu": (2**22, 256)})
+    machine = measure.ceilings(InProcess(), "cpu", {"fp32": torch.float32})
+    assert machine.gbps > 0.1
+    assert machine.tflops["fp32"] > 1e-4
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+def test_csv_round_trip(tmp_path, rows):
+    path = tmp_path / "deep" / "some.csv"
+    assert results.read(path) == []
+    results.append(path, rows[:2])
+    results.append(path, rows[2:])
+    back = results.read(path)
+    assert len(back) == len(rows)
+    for before, after in zip(rows, back, strict=True):
+        assert after.key == before.key
+        assert after.ms == pytest.approx(before.ms, rel=1e-4)
+        assert (after.peak_mib is None) == (before.peak_mib is None)
+        assert after.floor is before.floor
+    assert path.read_text().count("workload") == 1  # one header
+
+
+def test_a_csv_of_another_version_is_refused(tmp_path):
+    path = tmp_path / "old.csv"
+    path.write_text("group,variant,ms\n")
+    with pytest.raises(ValueError, match="columns"):
+        results.append(path, [])
+    with pytest.raises(ValueError, match="columns"):
+        results.read(path)
+
+
+def test_errors_and_what_does_not_apply(rows):
+    fused = next(row for row in rows if row.provider == "additions" and row.mode == "forward")
+    assert 0 < fused.error <= fused.budget
+    assert fused.plain_error > 0
+    assert fused.judged == "output"
+    assert fused.saved_mib is None
+    floor = next(row for row in rows if row.floor)
+    assert floor.judged == ""
+    assert floor.error is None
+    assert next(row for row in rows if row.mode == "both" and row.provider == "plain").saved_mib > 0
+
+
+def test_comparison_with_an_earlier_revision(rows):
+    now = [replace(row, date="2026-02-01T00:00:00Z", revision="0123456789") for row in rows[:3]]
+    now[1] = replace(now[1], ms=now[1].ms * 9, ms_p20=now[1].ms_p20 * 9, ms_p80=now[1].ms_p80 * 9)
+    now[2] = replace(now[2], ms=now[2].ms / 9, ms_p20=now[2].ms_p20 / 9, ms_p80=now[2].ms_p80 / 9)
+    changes = results.compare(rows, now, "abcdef")
+    assert [change.verdict for change in changes] == ["same", "slower", "faster"]
+    assert changes[1].ratio == pytest.approx(9)
+    older = [replace(row, date="2025-01-01T00:00:00Z", ms=1e9) for row in rows]
+    assert results.compare([*older, *rows], now, "abcdef")[0].before.ms == rows[0].ms  # the newest of that revision
+    with pytest.raises(ValueError, match="no row of revision fedcba"):
+        results.compare(rows, now, "fedcba")
+
+
+def test_an_earlier_run_of_the_same_revision_can_be_compared(rows):
+    again = [replace(row, date="2026-02-01T00:00:00Z") for row in rows]
+    changes = results.compare(rows, again, "abcdef")
+    assert len(changes) == len(rows)
+    assert {change.before.date for change in changes} == {ENV.date}
+
+
+def test_the_newest_row_counts(rows):
+    newer = replace(rows[0], date="2026-02-01T00:00:00Z", ms=7.0)
+    assert results.newest([newer, *rows])[0].ms == 7.0
+    assert results.newest([*rows, newer])[0].ms == 7.0
+    assert len(results.newest([*rows, newer])) == len(rows)
+
+
+# ---- growth ----------------------------------------------------------------------------------------------------------
+
+
+def test_exponents_of_synthetic_growth():
+    sizes = [1, 2, 4, 8, 16]
+    exact = scaling.fit(sizes, [3.0 * size**1.5 for size in sizes])
+    assert exact.exponent == pytest.approx(1.5)
+    assert exact.error == pytest.approx(0.0, abs=1e-6)
+    noisy = scaling.fit(sizes, [size * (1.1 if i % 2 else 0.9) for i, size in enumerate(sizes)])
+    assert abs(noisy.exponent - 1.0) < 3 * noisy.error
+    assert scaling.fit(sizes, [5.0] * 5).exponent == pytest.approx(0.0)
+
+
+def test_growth_is_fitted_to_the_rows(rows):
+    linear = [replace(row, ms=2.0 * row.batch, peak_mib=None if row.floor else 3.0) for row in rows]
+    fits = {(g.workload, g.dtype, g.provider): g for g in scaling.growths(linear)}
+    plain = fits["igva-2", "fp32", "plain"]
+    assert plain.sizes == (1, 3, 4)
+    assert plain.time.exponent == pytest.approx(1.0)
+    assert plain.memory.exponent == pytest.approx(0.0)
+    assert fits["igva-2", "fp32", "products"].memory is None
+
+
+# ---- pictures and pages ----------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_written_and_hold_something(tmp_path, rows):
+    pictures = plots.draw_all(rows, tmp_path, "device")
+    assert {path.stem for path in pictures} == {f"device-{w}" for w in ("time", "memory", "roofline", "speedup")}
+    for path in pictures:
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size > 10_000
+        assert path.with_suffix(".svg").stat().st_size > 10_000
+
+
+def test_pictures_of_one_training_step_alone(tmp_path, rows):
+    assert [p.stem for p in plots.draw_all([r for r in rows if r.mode == "both"], tmp_path, "d")] == ["d-speedup"]
+
+
+def test_the_report_and_the_table_of_the_readme(tmp_path, rows):
+    folder, page, readme = tmp_path / "results", tmp_path / "RESULTS.md", tmp_path / "README.md"
+    results.append(folder / "device.csv", [replace(row, batch=2) if row.batch == 3 else row for row in rows])
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    written = report.write(folder, page, readme)
+    text = page.read_text()
+    assert ENV.device in text
+    assert "results/device-time.png" in text
+    assert "### Growth" in text
+    assert all(path.exists() for path in written)
+    told = readme.read_text()
+    assert told.startswith("before\n")
+    assert told.endswith("after\n")
+    assert "old" not in told
+    assert "its mix alone, fp32, B 2" in told
+    readme.write_text("no marks")
+    with pytest.raises(ValueError, match="benchmarks: begin"):
+        report.write(folder, page, readme)
+
+
+def test_the_readme_has_the_marks():
+    text = (ROOT / "README.md").read_text()
+    assert text.index(report.BEGIN) < text.index(report.END)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_in_the_command_measures_what_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "suite", lambda *_: [tiny(), tiny(dtype="bf16"), replace(tiny(), name="other")])
+    monkeypatch.setattr(bench, "ceilings", lambda *_: MACHINE)
+    path = tmp_path / "some.csv"
+    options = ["--device", "cpu", "--workload", "igva*", "--provider", "add*", "--dtype", "bf16", "--output", str(path)]
+    assert bench.main(options) == 0
+    assert {(r.workload, r.dtype, r.provider) for r in results.read(path)} == {
+        ("igva-2", "bf16", "plain"), ("igva-2", "bf16", "additions"),
+    }  # fmt: skip
+    revision = results.read(path)[0].revision.rstrip("+")
+    assert bench.main([*options, "--compare", revision or "none"]) == (0 if revision else 2)
+    capsys.readouterr()
+    assert bench.main([*options, "--compare", "fedcba9876"]) == 2
+    assert "git worktree add" in capsys.readouterr().err
+
+
+def test_what_no_longer_fits_the_time_is_left_out_and_said_so(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "ceilings", lambda *_: MACHINE)
+    rows, wrong = bench.run([tiny()], [], "cpu", 0.01, -1.0, ENV, None, Console())
+    assert (rows, wrong) == ([], 0)
+    assert "out of time" in capsys.readouterr().out
+
+
+def test_igva_kernels_bench_hands_over(capsys):
+    assert cli.main(["bench", "--device", "cpu", "--suite", "none"]) == 0
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", "--help"])
+    assert stop.value.code == 0
+    assert "--compare" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["info", "--compare"])
+
+
+def test_igva_kernels_bench_outside_of_a_checkout_says_what_to_do(tmp_path):
+    shutil.copytree(ROOT / "igva_kernels", tmp_path / "igva_kernels", ignore=shutil.ignore_patterns("*.so", "__py*"))
+    command = [sys.executable, "-m", "igva_kernels", "bench"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "pip install -e '.[bench]'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
+def test_the_gpu_suite_without_a_gpu_says_so(capsys):
+    assert gpu_suite.main([]) == 2
+    assert bench.main(["--device", "cuda"]) == 2
+    assert capsys.readouterr().err.count("no CUDA device") == 2
+
+
+def test_a_case_of_the_suite_is_a_case_of_verify():
+    """Shapes are written once: the suite draws and runs what ``igva-kernels verify`` judges."""
+    assert all(isinstance(w.case, Case) for w in workloads.cpu_suite() if not w.is_model)
