@@ -27,7 +27,7 @@ TILE_BYTES = 2 << 20
 """Of a copied tile of the weight."""
 
 TILE_DEPTH = 1024
-"""Inner dimension of a product in fp32: over 2048 it is 2.25 times as far from fp64 as MKL's, in two halves 1.6 times."""
+"""Inner dimension of a product in fp32: one of 2048 is 2.25 times as far from fp64 as MKL's, halves are 1.6 times."""
 
 COPY_BYTES = 64 << 20
 """Of the contiguous copy that oneDNN makes of a transposed operand."""
