@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
 from benchmarks.providers import PLAIN
@@ -20,7 +20,7 @@ COLORS = {
     "mix+library": "#7a5aa6", "cpu": "#b5421f", "triton": "#b5421f", "cuda": "#1f7a4d",
     "products": "#000000", "copy": "#000000", "tower": "#000000",
 }  # fmt: skip
-MARKERS = {"block": "o", "linear": "^", "mix": "s"}
+MARKERS = {"connector": "o", "its first Linear": "^", "its mix": "s"}
 TITLE: dict[str, Any] = {"loc": "left", "fontweight": "bold"}
 SVG: Any = {"svg.hashsalt": "igva_kernels"}  # the same figures give the same file
 
@@ -99,13 +99,13 @@ def draw_memory(rows: Sequence[Row]) -> Figure | None:
 
 def draw_roofline(rows: Sequence[Row]) -> Figure | None:
     """Achieved rate against the work a byte, under the machine's own ceilings."""
-    names = {"igva-2": "block", "igva-2-linear": "linear", "igva-2-mix": "mix"}
+    names = dict(zip(("igva-2", "igva-2-linear", "igva-2-mix"), MARKERS, strict=True))
     found = [
         r for r in rows
         if r.workload in names and r.mode == "forward" and r.gbps and r.tflops and not r.provider.endswith("-compiled")
         and r.timing == _timings(rows)[-1]
     ]  # fmt: skip
-    dtypes = [d for d in ("bf16", "fp32") if any(r.dtype == d for r in found)]
+    dtypes = [d for d in ("bf16", "fp32") if {r.workload for r in found if r.dtype == d} >= {"igva-2", "igva-2-mix"}]
     if not dtypes:
         return None
     figure, axes = _grid(len(dtypes))
@@ -115,9 +115,9 @@ def draw_roofline(rows: Sequence[Row]) -> Figure | None:
         work = sorted({1e3 * r.tflops / r.gbps for r in points if r.tflops and r.gbps})
         xs = [work[0] / 2, 1e3 * tflops / gbps, work[-1] * 2]
         axis.plot(xs, [min(tflops, x * gbps / 1e3) for x in xs], color="black", linewidth=1.2)
-        axis.annotate(f"memory {gbps:.0f} GB/s", (xs[0] * 1.2, 1.25 * xs[0] * gbps / 1e3), rotation=0, va="bottom",
-                      fontsize=8)  # fmt: skip
-        axis.annotate(f"products {tflops:.3g} TFLOP/s", (xs[2], tflops * 1.06), ha="right", va="bottom", fontsize=8)
+        label: dict[str, Any] = {"fontsize": 8, "va": "bottom", "ha": "right"}
+        axis.annotate(f"memory {gbps:.0f} GB/s ", (xs[1] / 2, tflops / 2), **label)
+        axis.annotate(f"products {tflops:.3g} TFLOP/s", (xs[2], tflops * 1.06), **label)
         seen = set()
         for row in points:
             assert row.tflops and row.gbps
@@ -129,41 +129,46 @@ def draw_roofline(rows: Sequence[Row]) -> Figure | None:
         axis.set_yscale("log")
         low = min(r.tflops for r in points if r.tflops)
         axis.set_ylim(low / 2, tflops * 2.2)
-        axis.set_xlabel("FLOP a byte that must be moved  (squares: mix, triangles: first Linear, dots: connector)")
+        for name, marker in MARKERS.items():
+            axis.plot([], [], linestyle="none", marker=marker, color="white", markeredgecolor="black", label=name)
+        axis.set_xlabel("FLOP a byte that must be moved")
         axis.set_ylabel("TFLOP/s")
         axis.set_title(f"IGVA, forward, {dtype}, every B", **TITLE)
-        axis.legend(fontsize=7.5, frameon=False, loc="lower right")
+        axis.legend(fontsize=7.5, frameon=False, loc="lower right", ncols=2)
         _plain_numbers(axis)
     return figure
 
 
 def draw_speedups(rows: Sequence[Row]) -> Figure | None:
     """A table: how much faster than plain torch, by workload and provider."""
-    timing = _timings(rows)[-1]
-    chosen = [r for r in rows if not r.workload.startswith(("mix-by", "block-by")) and (r.timing == timing or r.mode
-              != "forward" or (r.hidden is None and r.layers is None))]  # fmt: skip
-    providers = [p for p in _providers(chosen) if p != PLAIN and p not in ("products", "copy", "tower")]
-    lines = list(dict.fromkeys((r.workload, r.mode, r.dtype, r.batch) for r in chosen))
+    shown = [r for r in rows if not r.workload.startswith(("mix-by", "block-by"))]
+    how: dict[tuple[str, str, str, int], str] = {}  # as graphs where there are such rows
+    for r in shown:
+        how[_line(r)] = max(r.timing, how.get(_line(r), ""))
+    chosen = [r for r in shown if r.timing == how[_line(r)]]
+    floors = {r.provider for r in chosen if r.floor}
+    providers = [p for p in _providers(chosen) if p in COLORS and p != PLAIN and p not in floors]
+    lines = list(how)
     if not lines or not providers:
         return None
     cells: list[list[str]] = []
     shades: list[list[str]] = []
     for workload, mode, dtype, batch in lines:
-        at = {r.provider: r for r in chosen if (r.workload, r.mode, r.dtype, r.batch) == (workload, mode, dtype, batch)}
-        texts, colors = [f"{workload}, {mode}, {dtype}, B {batch}", f"{at[PLAIN].ms:.3g} ms"], ["white", "white"]
+        at = {r.provider: r for r in chosen if _line(r) == (workload, mode, dtype, batch)}
+        texts, colors = [f"{workload}, {mode}, {dtype}, B {batch}", f"{_digits(at[PLAIN].ms)} ms"], ["white", "white"]
         for provider in providers:
             row = at.get(provider)
             texts.append("" if row is None else f"{row.speedup:.2f}")
             colors.append("white" if row is None else _shade(row.speedup))
         cells.append(texts)
         shades.append(colors)
-    figure = Figure(figsize=(5.2 + 1.5 * len(providers), 0.9 + 0.25 * (len(lines) + 1)), layout="constrained")
+    figure = Figure(figsize=(4.6 + 1.2 * len(providers), 0.6 + 0.25 * (len(lines) + 2)), layout="constrained")
     axis = figure.subplots()
     axis.axis("off")
     heads = [provider.replace("-", "\n", 1).replace("+", "\n+ ") for provider in providers]
     table = axis.table(
         cells, cellColours=shades, colLabels=["plain's time / this one's", "plain", *heads], loc="upper left",
-        cellLoc="center", colWidths=[0.42, 0.12, *[0.46 / len(providers)] * len(providers)],
+        cellLoc="center", colWidths=[0.34, 0.12, *[0.54 / len(providers)] * len(providers)],
         bbox=Bbox.from_bounds(0, 0, 1, 1),
     )  # fmt: skip
     table.auto_set_font_size(False)
@@ -172,6 +177,7 @@ def draw_speedups(rows: Sequence[Row]) -> Figure | None:
         cell.set_edgecolor("#d8d8d8")
         if line == 0:
             cell.set_text_props(fontweight="bold")
+            cell.set_height(1.8 * cell.get_height())
         if column == 0:
             cell.set_text_props(ha="left")
             cell.PAD = 0.02
@@ -230,6 +236,19 @@ def _log_batches(axis: Axes, rows: Sequence[Row]) -> None:
 def _plain_numbers(axis: Axes) -> None:
     for one in (axis.xaxis, axis.yaxis):
         one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    low, high = axis.get_ylim()
+    if high / low < 300:  # few powers of ten: label what is between them
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    for one in (axis.xaxis, axis.yaxis):
+        one.set_minor_formatter(NullFormatter())
+
+
+def _line(row: Row) -> tuple[str, str, str, int]:
+    return row.workload, row.mode, row.dtype, row.batch
+
+
+def _digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _shade(speedup: float) -> str:

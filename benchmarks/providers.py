@@ -87,7 +87,9 @@ def _of_connector(workload: Connector, device: str) -> list[Provider]:
         forms["mix+library"] = (f"{able[0]} mix, torch's products", partial(mix_then_library, case))
     for name in able:
         forms[name] = (f"igva_kernels, {name}", partial(case.forward, impl=name))
-    found = [Provider(name, label, partial(bind, workload, forward)) for name, (label, forward) in forms.items()]
+    # An index is made anew from Python, which no graph can hold.
+    graph = not case.image_index
+    found = [Provider(n, label, partial(bind, workload, f), in_graph=graph) for n, (label, f) in forms.items()]
     if case.op == "layer_mix":
         copy = Provider("copy", "copy of the same bytes", partial(_copy, workload), is_floor=True)
         return [*found, copy]
