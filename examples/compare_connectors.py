@@ -3,8 +3,8 @@
     python examples/compare_connectors.py                                  # tiny: seconds
     python examples/compare_connectors.py --size real --only IGVA TGIF     # CLIP-L/336 or SigLIP-so400m, H 4096
 
-For each system: its parameters beside the tower and the language model, what is kept of an encoded image, and, given the
-states of the tower, time and memory of its connector, plain torch beside fused. Weights are random.
+For each system: its parameters beside the tower and the language model, what is kept of an encoded image, and, given
+the states of the tower, time and memory of its connector, plain torch beside fused. Weights are random.
 """
 
 from __future__ import annotations
@@ -50,10 +50,11 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """The fields of ``LlavaIgvaConfig`` that make each system, for a tower of 24 layers (see ``tower_layers``)."""
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"clip": (16, 32, 2, 28, 14), "siglip": (16, 32, 2, 28, 14), "text": 32},
     "real": {"clip": (1024, 4096, 16, 336, 14), "siglip": (1152, 4304, 16, 384, 14), "text": 4096},
 }
+"""Width, width of the MLP, heads, pixels a side and pixels a patch of the towers; width of the language model."""
 
 
 def tower_layers(system: str) -> int:

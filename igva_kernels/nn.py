@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from igva_kernels.ops import layer_mix, layer_mix_linear, layer_mix_mlp
-from igva_kernels.plan import Entry, MixPlan
+from igva_kernels.plan import Entry, MixPlan, is_tap
 from igva_kernels.reference import ACTIVATIONS, Norm
 
 
@@ -285,6 +285,28 @@ class LayerMixProjector(nn.Module):
 
     def extra_repr(self) -> str:
         return f"plan={self.plan}, activation={self.activation!r}, skip_tokens={self.skip_tokens}, impl={self.impl!r}"
+
+
+def widen(weight: Tensor, layers: Sequence[int], plan: MixPlan) -> Tensor:
+    """The weight ``[H, G*D]`` that answers at first as ``weight`` ``[H, len(layers)*D]`` does: zeros for what is new.
+
+    Args:
+        weight: of a first Linear that reads a concat of ``layers``.
+        layers: which they are.
+        plan: a resolved plan, of which each of the layers is a block.
+
+    Raises:
+        ValueError: one of the layers is no block of the plan.
+    """
+    width = weight.shape[1] // len(layers)
+    taps = {block[0].layer: g for g, block in enumerate(plan.blocks) if is_tap(block)}
+    wide = weight.new_zeros(weight.shape[0], plan.num_blocks * width)
+    for i, layer in enumerate(layers):
+        block = taps.get(layer if layer >= 0 or plan.num_states is None else layer + plan.num_states)
+        if block is None:
+            raise ValueError(f"plan: the model reads layer {layer}, need a block of that layer alone, got {plan}")
+        wide[:, block * width : (block + 1) * width] = weight[:, i * width : (i + 1) * width]
+    return wide
 
 
 def connect(mixed: MixInput, norm: nn.Module | None, linear_1: nn.Module, linear_2: nn.Module) -> Tensor:

@@ -20,19 +20,28 @@ from torch import nn
 
 from igva_kernels.integrations.handle import PatchHandle
 
-FAMILIES = ("llava_igva", "transformers_llava")
+FAMILIES = (
+    "llava_igva",
+    "transformers_llava",
+    "igva_repo",
+    "dense_connector",
+    "layer_select_fuse",
+    "tgif",
+    "llava_repo",
+)
 """In the order in which they are asked."""
 
 
 def patch(model: nn.Module, **options: Any) -> PatchHandle:
     """Swap the fused operator into this model instance, until ``revert``.
 
-    No class is changed, no parameter moved: keys and values of the ``state_dict`` stay as they are.
+    No class is changed, no parameter moved: keys and values of the ``state_dict`` stay as they are. The exception is a
+    plain LLaVA that is given a ``plan``: its projector is widened.
 
     Args:
         model: a model of a known family, bare or wrapped (peft, DDP, ...).
-        options: as the family takes them. LLaVA-IGVA and transformers' models: ``impl``, as in ``layer_mix`` ("auto" by
-            default).
+        options: as the family takes them. All take ``impl``, as in ``layer_mix`` ("auto" by default); the LLaVA
+            repository takes ``plan``, ``allocator`` and ``balance_coefficient``, see ``llava_repo.apply``.
 
     Returns:
         A handle with ``revert()``; as a context manager it reverts at the end of the block.

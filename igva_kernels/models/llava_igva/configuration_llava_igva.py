@@ -31,8 +31,8 @@ class LlavaIgvaConfig(LlavaConfig):
             "uniform" (IGVA's stage 1: each column has 1 / K, nothing to learn).
         mix_groups: the layer groups of IGVA's plan, an int that divides the tower's layers or the layers of each group.
             Its base layer is ``vision_feature_layer``.
-        mix_plan: any other ``MixPlan`` in place of IGVA's: itself, or as plain data, either the blocks as
-            ``MixPlan.to_dict`` writes them or a constructor with its arguments, ``{"dense_connector": {"kind": "dci"}}``.
+        mix_plan: any other ``MixPlan`` in place of IGVA's: itself, or plain data, either the blocks that
+            ``MixPlan.to_dict`` writes or a constructor with its arguments, ``{"dense_connector": {"kind": "dci"}}``.
         projector_layernorm_eps: with a number, a LayerNorm over the mixed row comes before the projector.
         vision_has_cls: whether token 0 of the tower's states is a CLS token; known for CLIP and SigLIP.
         vision_feature_select_strategy: "default" drops the CLS token from the visual tokens, "full" keeps every token.

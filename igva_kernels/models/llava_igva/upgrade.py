@@ -12,7 +12,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.utils import logging
 
 from igva_kernels.models.llava_igva.configuration_llava_igva import LlavaIgvaConfig
-from igva_kernels.plan import is_tap
+from igva_kernels.nn import widen
 
 
 def upgraded_config(llava: LlavaConfig, overrides: dict[str, Any]) -> LlavaIgvaConfig:
@@ -31,17 +31,8 @@ def upgraded_state_dict(llava: LlavaForConditionalGeneration, config: LlavaIgvaC
     """
     state_dict = llava.state_dict()
     name = "model.multi_modal_projector.linear_1.weight"
-    narrow = state_dict[name]
-    plan, width = config.plan, config.vision_config.hidden_size
-    num_states = config.vision_config.num_hidden_layers + 1
-    taps = {block[0].layer: g for g, block in enumerate(plan.blocks) if is_tap(block)}
     layers = llava.config.vision_feature_layer
-    wide = narrow.new_zeros(narrow.shape[0], plan.num_blocks * width)
-    for i, layer in enumerate([layers] if isinstance(layers, int) else layers):
-        block = taps.get(layer % num_states)
-        if block is None:
-            raise ValueError(f"mix_plan: the Llava reads layer {layer}, need a block of that layer alone, got {plan}")
-        wide[:, block * width : (block + 1) * width] = narrow[:, i * width : (i + 1) * width]
+    wide = widen(state_dict[name], [layers] if isinstance(layers, int) else layers, config.plan)
     return {**state_dict, name: wide}
 
 

@@ -1,0 +1,101 @@
+"""The IGVA repository (arXiv 2501.08443), both of its modes, and several images, where its own code does not run."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from torch import Tensor, nn
+
+from igva_kernels.integrations.handle import PatchHandle
+from igva_kernels.integrations.lazy import set_method
+from igva_kernels.integrations.research import (
+    Instructions,
+    check_host,
+    encode,
+    find_host,
+    has_host,
+    num_states,
+    patch_mlp,
+    rows_of_images,
+)
+from igva_kernels.nn import column_summaries
+from igva_kernels.plan import MixPlan
+
+DESCRIPTION = "the IGVA repository"
+
+
+def matches(model: nn.Module) -> bool:
+    """Whether there is a model of the repository in it."""
+    return has_host(model, "vit_aggregate_groups")
+
+
+def apply(model: nn.Module, edits: PatchHandle, impl: str = "auto") -> None:
+    """Mix in the projector what ``encode_images`` stacks, averages, weighs and concatenates.
+
+    ``forward`` returns the layer weights as ``weights``, which the repository's loss asks for and its model leaves out.
+    """
+    host = find_host(model)
+    tower = check_host(host, "images", "sentence_embeds")
+    core = host.get_model()
+    config = core.config
+    make_plan = MixPlan.igva_uniform if config.aggregate_by_average else MixPlan.igva
+    plan = make_plan(num_states(tower) - 1, ast.literal_eval(config.vit_aggregate_groups), config.vit_base_layer)
+    patch_mlp(edits, core.mm_projector, "model.mm_projector", impl)
+    edits.set(host, "instructions", Instructions())
+    edits.set(core, "aggregate_layers", None)  # what the branch of several images reads, and nobody sets
+    set_method(edits, host, "encode_images", _encoder(plan))
+    set_method(edits, host, "prepare_inputs_labels_for_multimodal", _prepare(type(host)))
+    set_method(edits, host, "forward", _forward(type(host)))
+
+
+def _encoder(plan: MixPlan) -> Callable[..., Tensor]:
+    def encode_images(self: Any, images: Tensor, *rest: Tensor | None) -> Tensor:
+        core = self.get_model()
+        mixed = encode(self.get_vision_tower(), images, plan, 1)
+        if plan.num_columns:
+            sentence_embeds = rest[-1] if rest else None  # the branch of several images passes aggregate_layers too
+            if sentence_embeds is None:
+                raise ValueError("sentence_embeds: images are weighted by their instructions, got none")
+            summaries = column_summaries(mixed.hidden_states, mixed.plan)
+            weights = core.vision_aggregator(cls_features=summaries, sentence_embed=sentence_embeds.to(summaries))
+            self.instructions.layer_weights = weights
+            mixed = mixed._replace(mix_weights=weights)
+        return core.mm_projector(mixed)
+
+    return encode_images
+
+
+def _prepare(host_class: Any) -> Callable[..., Any]:
+    method = host_class.prepare_inputs_labels_for_multimodal
+    signature = inspect.signature(method)
+
+    @wraps(method)
+    def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        arguments = bound.arguments
+        if arguments["sentence_embeds"] is not None and arguments["images"] is not None:
+            arguments["sentence_embeds"] = rows_of_images(arguments["sentence_embeds"], arguments)
+        return method(*bound.args, **bound.kwargs)
+
+    return prepare
+
+
+def _forward(host_class: Any) -> Callable[..., Any]:
+    method = host_class.forward
+
+    @wraps(method)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            outputs = method(self, *args, **kwargs)
+            if isinstance(outputs, dict) and self.instructions.layer_weights is not None:
+                outputs["weights"] = self.instructions.layer_weights
+            return outputs
+        finally:
+            self.instructions.layer_weights = None
+
+    return forward
