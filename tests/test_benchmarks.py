@@ -446,6 +446,20 @@ def test_the_gpu_suite_without_a_gpu_says_so(capsys):
     assert capsys.readouterr().err.count("no CUDA device") == 2
 
 
+@pytest.mark.gpu
+@pytest.mark.plain_memory
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_calls_and_graph_replays_are_measured_on_cold_inputs():
+    workload, timer = tiny(dtype="bf16"), measure.CudaTimer()
+    assert len(measure.rotated(workload, workload.draw("cuda"), timer)) > 1
+    chosen = {"plain": providers.providers(workload, "cuda")["plain"]}
+    timer.copies_bytes = 0
+    figures = list(measure.measure(workload, chosen, timer, "cuda", budget=0.01))
+    assert [f.timing for f in figures] == ["eager", "graph"]
+    assert all(f.ms.p50 > 0 for f in figures)
+    assert figures[0].peak_bytes > 0
+
+
 def test_a_case_of_the_suite_is_a_case_of_verify():
     """Shapes are written once: the suite draws and runs what ``igva-kernels verify`` judges."""
     assert all(isinstance(w.case, Case) for w in workloads.cpu_suite() if not w.is_model)
