@@ -75,6 +75,17 @@ def test_real_shapes_and_the_interpreter_do_not_meet(monkeypatch):
     assert {tuple(names) for case, names in seen if case in verify.REAL_CASES} == {(), ("cpu",)}
 
 
+def test_a_dtype_that_takes_minutes_at_real_shapes_is_judged_there_only_if_named(monkeypatch):
+    seen = set()
+    monkeypatch.setattr(verify.gemm, "is_emulated", lambda dtype: dtype == torch.float16)
+    monkeypatch.setattr(verify, "judge", lambda case, dtype, *_: seen.add((case in verify.REAL_CASES, dtype)) or [])
+    list(verify.verify())
+    assert {dtype for real, dtype in seen if not real} == {"fp32", "bf16", "fp16"}
+    assert {dtype for real, dtype in seen if real} == {"fp32", "bf16", *(["fp16"] if torch.cuda.is_available() else [])}
+    list(verify.verify(dtypes=["fp16"]))
+    assert (True, "fp16") in seen
+
+
 def test_draws_are_the_same_numbers_every_time():
     first, second = (CASE.draw(0, torch.float32, "cpu") for _ in range(2))
     assert torch.equal(first.grad_out, second.grad_out)
