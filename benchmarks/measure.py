@@ -355,7 +355,7 @@ def _memory(workload: Workload, provider: Provider, inputs: Any, device: str) ->
     if workload.mode == "backward":
         bound.call()
     results, memory = memory_of(bound.call, device)
-    peak = memory.peak - (0 if provider.is_floor else sum(result.nbytes for result in results.values()))
+    peak = memory.peak - (0 if workload.is_model else sum(result.nbytes for result in results.values()))
     del results
     if bound.keeps is None:
         return peak, None
