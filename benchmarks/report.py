@@ -27,8 +27,8 @@ measured, nothing is modelled. Of every measurement the newest row counts.
 * **GB/s**, **TFLOP/s**: bytes and operations that cannot be avoided / time, and per cent of the most that the machine
   was seen to do in the same run (copy or read; the library's square product). Intermediates that a provider moves
   count for nothing.
-* **peak**: most memory of torch's allocator beyond inputs and results; of a model beyond weights and pixels, the tower on
-  a CPU in a process of its own. **kept**: held for the backward beyond the output.
+* **peak**: most memory of torch's allocator beyond inputs and results; of a model beyond weights and pixels, and of the
+  tower on a CPU in a process of its own. **kept**: held for the backward beyond the output.
 * **error**: relative, against fp64, of the result that is nearest to its budget (2 x plain torch's error + eps / 2). A
   provider beyond its budget is not timed and has no row. The gradient of `mix_weights` is judged on several draws by
   `igva-kernels verify`; here it is only looked at for gross mistakes.
