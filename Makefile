@@ -3,7 +3,8 @@
 #   make demo                           a LLaVA-IGVA model about a photograph, plain beside fused
 #   make demo ARGS="--image cat.jpg"    the same about yours; see: igva-kernels demo --help
 #   make test                           ruff, mypy and the tests
-#   make test-all                       the slow tests too, and the oldest transformers that is supported
+#   make test-all                       the slow tests too, the oldest transformers that is supported, and patching on 4.x
+#   make compatibility                  docs/compatibility.md: which transformers models can be patched, in three versions
 #   make bench                          the benchmark suite on this CPU, or on its GPU (8 to 10 minutes); pictures
 #   make plots                          pictures, benchmarks/RESULTS.md and the README's table from the CSV files
 #   make learn                          small models learn from drawn pictures, plain beside fused (about 10 minutes)
@@ -13,6 +14,7 @@
 PYTHON ?= python3
 ARGS ?=
 OLDEST_TRANSFORMERS := 5.17.0
+TRANSFORMERS_4 := 4.57.6
 
 BUILD := pyproject.toml setup.py CMakeLists.txt igva_kernels/version.py $(shell find csrc -type f)
 PYTHON_FILES := $(shell find igva_kernels -name '*.py' -o -name '*.json' -not -name build_info.json)
@@ -20,7 +22,7 @@ TEST := .venv-test/bin
 # The CUDA module compiles for minutes, which a machine without a GPU need not wait for.
 NO_CUDA := $(if $(shell command -v nvidia-smi),,IGVA_KERNELS_SKIP_CUDA=1)
 
-.PHONY: demo test test-all lint bench plots learn clean
+.PHONY: demo test test-all compatibility lint bench plots learn clean
 
 demo: .venv-demo/installed
 	.venv-demo/bin/igva-kernels demo $(ARGS)
@@ -29,9 +31,13 @@ test: lint
 	TRITON_INTERPRET=1 $(TEST)/pytest -n 2 tests/triton_interpreter $(ARGS)
 	$(TEST)/pytest -m "not slow and not gpu" $(ARGS)
 
-test-all: test .venv-oldest/installed
+test-all: test .venv-oldest/installed .venv-transformers4/installed
 	$(TEST)/pytest -m "slow and not gpu" $(ARGS)
 	.venv-oldest/bin/pytest -m "not gpu" -k "model or patch or demo" $(ARGS)
+	.venv-transformers4/bin/pytest tests/test_patch_transformers.py $(ARGS)
+
+compatibility: .venv-test/installed .venv-oldest/installed .venv-transformers4/installed
+	$(TEST)/python tests/compatibility.py $(TEST)/python .venv-oldest/bin/python .venv-transformers4/bin/python
 
 lint: .venv-test/installed
 	$(TEST)/ruff check .
@@ -48,7 +54,7 @@ learn: .venv-test/installed
 	$(TEST)/python examples/learn_shapes.py $(ARGS)
 
 clean:
-	rm -rf .venv-demo .venv-test .venv-oldest
+	rm -rf .venv-demo .venv-test .venv-oldest .venv-transformers4
 
 .venv-test/installed: constraints.txt $(BUILD)
 	$(PYTHON) -m venv .venv-test
@@ -65,4 +71,12 @@ clean:
 	grep -vE '^(transformers|huggingface_hub)==' constraints.txt > .venv-oldest/constraints.txt
 	$(NO_CUDA) .venv-oldest/bin/python -m pip install --quiet -c .venv-oldest/constraints.txt \
 		".[test]" transformers==$(OLDEST_TRANSFORMERS)
+	touch $@
+
+# The reference model needs transformers 5; patching does not.
+.venv-transformers4/installed: constraints.txt $(BUILD) $(PYTHON_FILES)
+	$(PYTHON) -m venv .venv-transformers4
+	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > .venv-transformers4/constraints.txt
+	$(NO_CUDA) .venv-transformers4/bin/python -m pip install --quiet -c .venv-transformers4/constraints.txt \
+		. transformers==$(TRANSFORMERS_4) accelerate peft pytest pillow
 	touch $@
