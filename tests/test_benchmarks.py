@@ -14,7 +14,7 @@ from benchmarks import __main__ as bench
 from benchmarks import gpu_suite, measure, plots, providers, report, results, scaling, workloads
 from benchmarks.workloads import IGVA, Tower, connector
 from igva_kernels import cli
-from igva_kernels.verify import Case
+from igva_kernels.verify import DTYPES, Case
 
 ROOT = Path(__file__).parent.parent
 TINY = Tower(tokens=10, width=16, layers=24, skip=1)
@@ -132,7 +132,7 @@ def test_a_provider_that_breaks_is_to_blame_and_the_others_go_on():
 # ---- workloads and providers -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", range(len(workloads.family(1, "fp32"))))
 def test_the_providers_compute_the_same_workload(kind, dtype):
     """Every connector of the suite at a tiny size: none is refused."""
@@ -257,11 +257,12 @@ def test_the_connector_takes_less_memory_than_plain_torch():
 
 
 @pytest.mark.plain_memory
-def test_the_ceilings_of_a_machine_are_above_what_is_measured(monkeypatch):
+def test_the_ceilings_of_a_machine_in_every_dtype(monkeypatch):
     monkeypatch.setattr(measure, "CEILING_SIZES", {"cpu": (2**22, 256)})
-    machine = measure.ceilings(InProcess(), "cpu", {"fp32": torch.float32})
+    machine = measure.ceilings(InProcess(), "cpu", DTYPES)
     assert machine.gbps > 0.1
-    assert machine.tflops["fp32"] > 1e-4
+    assert machine.tflops.keys() == DTYPES.keys()
+    assert min(machine.tflops.values()) > 1e-4
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
