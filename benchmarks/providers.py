@@ -222,9 +222,9 @@ def fastest_products(
     if len(found) == 1:
         return next(iter(found.items()))
     seconds: dict[str, float] = {}
-    for name, call in found.items():
+    for name, products in found.items():
         with suppress(RuntimeError):  # oneDNN has no fp16 on a CPU without instructions for it
-            seconds[name] = min(_seconds(call) for _ in range(2))
+            seconds[name] = min(_seconds(products) for _ in range(2))
     best = min(seconds, key=lambda name: seconds[name])
     return best, found[best]
 
