@@ -66,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--vision-tower", metavar="DIR", help="the tower's checkpoint, in place of the one that SRC names"
     )
+    convert.add_argument(
+        "--config", type=json.loads, metavar="JSON", help="for a LLaVA patched with a plan: fields of LlavaIgvaConfig"
+    )
     convert.set_defaults(run=_convert)
 
     bench = commands.add_parser("bench", add_help=False, help="the benchmark suite of a checkout; see bench --help")
@@ -159,7 +162,7 @@ def _convert(args: argparse.Namespace) -> int:
         print(f"convert needs {error.name}: pip install 'igva-kernels[models]'", file=sys.stderr)
         return 2
     try:
-        model = convert(args.source, args.target, args.vision_tower)
+        model = convert(args.source, args.target, args.vision_tower, args.config)
     except (OSError, ValueError) as error:
         print(f"igva-kernels convert: {error}", file=sys.stderr)
         return 1

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
-from tiny import IMAGE, batch, igva_model, liven, llava_config
+from tiny import IMAGE, SMALL, batch, igva_model, liven, llava_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForImageTextToText,
@@ -217,3 +217,26 @@ def test_the_command_says_what_is_missing(tmp_path, capsys):
     (tmp_path / "ours" / "file").touch()
     assert cli.main(command) == 1
     assert "not empty" in capsys.readouterr().err
+
+
+def test_a_llava_that_was_patched_with_a_plan_becomes_the_reference_model(tmp_path):
+    """Its config knows nothing of the plan, and the allocator is part of ``mm_projector``."""
+    model = igva_model()
+    to_repo(plain_llava(), tmp_path)
+    prefixes = {
+        "model.weight_allocator.": "model.mm_projector.weight_allocator.",
+        "model.multi_modal_projector.linear_1.": "model.mm_projector.0.",
+        "model.multi_modal_projector.linear_2.": "model.mm_projector.2.",
+        "model.vision_tower.": "model.vision_tower.vision_tower.",
+        "model.language_model.": "model.",
+    }
+    weights = {}
+    for name, value in model.state_dict().items():
+        old = next((prefix for prefix in prefixes if name.startswith(prefix)), "lm_head.")
+        weights[prefixes.get(old, old) + name.removeprefix(old)] = value
+    save_torch_state_dict(weights, tmp_path)
+    assert same(from_repo(tmp_path, image_token=IMAGE, config_fields=SMALL), model)
+    with pytest.raises(ValueError, match="weight_allocator"):
+        from_repo(tmp_path, image_token=IMAGE)
+    fields = json.dumps({name: value for name, value in SMALL.items() if name != "impl"})
+    assert cli.main(["convert", str(tmp_path), str(tmp_path / "ours"), "--config", fields]) == 0

@@ -91,7 +91,7 @@ def _widened(linear: nn.Module, layer: int, plan: MixPlan) -> nn.Linear:
     if type(linear) is not nn.Linear or linear.weight.numel() != linear.in_features * linear.out_features:
         raise NotImplementedError(
             f"model.mm_projector[0]: got a {type(linear).__name__} with weights {tuple(linear.weight.shape)}, need a "
-            f"whole nn.Linear; patch before LoRA, quantisation or ZeRO-3 changes it"
+            f"whole nn.Linear; patch before LoRA, quantisation or ZeRO-3 change it"
         )
     with torch.no_grad():
         weight = widen(linear.weight, [layer], plan)

@@ -56,6 +56,7 @@ _PREFIXES = (
     ("model.vision_aggregator.transformers.", "model.weight_allocator.blocks."),
     ("model.vision_aggregator.linear.", "model.weight_allocator.head."),
     ("model.vision_aggregator.", "model.weight_allocator."),
+    ("model.mm_projector.weight_allocator.", "model.weight_allocator."),  # of a LLaVA that was patched with a plan
     ("model.", "model.language_model."),
     ("lm_head.", "lm_head."),
 )
@@ -69,6 +70,7 @@ def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     vision_tower: str | os.PathLike[str] | None = None,
+    config_fields: dict[str, Any] | None = None,
 ) -> LlavaIgvaForConditionalGeneration | LlavaForConditionalGeneration:
     """Write the checkpoint in the directory ``source`` to ``target`` in the other layout; the model is returned.
 
@@ -78,6 +80,8 @@ def convert(
         source: a checkpoint of the IGVA or LLaVA repository, or of transformers' LLaVA-IGVA or Llava.
         target: a directory; new, or empty.
         vision_tower: the tower's own checkpoint, in place of the ``mm_vision_tower`` of a repository's config.
+        config_fields: for the checkpoint of a LLaVA that was patched with a plan, the fields of ``LlavaIgvaConfig``
+            that the repository's config does not have.
 
     Raises:
         FileNotFoundError: ``source`` holds no checkpoint.
@@ -91,7 +95,7 @@ def convert(
     if (source / "tokenizer_config.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(source, config=LlamaConfig())  # no class has the repository's config
     if kind == REPO_TYPE:
-        model = from_repo(source, vision_tower, _add_image_token(tokenizer))
+        model = from_repo(source, vision_tower, _add_image_token(tokenizer), config_fields)
         model.save_pretrained(target)
         if tokenizer is not None:
             _processor(model.config, _image_processor(source, vision_tower), tokenizer).save_pretrained(target)
@@ -111,6 +115,7 @@ def from_repo(
     source: str | os.PathLike[str],
     vision_tower: str | os.PathLike[str] | None = None,
     image_token: int | None = None,
+    config_fields: dict[str, Any] | None = None,
 ) -> LlavaIgvaForConditionalGeneration | LlavaForConditionalGeneration:
     """The model in a checkpoint of the IGVA or LLaVA repository.
 
@@ -118,6 +123,7 @@ def from_repo(
         source: the directory of the checkpoint, in safetensors or pickled, in one file or in shards.
         vision_tower: as in ``convert``.
         image_token: the id of the token that stands for an image; None for one behind the vocabulary.
+        config_fields: as in ``convert``.
 
     Raises:
         FileNotFoundError: no checkpoint there.
@@ -141,7 +147,7 @@ def from_repo(
     for name in {embeddings, "lm_head.weight"} & weights.keys():
         row = weights[name].float().mean(dim=0, keepdim=True).to(weights[name].dtype)
         weights[name] = torch.cat([weights[name], row.expand(max(0, image_token + 1 - vocabulary), -1)])
-    config = _transformers_config(fields, vision_config, image_token, weights[embeddings].shape[0])
+    config = _transformers_config(fields, vision_config, image_token, weights[embeddings].shape[0], config_fields)
     is_igva = isinstance(config, LlavaIgvaConfig)
     model_class = LlavaIgvaForConditionalGeneration if is_igva else LlavaForConditionalGeneration
     model = load_state_dict(model_class, config, weights, weights[embeddings].dtype)
@@ -213,7 +219,9 @@ def _renamed(name: str, prefixes: Any) -> str:
     raise ValueError(f"source: no place for the weight {name!r}")
 
 
-def _transformers_config(fields: dict[str, Any], vision_config: Any, image_token: int, vocabulary: int) -> LlavaConfig:
+def _transformers_config(
+    fields: dict[str, Any], vision_config: Any, image_token: int, vocabulary: int, config_fields: dict[str, Any] | None
+) -> LlavaConfig:
     for name, needed in (("mm_projector_type", "mlp2x_gelu"), ("mm_patch_merge_type", "flat")):
         if fields.get(name, needed) != needed:
             raise ValueError(f"{name}: got {fields[name]!r}, transformers' Llava has {needed!r}")
@@ -227,9 +235,11 @@ def _transformers_config(fields: dict[str, Any], vision_config: Any, image_token
     }
     if "vit_aggregate_groups" not in fields:
         strategy = {"patch": "default", "cls_patch": "full"}[fields.get("mm_vision_select_feature", "patch")]
-        return LlavaConfig(
-            **shared, vision_feature_layer=fields["mm_vision_select_layer"], vision_feature_select_strategy=strategy
-        )
+        shared |= {
+            "vision_feature_layer": fields["mm_vision_select_layer"],
+            "vision_feature_select_strategy": strategy,
+        }
+        return LlavaConfig(**shared) if config_fields is None else LlavaIgvaConfig(**{**shared, **config_fields})
     if not fields["aggregate_by_average"]:
         shared |= {ours: fields[theirs] for theirs, ours in _ALLOCATOR_FIELDS.items()}
     return LlavaIgvaConfig(
