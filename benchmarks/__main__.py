@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -106,6 +107,9 @@ def run(
                 progress.console.print(f"{workload.title}: needs more memory than there is, left out")
             except ModuleNotFoundError as error:
                 progress.console.print(f"{workload.title}: needs {error.name}, left out")
+            except (RuntimeError, subprocess.CalledProcessError) as error:
+                wrong += 1
+                progress.console.print(f"{workload.title}: [bold red]broken[/]: {error}", highlight=False)
             if path:
                 append(path, found)
             rows += found

@@ -421,6 +421,21 @@ def test_what_no_longer_fits_the_time_is_left_out_and_said_so(monkeypatch, capsy
     assert "out of time" in capsys.readouterr().out
 
 
+def test_a_workload_that_breaks_does_not_end_the_run(monkeypatch, capsys):
+    def breaks(workload, *_):
+        if workload.name == "broken":
+            raise RuntimeError("no such luck")
+        yield from measure.measure(workload, *_)
+
+    monkeypatch.setattr(bench, "ceilings", lambda *_: MACHINE)
+    monkeypatch.setattr(bench, "measure", breaks)
+    both = [replace(tiny(), name="broken"), tiny()]
+    rows, wrong = bench.run(both, ["additions"], "cpu", 0.01, 60.0, ENV, None, Console())
+    assert wrong == 1
+    assert {row.workload for row in rows} == {"igva-2"}
+    assert "no such luck" in capsys.readouterr().out
+
+
 def test_igva_kernels_bench_hands_over(capsys):
     assert cli.main(["bench", "--device", "cpu", "--suite", "none"]) == 0
     with pytest.raises(SystemExit) as stop:
