@@ -17,6 +17,9 @@ from hosts import gradients
 from research_hosts import IGVA, TGIF, DenseConnector, LayerSelectFuse, LLaVA, inputs, make
 from tiny import EMBED, FUSED, VISION
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Trainer, TrainingArguments
+
+from igva_kernels.testing import relative_error
 
 pytestmark = pytest.mark.skipif(not FUSED, reason="no kernel serves CPU tensors here")
 
@@ -83,6 +86,24 @@ def test_a_patched_model_has_the_same_answers_gradients_and_greedy_tokens(name):
     assert gradients(model).keys() == expected.keys()
     for parameter, grad in gradients(model).items():
         close(grad, expected[parameter])
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_bf16_is_as_near_as_the_repository_s_own_roundings(name):
+    model, batch = host(name), inputs((1, 1), sentences=sentences(name))
+    text = {"text_embeddings": torch.randn(2, 32)} if "TGIF" in name else {}
+    text = {"sentence_embeds": batch["sentence_embeds"]} if name == "IGVA" else text
+
+    def encode(dtype):
+        out = model.to(dtype).encode_images(batch["images"].to(dtype), **{k: v.to(dtype) for k, v in text.items()})
+        return out[0] if isinstance(out, tuple) else out
+
+    exact, plain = encode(torch.float64), encode(torch.bfloat16)
+    with ik.patch(model):
+        tokens = model.encode_images(batch["images"].bfloat16(), **{k: v.bfloat16() for k, v in text.items()})
+    tokens = tokens[0] if isinstance(tokens, tuple) else tokens
+    assert tokens.dtype == torch.bfloat16
+    assert relative_error(tokens, exact) <= 2 * relative_error(plain, exact) + 2**-8
 
 
 @pytest.mark.parametrize("name", HOSTS)
@@ -343,6 +364,58 @@ def test_the_trainer_reads_of_the_forward_that_it_takes_sentence_embeddings():
     with ik.patch(model):
         assert list(inspect.signature(model.forward).parameters) == [*before, "sentence_embeds"]
     assert list(inspect.signature(model.forward).parameters) == before
+
+
+class Samples(torch.utils.data.Dataset):
+    """What the data set of a LLaVA script yields, and the embedding of the instruction."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        sample = inputs((1,), labels=True, sentences=True, seed=index)
+        return {name: value[0] for name, value in sample.items()}
+
+
+def collate(samples):
+    return {name: torch.stack([s[name] for s in samples]) for name in samples[0]}
+
+
+@pytest.mark.plain_memory
+def test_a_llava_script_trains_the_projector_and_the_allocator_with_it(tmp_path):
+    """As its stage 1 does: the Trainer, and of the model only what is called mm_projector."""
+    trained = []
+    for impl in ("reference", FUSED[0]):
+        model = make(LLaVA)
+        ik.patch(model, plan=PLAN, allocator=allocator(), balance_coefficient=0.5, impl=impl)
+        model.requires_grad_(False)
+        model.get_model().mm_projector.requires_grad_(True)
+        arguments = TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=2, max_steps=3, learning_rate=0.5, optim="sgd", use_cpu=True,
+            save_strategy="no", report_to=[], disable_tqdm=True, lr_scheduler_type="constant",
+        )  # fmt: skip
+        Trainer(model, arguments, train_dataset=Samples(), data_collator=collate).train()
+        trained.append({name: p for name, p in model.named_parameters() if "mm_projector" in name})
+    plain, fused = trained
+    start = allocator().state_dict()
+    for name, value in plain.items():
+        close(fused[name], value)
+        if "weight_allocator" in name and "key" not in name:
+            assert not torch.equal(value, start[name.rpartition("weight_allocator.")[2]]), name
+    assert plain["model.mm_projector.0.weight"][:, VISION:].abs().max() > 0
+
+
+def test_a_llava_with_lora_is_given_a_plan():
+    peft = pytest.importorskip("peft")
+    model, batch = make(LLaVA), inputs((1, 0, 1), labels=True, sentences=True)
+    logits = model(**{k: v for k, v in batch.items() if k != "sentence_embeds"}).logits
+    lora = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+    with ik.patch(lora, plan=PLAN, allocator=allocator()):
+        outputs = lora(**batch)
+        close(outputs.logits, logits)
+        outputs.loss.backward()
+        prompt = {"images": batch["images"][:1], "sentence_embeds": batch["sentence_embeds"][:1]}
+        assert lora.generate(inputs=batch["input_ids"][:1, :7], **prompt, max_new_tokens=3).shape == (1, 3)
 
 
 def test_a_plan_that_does_not_fit_a_llava_is_refused_and_nothing_changes():

@@ -53,11 +53,12 @@ def apply(model: nn.Module, edits: PatchHandle, impl: str = "auto") -> None:
 
 
 def _encoder(plan: MixPlan) -> Callable[..., Tensor]:
-    def encode_images(self: Any, images: Tensor, *rest: Tensor | None) -> Tensor:
+    def encode_images(self: Any, images: Tensor, *rest: Tensor | None, sentence_embeds: Tensor | None = None) -> Tensor:
         core = self.get_model()
         mixed = encode(self.get_vision_tower(), images, plan, 1)
         if plan.num_columns:
-            sentence_embeds = rest[-1] if rest else None  # the branch of several images passes aggregate_layers too
+            if rest:
+                sentence_embeds = rest[-1]  # the branch of several images passes aggregate_layers before it
             if sentence_embeds is None:
                 raise ValueError("sentence_embeds: images are weighted by their instructions, got none")
             summaries = column_summaries(mixed.hidden_states, mixed.plan)
