@@ -163,7 +163,8 @@ def test_a_tokenizer_becomes_a_processor_and_the_model_reads_what_it_makes(tmp_p
         inputs["sentence_embeds"] = torch.zeros(1, model.config.sentence_embed_dim)
     assert model(**inputs).logits.isfinite().all()
     assert cli.main(["convert", str(tmp_path / "ours"), str(tmp_path / "back")]) == 0
-    assert (tmp_path / "back" / "vision_tower" / "preprocessor_config.json").exists()
+    images = json.loads((tmp_path / "back" / "vision_tower" / "preprocessor_config.json").read_text())
+    assert (images["crop_size"], images["size"]) == ({"height": 28, "width": 28}, {"shortest_edge": 28})
 
 
 UNFIT = {

@@ -27,7 +27,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoTokenizer,
     CLIPImageProcessor,
@@ -107,7 +106,7 @@ def convert(
     to_repo(model, target)
     if tokenizer is not None:
         tokenizer.save_pretrained(target)
-        AutoImageProcessor.from_pretrained(source).save_pretrained(target / "vision_tower")
+        CLIPImageProcessor.from_pretrained(source).save_pretrained(target / "vision_tower")
     return model
 
 
@@ -313,7 +312,7 @@ def _add_image_token(tokenizer: Any) -> int | None:
 
 def _image_processor(source: Path, vision_tower: str | os.PathLike[str] | None) -> Any:
     fields = _read_config(source)
-    processor = AutoImageProcessor.from_pretrained(vision_tower or fields["mm_vision_tower"])
+    processor = CLIPImageProcessor.from_pretrained(vision_tower or fields["mm_vision_tower"])
     if fields.get("image_aspect_ratio") != "pad":
         return processor
     return LlavaImageProcessor(**{**processor.to_dict(), "do_pad": True})  # CLIP's, on a square of the mean colour
