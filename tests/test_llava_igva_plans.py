@@ -9,8 +9,9 @@ pytest.importorskip("transformers")
 
 from compare_connectors import SYSTEMS, make_config
 from hosts import gradients
-from tiny import EMBED, FUSED, PATCHES, batch, liven
+from tiny import EMBED, FUSED, IMAGE, PATCHES, batch, liven, text_config
 from torch.nn.functional import gelu, layer_norm
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from igva_kernels import MixPlan
 from igva_kernels.models import LlavaIgvaConfig, LlavaIgvaForConditionalGeneration
@@ -135,6 +136,19 @@ def test_a_saved_system_loads_as_it_was(tmp_path, name):
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert loaded.config.plan == model.config.plan
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("name", ["IGVA", "IGVA, stage 1", "DenseConnector DCI", "Layer_Select_Fuse all"])
+def test_a_llava_becomes_any_system_that_reads_its_layer_and_answers_as_before(name):
+    torch.manual_seed(0)
+    vision = make_config("LLaVA-1.5").vision_config
+    config = LlavaConfig(vision_config=vision, text_config=text_config(), image_token_index=IMAGE)
+    llava = liven(LlavaForConditionalGeneration(config).eval())
+    model = LlavaIgvaForConditionalGeneration.from_llava(llava, **SMALL, **SYSTEMS[name])
+    inputs = batch((1, 2))
+    plain = {key: value for key, value in inputs.items() if key != "sentence_embeds"}
+    torch.testing.assert_close(model(**inputs).logits, llava(**plain).logits, rtol=0, atol=1e-5)
+    assert model.config.plan == make_config(name).plan
 
 
 def test_a_line_of_json_is_the_plan_that_its_constructor_makes():
