@@ -17,14 +17,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from benchmarks import report
-from benchmarks.measure import ROOT, Ceilings, Figures, Refused, ceilings, measure, timer_for
+from benchmarks.measure import ROOT, Figures, Machine, Refused, measure, timer_for
 from benchmarks.providers import PLAIN, Provider, providers
 from benchmarks.results import RESULTS, Environment, Row, append, compare, default_path, environment, read, row_of
 from benchmarks.workloads import Workload, suite
 from igva_kernels.verify import DTYPES
 
 SECONDS = {"cpu": 570, "cuda": 480}
-BUDGETS = {"full": {"cpu": 2.0, "cuda": 0.5}, "quick": {"cpu": 1.0, "cuda": 0.3}}
+BUDGETS = {"full": {"cpu": 1.5, "cuda": 0.5}, "quick": {"cpu": 1.0, "cuda": 0.3}}
 """Seconds of the rounds of a workload; slow ones take three rounds however long."""
 
 
@@ -79,15 +79,16 @@ def run(
         The rows, and how many providers failed their check.
     """
     deadline = time.monotonic() + seconds
-    timer = timer_for(device)
+    timer, machine = timer_for(device), Machine(device)
     rows: list[Row] = []
     wrong = 0
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("the machine's ceilings", total=len(workloads))
-        machine = ceilings(timer, device, {w.dtype: w.torch_dtype for w in workloads})
-        progress.console.print(_describe(env, machine), highlight=False)
+        task = progress.add_task("", total=len(workloads))
+        progress.console.print(
+            f"{env.device}, {env.threads} threads, torch {env.torch}, revision {env.revision}", highlight=False
+        )
         for at, workload in enumerate(workloads):
             if time.monotonic() > deadline:
                 left = ", ".join(workload.title for workload in workloads[at:])
@@ -97,12 +98,12 @@ def run(
             torch.compiler.reset()  # each workload compiles anew; the compiler would give up after a few
             found: list[Row] = []
             try:
-                for result in measure(workload, _chosen(workload, names, device), timer, device, budget):
+                for result in measure(workload, _chosen(workload, names, device), timer, machine, budget):
                     if isinstance(result, Refused):
                         wrong += result.is_wrong
                         progress.console.print(_refusal(result), highlight=False)
                     else:
-                        found.append(_noted(result, env, machine, progress.console))
+                        found.append(_noted(result, env, progress.console))
             except torch.OutOfMemoryError:
                 progress.console.print(f"{workload.title}: needs more memory than there is, left out")
             except ModuleNotFoundError as error:
@@ -146,8 +147,8 @@ def _chosen(workload: Workload, names: Sequence[str], device: str) -> Mapping[st
     return {name: provider for name, provider in found.items() if name == PLAIN or _is_named(name, names)}
 
 
-def _noted(figures: Figures, env: Environment, machine: Ceilings, console: Console) -> Row:
-    row = row_of(figures, env, machine)
+def _noted(figures: Figures, env: Environment, console: Console) -> Row:
+    row = row_of(figures, env)
     shown = figures.workload.title + ("" if figures.timing == "eager" else " (graph)")
     rate = f"{100 * row.tflops / row.ceiling_tflops:3.0f} % of GEMM" if row.tflops else ""
     rate = f"{100 * row.gbps / row.ceiling_gbps:3.0f} % of copy" if row.gbps and not row.hidden else rate
@@ -160,14 +161,6 @@ def _noted(figures: Figures, env: Environment, machine: Ceilings, console: Conso
 def _refusal(refused: Refused) -> str:
     answer = "[bold red]WRONG, not recorded[/]" if refused.is_wrong else "cannot serve"
     return f"{refused.workload.title:42} {refused.provider.label:36} {answer}: {refused.reason}"
-
-
-def _describe(env: Environment, machine: Ceilings) -> str:
-    rates = ", ".join(f"{name} {rate:.3g} TFLOP/s" for name, rate in machine.tflops.items())
-    return (
-        f"{env.device}, {env.threads} threads, torch {env.torch}, revision {env.revision}\n"
-        f"ceilings: memory {machine.gbps:.4g} GB/s, products {rates}"
-    )
 
 
 def _changes(earlier: Sequence[Row], rows: Sequence[Row], name: str) -> Table:

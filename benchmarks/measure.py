@@ -199,42 +199,49 @@ def _print_peak(identity: str, name: str) -> None:
 # ---- the machine's own -----------------------------------------------------------------------------------------------
 
 
-CEILING_SIZES = {"cpu": (2**28, 2048), "cuda": (2**32, 8192)}
-"""Bytes that are copied, far beyond any cache, and the edge of the square product."""
+CEILING_SIZES = {"cpu": (2**28, (2048, 4096, 2048)), "cuda": (2**30, (8192, 8192, 8192))}
+"""Bytes that are copied, far beyond any cache, and ``(m, n, k)`` of the product."""
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """The best that this machine was seen to do in this run."""
+class Ceilings(NamedTuple):
+    """The best that the machine was seen to do while a workload was measured."""
 
     gbps: float
     """Bytes read and written a second by a copy, or read by a sum, whichever is more."""
-    tflops: Mapping[str, float]
-    """By dtype, of a library's square product."""
+    tflops: float
+    """Of a library's large product in the workload's dtype."""
 
 
-def ceilings(timer: Timer, device: str, dtypes: Mapping[str, torch.dtype]) -> Ceilings:
-    """Measures them."""
-    size, edge = CEILING_SIZES[device]
-    tflops = {}
-    for name, dtype in dtypes.items():
-        _, products = fastest_products(device, dtype, [(edge, edge, edge)])
-        tflops[name] = 2 * edge**3 / min(timer.in_turn({"product": [products]}, 1.0)["product"]) / 1e12
-    return Ceilings(_memory_gbps(timer, device, size), tflops)
+class Machine:
+    """A device, and the calls that show its ceilings: they take turns with the providers."""
 
+    def __init__(self, device: str) -> None:
+        self.device = device
+        size, self._product = CEILING_SIZES[device]
+        source = torch.ones(size // 4, device=device)
+        target = torch.empty_like(source)
+        half = source.numel() // 2
+        self._moving: dict[str, tuple[Call, int]] = {
+            "ceiling: copy": (lambda: target.copy_(source), 2 * size),
+            "ceiling: sum": (source.sum, size),
+            "ceiling: max": (source.amax, size),
+            "ceiling: dot": (lambda: torch.dot(source[:half], source[half:]), size),
+        }
+        self._products: dict[torch.dtype, Call] = {}
 
-def _memory_gbps(timer: Timer, device: str, size: int) -> float:
-    source = torch.ones(size // 4, device=device)
-    target = torch.empty_like(source)
-    half = source.numel() // 2
-    moving: dict[str, tuple[Call, int]] = {
-        "copy": (lambda: target.copy_(source), 2 * size),
-        "sum": (source.sum, size),
-        "max": (source.amax, size),
-        "dot": (lambda: torch.dot(source[:half], source[half:]), size),
-    }
-    times = timer.in_turn({name: [call] for name, (call, _) in moving.items()}, 2.0)
-    return max(moved / min(times[name]) / 1e9 for name, (_, moved) in moving.items())
+    def calls(self, dtype: torch.dtype) -> dict[str, Call]:
+        """By name, to be timed."""
+        if dtype not in self._products:
+            self._products[dtype] = fastest_products(self.device, dtype, [self._product])[1]
+        return {name: call for name, (call, _) in self._moving.items()} | {"ceiling: product": self._products[dtype]}
+
+    def ceilings(self, times: Mapping[str, Sequence[float]]) -> Ceilings:
+        """From the seconds of ``calls``."""
+        m, n, k = self._product
+        return Ceilings(
+            max(moved / min(times[name]) / 1e9 for name, (_, moved) in self._moving.items()),
+            2 * m * n * k / min(times["ceiling: product"]) / 1e12,
+        )
 
 
 # ---- a workload ------------------------------------------------------------------------------------------------------
@@ -253,6 +260,7 @@ class Figures:
     """Time of the plain provider / this one's, round by round."""
     gbps: float | None
     tflops: float | None
+    ceilings: Ceilings
     peak_bytes: int | None
     """Most that a call holds beyond inputs and results."""
     saved_bytes: int | None
@@ -275,7 +283,7 @@ class Refused:
 
 
 def measure(
-    workload: Workload, chosen: Mapping[str, Provider], timer: Timer, device: str, budget: float
+    workload: Workload, chosen: Mapping[str, Provider], timer: Timer, machine: Machine, budget: float
 ) -> Iterator[Figures | Refused]:
     """Judges every provider, times those that are right in turn, and counts their memory.
 
@@ -283,10 +291,10 @@ def measure(
         workload: what they compute.
         chosen: by name; the plain one is among them.
         timer: of the device.
-        device: "cpu" or "cuda".
+        machine: where it is measured.
         budget: seconds of the rounds.
     """
-    inputs = draw(workload, device)
+    inputs = draw(workload, machine.device)
     exact = exact_results(workload, inputs)
     samples = rotated(workload, inputs, timer)
     worst: dict[str, Verdict] = {}
@@ -322,17 +330,19 @@ def measure(
         if PLAIN not in calls:
             continue
         results = plain = {}  # not alive while memory is counted
-        times = timer.in_turn(calls, budget)
+        limits = machine.calls(workload.torch_dtype)
+        times = timer.in_turn(calls | {name: [call] for name, call in limits.items()}, budget)
+        ceilings = machine.ceilings(times)
         for name in calls:
-            yield _figures(workload, chosen[name], timing, times[name], times[PLAIN], inputs, device,
-                           worst.get(name), notes[name])  # fmt: skip
+            yield _figures(workload, chosen[name], timing, times[name], times[PLAIN], ceilings, inputs,
+                           machine.device, worst.get(name), notes[name])  # fmt: skip
         del calls
         gc.collect()
 
 
 def _figures(
     workload: Workload, provider: Provider, timing: str, times: Sequence[float], plain: Sequence[float],
-    inputs: Any, device: str, verdict: Verdict | None, note: str,
+    ceilings: Ceilings, inputs: Any, device: str, verdict: Verdict | None, note: str,
 ) -> Figures:  # fmt: skip
     spread = Spread.of([1e3 * value for value in times])
     speedup = Spread.of([a / b for a, b in zip(plain, times, strict=True)])
@@ -344,7 +354,7 @@ def _figures(
         workload, provider, timing, len(times), spread, speedup,
         None if moved is None else moved / spread.p50 / 1e6,
         None if work is None else work / spread.p50 / 1e9,
-        peak, saved, verdict, note,
+        ceilings, peak, saved, verdict, note,
     )  # fmt: skip
 
 

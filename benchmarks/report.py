@@ -25,7 +25,7 @@ measured, nothing is modelled. Of every measurement the newest row counts.
 * **speed-up**: time of plain torch as published / this one's, median over the rounds of one run, with the same
   quantiles.
 * **GB/s**, **TFLOP/s**: bytes and operations that cannot be avoided / time, and per cent of the most that the machine
-  was seen to do in the same run (copy or read; the library's square product). Intermediates that a provider moves
+  was seen to do in the same rounds (copy or read; a library's large product). Intermediates that a provider moves
   count for nothing.
 * **peak**: most memory of torch's allocator beyond inputs and results; of a model beyond weights and pixels, and of the
   tower on a CPU in a process of its own. **kept**: held for the backward beyond the output.
@@ -65,9 +65,11 @@ def _section(rows: Sequence[Row], pictures: Sequence[str]) -> Iterator[str]:
         f"{last.triton or 'none'}, igva_kernels {last.igva_kernels}. Runs of {_dates(rows)}, revisions "
         f'{", ".join(sorted({row.revision for row in rows}))} ("+": with changes that were not committed).\n'
     )
-    by_dtype = {row.dtype: row for row in sorted(rows, key=lambda row: row.date)}
-    rates = ", ".join(f"{dtype} {row.ceiling_tflops:.3g} TFLOP/s" for dtype, row in by_dtype.items())
-    yield f"Ceilings, measured: memory {last.ceiling_gbps:.4g} GB/s; products {rates}.\n"
+    best: dict[str, float] = {}
+    for row in rows:
+        best[row.dtype] = max(row.ceiling_tflops, best.get(row.dtype, 0.0))
+    rates = ", ".join(f"{dtype} {rate:.3g} TFLOP/s" for dtype, rate in best.items())
+    yield f"Highest ceilings seen: memory {max(r.ceiling_gbps for r in rows):.4g} GB/s; products {rates}.\n"
     for picture in pictures:
         yield f"![{Path(picture).stem}]({picture})\n"
     yield from _growth_table(rows)

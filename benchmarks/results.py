@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 import torch
 
-from benchmarks.measure import ROOT, Ceilings, Figures
+from benchmarks.measure import ROOT, Figures
 from benchmarks.workloads import Connector
 from igva_kernels import info
 
@@ -66,7 +66,7 @@ class Row(Environment):
     tflops: float | None = None
     ceiling_gbps: float
     ceiling_tflops: float
-    """The machine's own, measured in the same run."""
+    """The machine's own, measured in the same rounds."""
     peak_mib: float | None = None
     saved_mib: float | None = None
     judged: str = ""
@@ -127,7 +127,7 @@ def default_path(env: Environment) -> Path:
     return RESULTS / f"{name}.csv"
 
 
-def row_of(figures: Figures, env: Environment, machine: Ceilings) -> Row:
+def row_of(figures: Figures, env: Environment) -> Row:
     """The line of the CSV."""
     workload, verdict = figures.workload, figures.verdict
     sizes: dict[str, Any] = {}
@@ -144,8 +144,8 @@ def row_of(figures: Figures, env: Environment, machine: Ceilings) -> Row:
         floor=figures.provider.is_floor, rounds=figures.rounds,
         ms=figures.ms.p50, ms_p20=figures.ms.p20, ms_p80=figures.ms.p80,
         speedup=figures.speedup.p50, speedup_p20=figures.speedup.p20, speedup_p80=figures.speedup.p80,
-        gbps=figures.gbps, tflops=figures.tflops, ceiling_gbps=machine.gbps,
-        ceiling_tflops=machine.tflops[workload.dtype],
+        gbps=figures.gbps, tflops=figures.tflops, ceiling_gbps=figures.ceilings.gbps,
+        ceiling_tflops=figures.ceilings.tflops,
         peak_mib=_mib(figures.peak_bytes), saved_mib=_mib(figures.saved_bytes),
         judged=verdict.name if verdict else "", error=verdict.error if verdict else None,
         plain_error=verdict.plain if verdict else None, budget=verdict.budget if verdict else None, note=figures.note,

@@ -241,8 +241,8 @@ def cpu_suite() -> list[Workload]:
         most += [igva(batch, dtype) for batch in (1, 2, 4, 8)]
         most += [igva_mix(batch, dtype) for batch in (1, 2, 4, 8)]
         most += [igva(2, dtype, "both"), igva(2, dtype, "backward"), stage_1(2, dtype), stage_1(2, dtype, "both")]
-        most += [igva_linear(2, dtype), *family(1, dtype)]
-    return [*most, igva(2, "fp16"), *models("fp32", 1, 4), *scaling(2, "bf16")]
+        most += [igva_linear(2, dtype)]
+    return [*most, *family(1, "bf16"), igva(2, "fp16"), *models("fp32", 1, 4), *scaling(2, "bf16")]
 
 
 def gpu_suite() -> list[Workload]:
