@@ -127,8 +127,8 @@ def draw_roofline(rows: Sequence[Row]) -> Figure | None:
             axis.plot([1e3 * row.tflops / row.gbps], [row.tflops], **style)
         axis.set_xscale("log")
         axis.set_yscale("log")
-        low = min(r.tflops for r in points if r.tflops)
-        axis.set_ylim(low / 2, tflops * 2.2)
+        reached = [r.tflops for r in points if r.tflops]
+        axis.set_ylim(min(reached) / 2, max(tflops, *reached) * 2.2)
         for name, marker in MARKERS.items():
             axis.plot([], [], linestyle="none", marker=marker, color="white", markeredgecolor="black", label=name)
         axis.set_xlabel("FLOP a byte that must be moved")
@@ -229,7 +229,9 @@ def _log_batches(axis: Axes, rows: Sequence[Row]) -> None:
     axis.xaxis.set_major_locator(FixedLocator(batches))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xlabel("B (images)")
-    axis.legend(fontsize=7.5, frameon=False)
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high * (high / low) ** 0.4)  # room for the legend
+    axis.legend(fontsize=7.5, frameon=False, loc="upper left")
     _plain_numbers(axis)
 
 
