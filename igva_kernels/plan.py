@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -69,15 +69,19 @@ class MixPlan:
 
     blocks: tuple[Block, ...]
     num_states: int | None = None
-    code: str = field(init=False, repr=False, compare=False)
-    """The blocks as a string, the form in which a registered op takes them; ``MixPlan.from_code`` reads it back."""
 
     def __post_init__(self) -> None:
         blocks = tuple(tuple(_entry(e, self.num_states) for e in block) for block in self.blocks)
         if not blocks or any(not block for block in blocks):
             raise ValueError(f"blocks: a MixPlan needs at least one block and one entry a block, got {self.blocks!r}")
         object.__setattr__(self, "blocks", blocks)
-        object.__setattr__(self, "code", repr(tuple(tuple(tuple(e) for e in block) for block in blocks)))
+        object.__setattr__(self, "_code", repr(tuple(tuple(tuple(e) for e in block) for block in blocks)))
+
+    @property
+    def code(self) -> str:
+        """The blocks as a string, the form in which a registered op takes them; ``MixPlan.from_code`` reads it back."""
+        code: str = self._code  # type: ignore[attr-defined]  # no field: FSDP2 rebuilds a dataclass from its fields
+        return code
 
     @property
     def num_blocks(self) -> int:

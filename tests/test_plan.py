@@ -1,5 +1,6 @@
 """MixPlan: the blocks each constructor makes, negative indices, the reduced form, plain data."""
 
+import dataclasses
 import json
 import pickle
 
@@ -134,6 +135,12 @@ def test_equal_plans_are_equal_hashable_and_picklable():
 def test_a_plan_travels_through_json_and_through_its_code(plan):
     assert MixPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     assert MixPlan.from_code(plan.code).blocks == plan.blocks
+
+
+def test_a_plan_can_be_rebuilt_from_its_fields_as_fsdp2_does_to_cast_the_arguments_of_a_module():
+    plan = MixPlan.igva(8)
+    fields = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+    assert dataclasses.replace(plan, **fields) == plan
 
 
 def test_terms_gather_entries_of_equal_column_and_scale():
