@@ -249,6 +249,15 @@ def test_a_batch_without_images_gives_every_connector_parameter_a_zero_gradient(
     assert torch.equal(text.logits, out.logits)
 
 
+def test_the_tower_runs_without_images_where_ranks_of_a_sharded_model_must_agree():
+    model, runs = igva_model(), []
+    model.model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
+    for training, labels, expected in ((False, False, 0), (False, True, 1), (True, False, 1), (True, True, 1)):
+        runs.clear()
+        model.train(training)(**batch((0, 0), labels=labels))
+        assert len(runs) == expected
+
+
 def test_a_batch_without_images_needs_no_sentence_embeddings():
     inputs = prompts((0, 0))
     for model in (igva_model(), igva_model().train()):

@@ -57,8 +57,8 @@ class LlavaIgvaModelOutputWithPast(LlavaModelOutputWithPast):
     """What ``LlavaModel`` returns, and the layer weights; ``image_hidden_states`` are ``[R, P, H]``."""
 
     layer_weights: Tensor | None = None
-    """``[R, K]`` in fp32, in the order of the image places; without images R is 0 in training, else it is None. None
-    where the plan has no weights."""
+    """``[R, K]`` in fp32, in the order of the image places. Without images: None, or R is 0 where the connector ran on an
+    empty one. None where the plan has no weights."""
     images_per_sample: Tensor | None = None
     """int64 ``[B]``: how many rows of ``layer_weights`` belong to each sample."""
 
@@ -68,8 +68,8 @@ class LlavaIgvaCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
     """What ``LlavaForConditionalGeneration`` returns, and the layer weights."""
 
     layer_weights: Tensor | None = None
-    """``[R, K]`` in fp32, in the order of the image places; without images R is 0 in training, else it is None. None
-    where the plan has no weights."""
+    """``[R, K]`` in fp32, in the order of the image places. Without images: None, or R is 0 where the connector ran on an
+    empty one. None where the plan has no weights."""
 
 
 class _FrozenTowerMixin:
@@ -168,11 +168,13 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         sentence_embeds: Tensor | None = None,
         instructions: Sequence[str] | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
+        always_connect: bool = False,
     ) -> tuple[Tensor, LlavaIgvaModelOutputWithPast]:
         """The prompt's embeddings ``[B, S, H]``, visual tokens in their places, and what is known of the images.
 
-        Arguments as in ``forward``. In training mode a batch without images runs the connector on an empty image and
-        uses nothing of it: its parameters get zero gradients, and every rank of a sharded run makes the same calls.
+        Arguments as in ``forward``. In training mode, or told to, a batch without images runs the connector on an empty
+        image and uses nothing of it: its parameters get zero gradients, and every rank of a sharded run makes the same
+        calls.
 
         Raises:
             ValueError: arguments that contradict each other, or image places that do not fit the images.
@@ -184,7 +186,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         places = self._image_places(input_ids, inputs_embeds)
         encoded = (mm_encoder_outputs or {}).get("image")
         given = pixel_values is not None or image_features is not None or encoded is not None
-        if not given and not self.training:
+        if not given and not (self.training or always_connect):
             return inputs_embeds, LlavaIgvaModelOutputWithPast()
 
         batch = inputs_embeds.shape[0]
@@ -232,6 +234,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         image_features: ImageFeatures | None = None,
         image_index: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
+        always_connect: bool = False,
         **kwargs: Any,
     ) -> LlavaIgvaModelOutputWithPast:
         """Hidden states of the language model ``[B, S, H]`` and the layer weights.
@@ -249,6 +252,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
             image_features: what ``encode_images`` returned, in place of ``pixel_values``.
             image_index: int64 ``[R]``, the image that each place reads, so that several places can share one.
             mm_encoder_outputs: ``{"image": get_image_features(...)}`` in place of all of these (transformers >= 5.20).
+            always_connect: whether a batch without images runs tower and connector outside training mode too.
             kwargs: for the language model.
 
         Raises:
@@ -257,6 +261,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         inputs_embeds, images = self.embed(
             input_ids, inputs_embeds, pixel_values=pixel_values, image_features=image_features, image_index=image_index,
             sentence_embeds=sentence_embeds, instructions=instructions, mm_encoder_outputs=mm_encoder_outputs,
+            always_connect=always_connect,
         )  # fmt: skip
         outputs = self.language_model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
@@ -436,7 +441,9 @@ class LlavaIgvaForConditionalGeneration(_FrozenTowerMixin, LlavaForConditionalGe
             input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, sentence_embeds=sentence_embeds,
             instructions=instructions, image_features=image_features, image_index=image_index,
-            mm_encoder_outputs=mm_encoder_outputs, **kwargs,
+            mm_encoder_outputs=mm_encoder_outputs,
+            always_connect=labels is not None,  # ranks that evaluate a sharded model make the same calls as well
+            **kwargs,
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
