@@ -57,8 +57,8 @@ class LlavaIgvaModelOutputWithPast(LlavaModelOutputWithPast):
     """What ``LlavaModel`` returns, and the layer weights; ``image_hidden_states`` are ``[R, P, H]``."""
 
     layer_weights: Tensor | None = None
-    """``[R, K]`` in fp32, in the order of the image places. Without images: None, or R is 0 where the connector ran on an
-    empty one. None where the plan has no weights."""
+    """``[R, K]`` in fp32, in the order of the image places. Without images: None, or R is 0 where the connector ran on
+    an empty one. None where the plan has no weights."""
     images_per_sample: Tensor | None = None
     """int64 ``[B]``: how many rows of ``layer_weights`` belong to each sample."""
 
@@ -68,8 +68,8 @@ class LlavaIgvaCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
     """What ``LlavaForConditionalGeneration`` returns, and the layer weights."""
 
     layer_weights: Tensor | None = None
-    """``[R, K]`` in fp32, in the order of the image places. Without images: None, or R is 0 where the connector ran on an
-    empty one. None where the plan has no weights."""
+    """``[R, K]`` in fp32, in the order of the image places. Without images: None, or R is 0 where the connector ran on
+    an empty one. None where the plan has no weights."""
 
 
 class _FrozenTowerMixin:
