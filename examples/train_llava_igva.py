@@ -21,6 +21,7 @@ from transformers import AutoProcessor, HfArgumentParser, PreTrainedModel, Train
 from transformers.trainer_callback import TrainerState
 
 from igva_kernels.models import LlavaIgvaForConditionalGeneration, LlavaIgvaProcessor
+from igva_kernels.streaming import encoder_layers
 
 
 def _option(default: Any, text: str, **more: Any) -> Any:
@@ -124,7 +125,18 @@ def load_model(args: ModelArguments) -> PreTrainedModel:
     elif args.freeze_backbone:
         model.model.language_model.requires_grad_(False)
         model.lm_head.requires_grad_(False)
+    _freeze_unread(model)
     return with_lora(model, args) if args.lora_enable else model
+
+
+def _freeze_unread(model: PreTrainedModel) -> None:
+    """Freeze what is behind the last layer of the tower that the connector reads: DDP would wait for its gradient."""
+    tower = model.model.vision_tower
+    *_, last = encoder_layers(tower)[max(model.config.plan.layers) - 1].parameters()
+    for parameter in reversed(list(tower.parameters())):
+        if parameter is last:
+            break
+        parameter.requires_grad_(False)
 
 
 def with_lora(model: PreTrainedModel, args: ModelArguments) -> PreTrainedModel:

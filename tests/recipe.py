@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +10,17 @@ from typing import Any, NamedTuple
 import draw_shapes
 import shapes_model
 import torch
+import train_llava_igva
 from torch import Tensor
 
+import igva_kernels as ik
 from igva_kernels.models import LlavaIgvaForConditionalGeneration
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CONFIGS = EXAMPLES / "configs"
 WORKER = Path(__file__).parent / "distributed" / "worker.py"
+CONNECTORS = {"native": {"impl": "auto", "patch": False}, "patched": {"impl": "reference", "patch": True}}
+"""What must train as the plain connector does, ``impl="reference"``."""
 
 
 class Result(NamedTuple):
@@ -41,7 +44,10 @@ def make_inputs(folder: Path) -> None:
 
 
 def arguments(inputs: Path, output: Path, *more: str, **options: Any) -> list[str]:
-    """The recipe's command line: eight samples and four steps of SGD, whatever the number of processes."""
+    """The recipe's command line: eight samples and four steps of SGD, whatever the number of processes.
+
+    An option that is None is a flag.
+    """
     given = {
         "model_name_or_path": inputs / "base",
         "data_path": inputs / "mixed.json",
@@ -61,7 +67,24 @@ def arguments(inputs: Path, output: Path, *more: str, **options: Any) -> list[st
         "disable_tqdm": True,
         **options,
     }
-    return [*(text for name, value in given.items() for text in (f"--{name}", str(value))), "--use_cpu", *more]
+    pairs = [[f"--{name}"] if value is None else [f"--{name}", str(value)] for name, value in given.items()]
+    return [*(word for pair in pairs for word in pair), "--use_cpu", *more]
+
+
+def run_recipe(argv: list[str], patch: bool = False) -> None:
+    """Run the recipe in this process; with ``patch`` its model is patched as soon as it is loaded."""
+    load = train_llava_igva.load_model
+
+    def load_patched(args: train_llava_igva.ModelArguments) -> torch.nn.Module:
+        model = load(args)
+        ik.patch(model)
+        return model
+
+    train_llava_igva.load_model = load_patched if patch else load
+    try:
+        train_llava_igva.main(argv)
+    finally:
+        train_llava_igva.load_model = load
 
 
 def result(output: Path) -> Result:
@@ -100,7 +123,7 @@ def run_command(command: list[str], timeout: float = 240) -> None:
 
 def environment() -> dict[str, str]:
     """For processes of the recipe: where its modules are, and one thread each."""
-    path = os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(EXAMPLES), str(EXAMPLES.parent / "tests"), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
@@ -112,9 +135,3 @@ def assert_same(actual: Result, expected: Result, tolerance: float = 2e-5) -> No
     assert actual.weights.keys() == expected.weights.keys()
     for name, weight in expected.weights.items():
         torch.testing.assert_close(actual.weights[name], weight, **close, msg=lambda text, name=name: f"{name}: {text}")
-
-
-def fresh(folder: Path) -> Path:
-    """An empty folder."""
-    shutil.rmtree(folder, ignore_errors=True)
-    return folder

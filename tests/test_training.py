@@ -12,7 +12,18 @@ import torch
 import train_llava_igva
 from llava_data import CHAT_TEMPLATES, LlavaCollator, LlavaDataset, embed_instructions
 from PIL import Image
-from recipe import EXAMPLES, arguments, assert_same, environment, launch, make_inputs, result, weights
+from recipe import (
+    CONNECTORS,
+    EXAMPLES,
+    arguments,
+    assert_same,
+    environment,
+    launch,
+    make_inputs,
+    result,
+    run_recipe,
+    weights,
+)
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoProcessor, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
@@ -40,8 +51,8 @@ def processor(inputs):
 def train(inputs, tmp_path):
     """Run the recipe in this process and read what it left behind."""
 
-    def run(name, *more, **options):
-        train_llava_igva.main(arguments(inputs, tmp_path / name, *more, **options))
+    def run(name, *more, patch=False, **options):
+        run_recipe(arguments(inputs, tmp_path / name, *more, **options), patch)
         return result(tmp_path / name)
 
     return run
@@ -222,19 +233,11 @@ class TestSameTraining:
         return train("plain", impl="reference")
 
     @pytest.mark.parametrize("frozen", [True, False], ids=["frozen tower", "trained tower"])
-    def test_native_and_patched_equal_plain(self, train, monkeypatch, frozen):
+    def test_native_and_patched_equal_plain(self, train, frozen):
         more = () if frozen else ("--unfreeze_vision_tower",)
         plain = train("plain", *more, impl="reference")
-        assert_same(train("native", *more), plain)
-        load_model = train_llava_igva.load_model
-
-        def load_patched(args):
-            model = load_model(args)
-            ik.patch(model)
-            return model
-
-        monkeypatch.setattr(train_llava_igva, "load_model", load_patched)
-        assert_same(train("patched", *more, impl="reference"), plain)
+        for name, how in CONNECTORS.items():
+            assert_same(train(name, *more, **how), plain)
 
     @pytest.mark.parametrize("size", [1, 2, 4])
     def test_micro_batches_make_no_difference(self, train, plain, size):
@@ -256,20 +259,22 @@ class TestSameTraining:
 class TestLora:
     options = ("--lora_enable", "--lora_r", "4", "--lora_dropout", "0")
 
-    def run(self, inputs, output, **more):
-        train_llava_igva.main(arguments(inputs, output, *self.options, **more))
+    def run(self, inputs, output, impl="reference", patch=False):
+        run_recipe(arguments(inputs, output, *self.options, impl=impl), patch)
         adapter = load_file(output / "adapter_model.safetensors")
         return adapter, json.loads((output / "trainer_state.json").read_text())["log_history"]
 
-    def test_native_equals_plain_and_the_adapter_loads(self, inputs, tmp_path):
+    def test_native_and_patched_equal_plain_and_the_adapter_loads(self, inputs, tmp_path):
         peft = pytest.importorskip("peft", reason="peft is not installed: pip install igva-kernels[train]")
-        plain, plain_log = self.run(inputs, tmp_path / "plain", impl="reference")
-        native, log = self.run(inputs, tmp_path / "native")
-        assert_same_losses([e["loss"] for e in log[:-1]], [e["loss"] for e in plain_log[:-1]], 2e-5)
-        assert any("linear_1" in name for name in native) and any("weight_allocator" in name for name in native)
-        for name, weight in plain.items():
-            torch.testing.assert_close(native[name], weight, rtol=2e-5, atol=2e-5)
-        assert any(weight.any() for name, weight in native.items() if "linear_1.lora_B" in name)
+        plain, plain_log = self.run(inputs, tmp_path / "plain")
+        assert any("linear_1" in name for name in plain) and any("weight_allocator" in name for name in plain)
+        assert any(weight.any() for name, weight in plain.items() if "linear_1.lora_B" in name)
+        for kind, how in CONNECTORS.items():
+            adapter, log = self.run(inputs, tmp_path / kind, **how)
+            assert_same_losses([e["loss"] for e in log[:-1]], [e["loss"] for e in plain_log[:-1]], 2e-5)
+            assert adapter.keys() == plain.keys()
+            for name, weight in plain.items():
+                torch.testing.assert_close(adapter[name], weight, rtol=2e-5, atol=2e-5)
 
         model = peft.PeftModel.from_pretrained(load(inputs / "base"), tmp_path / "native").eval()
         batch = some_batch(inputs)
@@ -285,18 +290,22 @@ class TestLora:
 @pytest.mark.slow
 @pytest.mark.plain_memory
 def test_compiled_step(train):
-    compiled = train("compiled", torch_compile=True, per_device_train_batch_size=4, gradient_accumulation_steps=2)
-    assert_same(compiled, train("plain", impl="reference"), 1e-4)
+    split = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    plain = train("plain", impl="reference")
+    for name, how in CONNECTORS.items():
+        assert_same(train(name, torch_compile=True, **split, **how), plain, 1e-4)
 
 
 def test_fp16_with_a_gradient_scaler(inputs):
     losses = {}
-    for impl in ("reference", "auto"):
-        model = load(inputs / "base", impl=impl).train()
+    for name, how in {"plain": {"impl": "reference", "patch": False}, **CONNECTORS}.items():
+        model = load(inputs / "base", impl=how["impl"]).train()
+        if how["patch"]:
+            ik.patch(model)
         batch = some_batch(inputs)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=2)
-        losses[impl] = []
+        losses[name] = []
         for _ in range(12):
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.float16):
@@ -304,10 +313,10 @@ def test_fp16_with_a_gradient_scaler(inputs):
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-            losses[impl].append(loss.item())
+            losses[name].append(loss.item())
         assert scaler.get_scale() < 2.0**24, "the first steps must have overflowed and been skipped"
-        assert losses[impl][-1] < losses[impl][0]
-    assert_same_losses(losses["auto"], losses["reference"], 1e-2)
+        assert losses[name][-1] < losses[name][0]
+        assert_same_losses(losses[name], losses["plain"], 1e-2)
 
 
 def test_activation_checkpointing_over_the_connector(inputs):

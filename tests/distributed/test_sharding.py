@@ -9,7 +9,17 @@ import sys
 
 import pytest
 import torch
-from recipe import CONFIGS, EXAMPLES, arguments, assert_same, launch, make_inputs, result, run_command
+from recipe import (
+    CONFIGS,
+    CONNECTORS,
+    EXAMPLES,
+    arguments,
+    assert_same,
+    launch,
+    make_inputs,
+    result,
+    run_command,
+)
 from transformers import AutoProcessor
 
 from igva_kernels.models import LlavaIgvaForConditionalGeneration
@@ -18,12 +28,12 @@ needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed: pip install igva-kernels[train]"
 )
 
-CONNECTORS = {"native": {"impl": "auto", "patch": False}, "patched": {"impl": "reference", "patch": True}}
+TRAINED_TOWER = ["--unfreeze_vision_tower"]
 ENGINES = {
     "ddp": {},
     "zero2": {"deepspeed": CONFIGS / "zero2.json"},
     "zero3": {"deepspeed": CONFIGS / "zero3.json"},
-    "fsdp2": {"fsdp": "full_shard", "fsdp_config": CONFIGS / "fsdp2.json"},
+    "fsdp2": {"fsdp": None, "fsdp_config": CONFIGS / "fsdp2.json"},
 }
 
 
@@ -89,41 +99,36 @@ def test_fsdp2_with_other_units(inputs, plain, unit):
     config["transformer_layer_cls_to_wrap"] += [unit] if unit else []
     file = inputs / f"fsdp2_{unit}.json"
     file.write_text(json.dumps(config))
-    launch(inputs, both_connectors(inputs, f"fsdp2_{unit}", fsdp="full_shard", fsdp_config=file))
+    launch(inputs, both_connectors(inputs, f"fsdp2_{unit}", fsdp=None, fsdp_config=file))
     for trained in results(inputs, f"fsdp2_{unit}"):
         assert_same(trained, plain)
 
 
-class TestMore:
+@pytest.fixture(scope="module", params=engines(slow=ENGINES))
+def engine(inputs, request):
     """What an engine is asked beside the plain run; starting it is slow, so one launch does it all."""
+    name, options = request.param, ENGINES[request.param]
+    saving = {**options, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+    saving["per_device_train_batch_size"] = 4
+    whole, resumed = inputs / f"{name}_whole", inputs / f"{name}_resumed"
+    launch(
+        inputs,
+        [
+            *both_connectors(inputs, f"{name}_bf16", bf16=True, **options),
+            *both_connectors(inputs, f"{name}_tower", *TRAINED_TOWER, gradient_checkpointing=True, **options),
+            {"argv": arguments(inputs, whole, **saving)},
+            {"argv": arguments(inputs, resumed, **saving, resume_from_checkpoint=whole / "checkpoint-2")},
+        ],
+    )
+    return name
 
-    @pytest.fixture(scope="class", params=engines(slow=ENGINES))
-    def engine(self, inputs, request):
-        name, options = request.param, ENGINES[request.param]
-        saving = {**options, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
-        whole, resumed = inputs / f"{name}_whole", inputs / f"{name}_resumed"
-        launch(
-            inputs,
-            [
-                *both_connectors(inputs, f"{name}_bf16", bf16=True, **options),
-                *both_connectors(
-                    inputs, f"{name}_tower", "--unfreeze_vision_tower", gradient_checkpointing=True, **options
-                ),
-                {"argv": arguments(inputs, whole, per_device_train_batch_size=4, **saving)},
-                {
-                    "argv": arguments(
-                        inputs, resumed, per_device_train_batch_size=4, **saving,
-                        resume_from_checkpoint=whole / "checkpoint-2",
-                    )
-                },
-            ],
-        )  # fmt: skip
-        return name
 
-    @pytest.fixture(scope="class")
-    def plain_tower(self, inputs):
-        return run_plain(inputs, "plain_tower", "--unfreeze_vision_tower")
+@pytest.fixture(scope="session")
+def plain_tower(inputs):
+    return run_plain(inputs, "plain_tower", *TRAINED_TOWER)
 
+
+class TestMore:
     def test_bf16(self, inputs, plain, engine):
         for trained in results(inputs, f"{engine}_bf16"):
             torch.testing.assert_close(torch.tensor(trained.losses), torch.tensor(plain.losses), rtol=3e-2, atol=0)
@@ -141,7 +146,7 @@ class TestMore:
 @pytest.mark.slow
 def test_accelerate_launch(inputs, plain):
     output = inputs / "accelerate"
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "accelerate.yaml")]
-    script = [str(EXAMPLES / "train_llava_igva.py"), *arguments(inputs, output, per_device_train_batch_size=4)]
-    run_command([*launcher, "--cpu", "--num_processes", "2", *script])
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", CONFIGS / "accelerate.yaml", "--num_processes", 2]
+    script = [EXAMPLES / "train_llava_igva.py", *arguments(inputs, output, per_device_train_batch_size=4)]
+    run_command([sys.executable, *map(str, (*launcher, *script))])
     assert_same(result(output), plain)

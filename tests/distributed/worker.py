@@ -11,37 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import train_llava_igva
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-
-import igva_kernels as ik
-
-
-def run(argv: list[str], patch: bool = False) -> None:
-    """One run of the recipe."""
-    load = train_llava_igva.load_model
-
-    def load_patched(args: Any) -> torch.nn.Module:
-        model = load(args)
-        ik.patch(model)
-        return model
-
-    train_llava_igva.load_model = load_patched if patch else load
-    try:
-        train_llava_igva.main(argv)
-    finally:
-        train_llava_igva.load_model = load
+from recipe import run_recipe
 
 
 def shard_on_cpu() -> None:
-    """Let accelerate take its FSDP branch without an accelerator: what it does there runs on gloo as well."""
+    """Let accelerate take its FSDP branch, which it keeps for accelerators: what it does there runs on gloo as well."""
     init = AcceleratorState.__init__
 
     def init_sharded(state: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
-        init(state, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
-            state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        init(state, *args, fsdp_plugin=fsdp_plugin, **kwargs)
 
     AcceleratorState.__init__ = init_sharded
 
@@ -56,4 +38,4 @@ if __name__ == "__main__":
         # Without a GPU nobody has made the process group when zero.Init first asks for the number of ranks.
         deepspeed.init_distributed(dist_backend="gloo")
     for r in runs:
-        run(**r)
+        run_recipe(**r)
