@@ -23,13 +23,14 @@ from benchmarks.results import RESULTS, Environment, Row, append, compare, defau
 from benchmarks.workloads import Workload, suite
 from igva_kernels.verify import DTYPES
 
-SECONDS = {"cpu": 570, "cuda": 480}
+SECONDS = {"cpu": 540, "cuda": 450}
+"""After which no further workload is begun; the last one may take half a minute."""
 BUDGETS = {"full": {"cpu": 1.5, "cuda": 0.5}, "quick": {"cpu": 1.0, "cuda": 0.3}}
 """Seconds of the rounds of a workload; slow ones take three rounds however long."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the suite and returns the exit status: 1 where a provider failed its check."""
+    """Runs the suite and returns the exit status: 1 where a provider other than torch.compile failed its check."""
     args = _parser().parse_args(argv)
     console = Console()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -100,8 +101,9 @@ def run(
             try:
                 for result in measure(workload, _chosen(workload, names, device), timer, machine, budget):
                     if isinstance(result, Refused):
-                        wrong += result.is_wrong
-                        progress.console.print(_refusal(result), highlight=False)
+                        # torch.compile may add in a worse order than plain torch: not recorded, and not ours to mend.
+                        wrong += result.is_wrong and not result.provider.name.endswith("-compiled")
+                        progress.console.print(_refusal(result), highlight=False, soft_wrap=True)
                     else:
                         found.append(_noted(result, env, progress.console))
             except torch.OutOfMemoryError:
@@ -134,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, metavar="CSV", help="rows are added to it (default: the device's own)")
     parser.add_argument("--compare", metavar="REV", help="with the newest earlier rows of this revision in the CSV")
     parser.add_argument("--plots", action="store_true", help="draw the pictures, write RESULTS.md and README's table")
-    parser.add_argument("--seconds", type=float, help="for everything (default: 570 on a CPU, 480 on a GPU)")
+    parser.add_argument("--seconds", type=float, help="for everything (default: 540 on a CPU, 450 on a GPU)")
     return parser
 
 

@@ -1,6 +1,6 @@
 """Everything on one GPU in one go, within eight minutes: its tests, the memory checker, then the benchmark suite.
 
-    python -m benchmarks.gpu_suite [--seconds 480] [--skip-checks] [--tune] [options of python -m benchmarks]
+    python -m benchmarks.gpu_suite [--seconds 450] [--skip-checks] [--tune] [options of python -m benchmarks]
 
 Nothing is measured if a check fails. What no longer fits the time is left out, and said so.
 """
@@ -27,7 +27,7 @@ from benchmarks.results import RESULTS
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the checks and the suite; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=480, help="for everything (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=450, help="for everything (default: %(default)s)")
     parser.add_argument("--skip-checks", action="store_true", help="after a run that passed them")
     parser.add_argument("--tune", action="store_true", help="tune Triton for this card first, and measure with that")
     options, rest = parser.parse_known_args(argv)

@@ -114,6 +114,9 @@ def test_what_was_refused_is_not_in_the_csv_and_shows_in_the_exit_status(tmp_pat
     assert bench.main(["--device", "cpu", "--output", str(path)]) == 1
     assert [row.provider for row in results.read(path)] == ["plain"]
     assert "WRONG" in capsys.readouterr().out
+    listed["wrong"] = replace(listed["wrong"], name="plain-compiled")
+    assert bench.main(["--device", "cpu", "--output", str(tmp_path / "other.csv")]) == 0  # not ours to mend
+    assert [row.provider for row in results.read(tmp_path / "other.csv")] == ["plain"]
     del listed["wrong"]
     assert bench.main(["--device", "cpu", "--output", str(path)]) == 0
     assert [row.provider for row in results.read(path)] == ["plain", "plain"]
