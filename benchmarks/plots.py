@@ -155,7 +155,7 @@ def draw_speedups(rows: Sequence[Row]) -> Figure | None:
     shades: list[list[str]] = []
     for workload, mode, dtype, batch in lines:
         at = {r.provider: r for r in chosen if _line(r) == (workload, mode, dtype, batch)}
-        texts, colors = [f"{workload}, {mode}, {dtype}, B {batch}", f"{_digits(at[PLAIN].ms)} ms"], ["white", "white"]
+        texts, colors = [f"{workload}, {mode}, {dtype}, B {batch}", f"{digits(at[PLAIN].ms)} ms"], ["white", "white"]
         for provider in providers:
             row = at.get(provider)
             texts.append("" if row is None else f"{row.speedup:.2f}")
@@ -249,7 +249,8 @@ def _line(row: Row) -> tuple[str, str, str, int]:
     return row.workload, row.mode, row.dtype, row.batch
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
+    """Three digits, or a whole number."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 

@@ -86,7 +86,7 @@ def _table(title: str, rows: Sequence[Row]) -> Iterator[str]:
         "H": lambda r: _number(r.hidden),
         "provider": lambda r: r.label + (" (floor)" if r.floor else "") + (f" [{r.note}]" if r.note else ""),
         "run": lambda r: r.timing,
-        "ms": lambda r: f"{r.ms:.4g} ({r.ms_p20:.4g}-{r.ms_p80:.4g})",
+        "ms": lambda r: f"{plots.digits(r.ms)} ({plots.digits(r.ms_p20)}-{plots.digits(r.ms_p80)})",
         "speed-up": lambda r: (
             "1" if r.provider == PLAIN else f"{r.speedup:.2f} ({r.speedup_p20:.2f}-{r.speedup_p80:.2f})"
         ),
@@ -147,8 +147,8 @@ def _summary(path: Path, rows: Sequence[Row], root: Path) -> str:
             kept = [f"{row.saved_mib:.3g}" if row.saved_mib is not None else "" for row in (at[PLAIN], fused)]
             lines.append((
                 f"{called}, {dtype}, B {batch}{', CUDA graph' if timing == 'graph' else ''}",
-                f"{at[PLAIN].ms:.3g} ms", f"**{fused.ms:.3g} ms**", f"{fused.speedup:.2f}",
-                f"{floor.ms:.3g} ms" if floor else "", " / ".join(memory) if all(memory) else "",
+                f"{plots.digits(at[PLAIN].ms)} ms", f"**{plots.digits(fused.ms)} ms**", f"{fused.speedup:.2f}",
+                f"{plots.digits(floor.ms)} ms" if floor else "", " / ".join(memory) if all(memory) else "",
                 " / ".join(kept) if all(kept) else "",
             ))  # fmt: skip
     heads = ("", "plain", "fused", "speed-up", "floor", "peak MiB, plain / fused", "kept for backward MiB")
