@@ -92,7 +92,13 @@ def check_weight(
         raise TypeError(f"{name}: need dtype {like.dtype} as the first weight, got {weight.dtype}")
     if weight.device != device:
         raise ValueError(f"{name}: need device {device} as the hidden states, got {weight.device}")
-    if not torch.compiler.is_compiling() and weight.numel() and not weight.untyped_storage().size():
+    if not torch.compiler.is_compiling():
+        check_storage(name, weight)
+
+
+def check_storage(name: str, weight: Tensor) -> None:
+    """A kernel that is given a pointer would read memory which is no longer the weight's."""
+    if weight.numel() and not weight.untyped_storage().size():
         raise ValueError(
             f"{name}: its storage has been freed, as sharded training does outside the forward of the module that owns "
             f"it; read the weight inside that forward"

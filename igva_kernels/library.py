@@ -25,6 +25,7 @@ from igva_kernels.backends.base import (
     accumulation_dtype,
     take_blocks,
 )
+from igva_kernels.checks import check_storage
 from igva_kernels.plan import MixPlan, is_tap
 from igva_kernels.reference import Norm
 
@@ -226,6 +227,9 @@ def _projector_backward(
     activation: str | None, layer_shape: list[int], layer_dtype: torch.dtype, needs: list[bool], impl: str,
 ) -> list[Tensor]:  # fmt: skip
     """``[grad of mix_weights] + [a gradient a signature] + [weight1 .. bias2]``, as far as needed."""
+    for name, weight in (("weight1", weight1), ("norm[0]", norm_weight), ("norm[1]", norm_bias), ("weight2", weight2)):
+        if weight is not None:
+            check_storage(name, weight)
     backend = dispatch.get(impl)
     asked = ProjectorNeeds(*needs[: len(ProjectorNeeds._fields)])
     args = _mix_args([], mix_weights, image_index, plan, skip_tokens)

@@ -1,5 +1,7 @@
 """The public operators on every backend that runs here: values, gradients, dtypes, edges, errors."""
 
+import re
+
 import pytest
 import torch
 
@@ -274,11 +276,18 @@ def test_a_wrong_argument_is_named(name):
         ik.layer_mix_mlp(**wrong(**change))
 
 
-def test_a_weight_whose_storage_was_freed_is_an_error_and_not_a_crash():
+@pytest.mark.parametrize("freed", ["weight1", "bias1", "weight2", "bias2", "norm[0]", "norm[1]"])
+def test_a_weight_whose_storage_was_freed_is_an_error_and_not_a_crash(freed):
     args = wrong()
-    args["weight1"].untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match="weight1: its storage has been freed"):
-        ik.layer_mix_mlp(**args)
+    norm = [torch.ones(args["weight1"].shape[1], requires_grad=True) for _ in range(2)]
+    weights = {"norm[0]": norm[0], "norm[1]": norm[1], **args}
+    out = ik.layer_mix_mlp(**args, norm=(*norm, 1e-5))
+    weights[freed].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=f"{re.escape(freed)}: its storage has been freed"):
+        ik.layer_mix_mlp(**args, norm=(*norm, 1e-5))
+    if "bias" not in freed:  # no gradient reads those
+        with pytest.raises(ValueError, match=f"{re.escape(freed)}: its storage has been freed"):
+            out.sum().backward()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the request can be served here")
