@@ -178,15 +178,15 @@ def _draw(results: dict[str, dict[int, dict[str, Any]]], folder: Path) -> None:
     for seed in sorted(set(results["fused"]) & set(results["plain"])):
         gaps.semilogy([max(gap, 1e-9) for gap in _gaps(results, seed)], linewidth=0.8, label=f"seed {seed}")
     gaps.axvline(CAPTION_STEPS, color="grey", linewidth=0.8)
-    gaps.set(xlabel="step", ylabel="|fused - plain| / plain")
-    gaps.legend()
+    gaps.set(xlabel="step", ylabel="|fused - plain| / plain\n(0 is drawn as 1e-9)")
+    gaps.legend(loc="lower right")
     figure.savefig(folder / "learn_shapes_loss.png", dpi=150)
 
     fused = results["fused"].values()
     figure, axes = plt.subplots(1, len(KINDS), figsize=(10, 2.8), sharey=True, layout="constrained")
     for axis, kind in zip(axes, KINDS, strict=True):
         columns = list(zip(*(run["weights"][kind] for run in fused), strict=True))
-        error = [stdev(column) if len(column) > 1 else 0 for column in columns]
+        error = [stdev(column) for column in columns] if len(fused) > 1 else None
         axis.bar(range(1, 5), [mean(column) for column in columns], yerr=error, capsize=3, color="tab:blue")
         axis.axhline(0.25, color="grey", linewidth=0.8, linestyle="--")
         axis.set(title=kind, xticks=range(1, 5), xticklabels=["1-2", "3-4", "5-6", "7-8"])
