@@ -260,11 +260,12 @@ def test_linear_and_its_gradient_obey_the_error_rule(isa, activation, dtype, pro
         if z is not None:
             assert_within_rule(z, z64, z_plain, dtype, "z")
     z = z_plain
-    grad_z, y = CPU.linear_grad_input(grad, weight2, z, activation, True)
+    grad_z, y, grad_bias = CPU.linear_grad_input(grad, weight2, z, activation, True, True)
     assert_within_rule(grad_z, grad64, grad_plain, dtype, "grad_z")
+    assert_within_rule(grad_bias, grad64.sum(0), grad_plain.sum(0), dtype, "grad_bias")
     assert_within_rule(y, y64, y_plain, dtype, "y again")
     assert_within_rule(
-        CPU.linear_grad_input(grad, None, torch.ones_like(grad), activation, False)[0],
+        CPU.linear_grad_input(grad, None, torch.ones_like(grad), activation, False, False)[0],
         plain_grad(grad.double(), activation), plain_grad(grad, activation), dtype, "the identity",
     )  # fmt: skip
 

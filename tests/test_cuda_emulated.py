@@ -7,7 +7,7 @@ from cuda_tools import emulated_module, include
 
 import igva_kernels as ik
 from igva_kernels import MixPlan, verify
-from igva_kernels.backends.base import Keep, MixArgs, ProjectorWeights
+from igva_kernels.backends.base import ACTIVATION_GRADS, Keep, MixArgs, ProjectorWeights
 from igva_kernels.backends.cuda import BACKEND, gemm, launch, programs
 from igva_kernels.testing import assert_within_rule
 from igva_kernels.verify import Case
@@ -124,7 +124,7 @@ def test_one_layer_too_many_is_refused_by_name():
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_activations_and_their_slopes(activation, dtype):
-    """103 elements: the last thread has a tail."""
+    """103 elements: the last thread has a tail, the second chunk of rows ends early."""
     z = torch.cat([torch.linspace(-12, 12, 101), torch.tensor([0.0, float("nan")])]).to(dtype)[:, None]
     grad = torch.randn_like(z)
     forward, kept = BACKEND.linear(z, torch.ones(1, 1, dtype=dtype), None, activation, True)
@@ -132,7 +132,7 @@ def test_activations_and_their_slopes(activation, dtype):
     wide = z.double().requires_grad_()
     exact = ik.reference.ACTIVATIONS[activation](wide)
     (slope,) = torch.autograd.grad(exact, wide, grad.double())
-    grad_z, y = BACKEND.linear_grad_input(grad, None, z, activation, True)
+    grad_z, y, _ = BACKEND.linear_grad_input(grad, None, z, activation, True, False)
     eps = torch.finfo(dtype).eps
     tolerance = {"rtol": 4 * eps, "atol": (32 if dtype == torch.float64 else 4) * eps, "equal_nan": True}
     torch.testing.assert_close(y.double(), exact.detach(), **tolerance)
@@ -143,8 +143,21 @@ def test_activations_and_their_slopes(activation, dtype):
 def test_the_gradient_of_the_caller_is_not_overwritten():
     grad, z = torch.randn(3, 8), torch.randn(3, 8)
     before = grad.clone()
-    BACKEND.linear_grad_input(grad, None, z, "gelu", False)
+    BACKEND.linear_grad_input(grad, None, z, "gelu", False, False)
     assert torch.equal(grad, before)
+
+
+@pytest.mark.parametrize("columns", [7, 272])
+@pytest.mark.parametrize("dtype", verify.DTYPES)
+def test_the_bias_gradient_is_summed_before_rounding(dtype, columns):
+    """Three chunks of rows of one sign: a sum in 16 bits, or of rounded rows, would be further from fp64."""
+    dtype = verify.DTYPES[dtype]
+    grad, z = torch.rand(150, columns).to(dtype), torch.rand(150, columns).to(dtype)
+    grad_z, y, grad_bias = BACKEND.linear_grad_input(grad, None, z, "gelu", False, True)
+    exact = ACTIVATION_GRADS["gelu"](grad.double(), z.double())
+    assert y is None and grad_bias.dtype == dtype
+    torch.testing.assert_close(grad_z.double(), exact, rtol=max(torch.finfo(dtype).eps, 1e-6), atol=1e-6)
+    torch.testing.assert_close(grad_bias.double(), exact.sum(0), rtol=max(0.51 * torch.finfo(dtype).eps, 1e-6), atol=0)
 
 
 # ---- the fused GEMM ----

@@ -147,10 +147,12 @@ void run_activation(DType dtype, Activation kind, int64_t count, Address z, Addr
   check(activation({count, kind, pointer(z), pointer(y)}, dtype, pointer(stream)));
 }
 
-void run_activation_grad(DType dtype, Activation kind, int64_t count, Address grad_y, Address z, Address grad_z,
-                         Address y, Address stream) {
-  check(activation_grad({count, kind, pointer(grad_y), pointer(z), pointer(grad_z), pointer(y)}, dtype,
-                        pointer(stream)));
+void run_activation_grad(DType dtype, Activation kind, int64_t rows, int64_t columns, Address grad_y, Address z,
+                         Address grad_z, Address y, Address partials, int64_t chunk, bool vector, Address stream) {
+  const ActivationGradParams params = {rows,            int32_t(columns), kind,
+                                       pointer(grad_y), pointer(z),       pointer(grad_z),
+                                       pointer(y),      pointer(partials), int32_t(chunk)};
+  check(activation_grad(params, dtype, vector, pointer(stream)));
 }
 
 // (block, layer, column, scale)

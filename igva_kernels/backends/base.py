@@ -190,17 +190,25 @@ class Backend:
         return a @ b
 
     def linear_grad_input(
-        self, grad_out: Tensor, weight: Tensor | None, z: Tensor | None, activation: str | None, need_y: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """``grad_z = (grad_out @ weight) * act'(z)`` and, if asked for, ``y = act(z)`` again.
+        self,
+        grad_out: Tensor,
+        weight: Tensor | None,
+        z: Tensor | None,
+        activation: str | None,
+        need_y: bool,
+        need_bias: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """``grad_z = (grad_out @ weight) * act'(z)`` and, if asked for, ``y = act(z)`` again and ``grad_z.sum(0)``.
 
-        ``weight`` is None for the identity. All matrices are ``[M, H]``.
+        ``weight`` is None for the identity. All matrices are ``[M, H]``; the sum accumulates in fp32, in a fixed order.
         """
-        grad_y = grad_out if weight is None else self.matmul(grad_out, weight)
-        if activation is None:
-            return grad_y, z
-        assert z is not None
-        return ACTIVATION_GRADS[activation](grad_y, z), ACTIVATIONS[activation](z) if need_y else None
+        grad_z = grad_out if weight is None else self.matmul(grad_out, weight)
+        y = z
+        if activation is not None:
+            assert z is not None
+            grad_z = ACTIVATION_GRADS[activation](grad_z, z)
+            y = ACTIVATIONS[activation](z) if need_y else None
+        return grad_z, y, grad_z.sum(0) if need_bias else None
 
     def mix_weights_grad(self, grad_rows: Tensor, blocks: Sequence[int], args: MixArgs) -> Tensor:
         """``dw[b, c] = sum over p, d and the entries (l, c, s) of s * grad_A[b, p, g*D + d] * h_l[image(b), p, d]``.
@@ -323,7 +331,9 @@ class Backend:
             grad_bias2 = grad.sum(0)
         y = None
         if upstream:
-            grad_z, y = self.linear_grad_input(grad, weights.weight2, z, activation, needs.weight2)
+            grad_z, y, grad_bias1 = self.linear_grad_input(
+                grad, weights.weight2, z, activation, needs.weight2, needs.bias1
+            )
         elif needs.weight2:
             assert z is not None
             y = z if activation is None else ACTIVATIONS[activation](z)
@@ -333,8 +343,6 @@ class Backend:
             del y
         if not upstream:
             return ProjectorGrads(None, None, None, None, None, None, grad_weight2, grad_bias2)
-        if needs.bias1:
-            grad_bias1 = grad_z.sum(0)
 
         normal = rows
         if args is not None and (needs.weight1 or norm is not None):

@@ -191,16 +191,29 @@ def test_linear(tile, activation):
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.slices} slices, {'TMA' if tile.tma else 'pointers'}")
 def test_linear_grad_input(tile, activation):
     grad, weight, z = torch.randn(70, 48), torch.randn(48, 40), torch.randn(70, 40)
-    grad_z, y = gemm.linear_grad_input(grad, weight, z, activation, True, tile)
-    torch.testing.assert_close(grad_z, ACTIVATION_GRADS[activation](grad @ weight, z), rtol=1e-4, atol=1e-4)
+    grad_z, y, grad_bias = gemm.linear_grad_input(grad, weight, z, activation, True, True, tile)
+    expected = ACTIVATION_GRADS[activation](grad @ weight, z)
+    torch.testing.assert_close(grad_z, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(y, ACTIVATIONS[activation](z), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad_bias, expected.sum(0), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_bias_gradient_is_summed_before_rounding(dtype):
+    """600 rows of one sign: a sum in 16 bits, or of rounded rows, would be further from fp64 than its own rounding."""
+    grad, weight, z = torch.rand(600, 48).to(dtype), torch.rand(48, 40).to(dtype), torch.rand(600, 40).to(dtype)
+    _, y, grad_bias = gemm.linear_grad_input(grad, weight, z, "gelu", False, True, TILES[0])
+    exact = ACTIVATION_GRADS["gelu"](grad.double() @ weight.double(), z.double()).sum(0)
+    assert y is None
+    assert grad_bias.dtype == dtype
+    torch.testing.assert_close(grad_bias.double(), exact, rtol=max(0.51 * torch.finfo(dtype).eps, 1e-6), atol=0)
 
 
 def test_activations_at_the_edges():
     z = torch.tensor([[0.0, -0.0, 1e-30, -40.0, 40.0, float("nan"), 3.0, -3.0]])
     identity = torch.eye(8)
     for activation, fn in ACTIVATIONS.items():
-        grad_z, y = gemm.linear_grad_input(torch.ones(1, 8), identity, z, activation, True, TILES[1])
+        grad_z, y, _ = gemm.linear_grad_input(torch.ones(1, 8), identity, z, activation, True, False, TILES[1])
         torch.testing.assert_close(y, fn(z), equal_nan=True, rtol=1e-5, atol=1e-6)
         expected = ACTIVATION_GRADS[activation](torch.ones(1, 8), z)
         if activation != "relu":

@@ -69,7 +69,7 @@ def test_choices_follow_the_rates():
     taps, reduced = MixPlan.concat(range(5), 5), MixPlan.igva().reduced()[1]
     for model, fused in ((fast, True), (slow, False)):
         assert (cost.linear(model, rows, 4096, 2048, dtype, True) is not None) == fused
-        assert (cost.linear_grad_input(model, rows, 4096, 4096, dtype, True) is not None) == fused
+        assert (cost.linear_grad_input(model, rows, 4096, 4096, dtype, True, True) is not None) == fused
         assert (cost.mix_weights_grad_of_linear(model, rows, 1024, 4096, dtype) is not None) == fused
         assert (cost.mix_linear(model, taps, 1024, rows, 4096, dtype, True, False) is not None) == fused
     # A product without an activation is cuBLAS's, fp32 too, and a GEMM over 24 layers nobody's.

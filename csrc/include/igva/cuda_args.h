@@ -80,14 +80,17 @@ struct ActivationParams {
   void* y;
 };
 
-// grad_z = grad_y * act'(z), y = act(z) (or y null); grad_z may be grad_y.
+// grad_z = grad_y * act'(z), y = act(z) (or y null), all [rows, columns]; grad_z may be grad_y.
 struct ActivationGradParams {
-  int64_t count;
+  int64_t rows;
+  int32_t columns;
   Activation activation;
   const void* grad_y;
   const void* z;
   void* grad_z;
   void* y;
+  void* partials; // [chunks, columns], sums of the unrounded grad_z over `chunk` rows, fp32 or fp64; or null
+  int32_t chunk;
 };
 
 struct Dot {
@@ -149,7 +152,7 @@ int mix(const MixParams& params, DType layers, bool vector, Stream stream);
 int mix_norm(const MixParams& params, const NormParams& norm, DType layers, bool vector, Stream stream);
 int norm_grad(const NormGradParams& params, DType dtype, bool vector, Stream stream);
 int activation(const ActivationParams& params, DType dtype, Stream stream);
-int activation_grad(const ActivationGradParams& params, DType dtype, Stream stream);
+int activation_grad(const ActivationGradParams& params, DType dtype, bool vector, Stream stream);
 int mix_weights_grad(const DotsParams& params, DType grad, DType layers, bool vector, Stream stream);
 int layer_grads(const LayerGradsParams& params, DType grad, bool vector, Stream stream);
 

@@ -74,21 +74,27 @@ class CpuBackend(Backend):
         return _linear(a, b.t(), None, None, b.dtype, limit=gemm.whole_rows(a))
 
     def linear_grad_input(
-        self, grad_out: Tensor, weight: Tensor | None, z: Tensor | None, activation: str | None, need_y: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """``grad_z = (grad_out @ weight) * act'(z)`` and, if asked for, ``y = act(z)`` again, a block at a time."""
+        self,
+        grad_out: Tensor,
+        weight: Tensor | None,
+        z: Tensor | None,
+        activation: str | None,
+        need_y: bool,
+        need_bias: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """As in ``Backend``, a block at a time."""
         if activation is None:
-            return grad_out if weight is None else self.matmul(grad_out, weight), z
+            return super().linear_grad_input(grad_out, weight, z, activation, need_y, need_bias)
         assert z is not None
         grad_z = torch.empty_like(z)
         y = torch.empty_like(z) if need_y else None
         if weight is None:
             _activation_grad(grad_out, z, activation, grad_z, y)
-            return grad_z, y
-        for rows, columns, grad_y in gemm.products(grad_out, weight.t()):
-            at = (rows, columns)
-            _activation_grad(grad_y, z[at], activation, grad_z[at], None if y is None else y[at])
-        return grad_z, y
+        else:
+            for rows, columns, grad_y in gemm.products(grad_out, weight.t()):
+                at = (rows, columns)
+                _activation_grad(grad_y, z[at], activation, grad_z[at], None if y is None else y[at])
+        return grad_z, y, grad_z.sum(0) if need_bias else None
 
     def mix_weights_grad(self, grad_rows: Tensor, blocks: Sequence[int], args: MixArgs) -> Tensor:
         """``dw[b, c]`` in the accumulation dtype, summed in an order that depends on the shapes only."""

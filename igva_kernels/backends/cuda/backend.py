@@ -89,22 +89,33 @@ class CudaBackend(Backend):
         return y, z if keep_z else None
 
     def linear_grad_input(
-        self, grad_out: Tensor, weight: Tensor | None, z: Tensor | None, activation: str | None, need_y: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """``grad_z = (grad_out @ weight) * act'(z)`` and, if asked for, ``y = act(z)`` again."""
-        grad_y = grad_out if weight is None else self.matmul(grad_out, weight)
+        self,
+        grad_out: Tensor,
+        weight: Tensor | None,
+        z: Tensor | None,
+        activation: str | None,
+        need_y: bool,
+        need_bias: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The product by torch, everything else in one kernel. See ``Backend``."""
         if activation is None:
-            return grad_y, z
+            return super().linear_grad_input(grad_out, weight, z, activation, need_y, need_bias)
         assert z is not None
+        grad_y = grad_out if weight is None else self.matmul(grad_out, weight)
         grad_y, z = grad_y.contiguous(), z.contiguous()
         grad_z = torch.empty_like(z) if weight is None else grad_y  # the caller's gradient is not ours to overwrite
         y = torch.empty_like(z) if need_y else None
+        (rows, columns), chunk = z.shape, programs.BIAS_CHUNK
+        partials = None
+        if need_bias:
+            partials = z.new_empty((programs.chunks(rows, chunk), columns), dtype=accumulation_dtype(z.dtype))
         with launch.on_device_of(z) as stream:
             launch.module().activation_grad(
-                launch.dtype(z), launch.activation(activation), z.numel(), grad_y.data_ptr(), z.data_ptr(),
-                grad_z.data_ptr(), launch.data(y), stream,
+                launch.dtype(z), launch.activation(activation), rows, columns, grad_y.data_ptr(), z.data_ptr(),
+                grad_z.data_ptr(), launch.data(y), launch.data(partials), chunk,
+                programs.allows_vectors(columns, [grad_y, z]), stream,
             )  # fmt: skip
-        return grad_z, y
+        return grad_z, y, None if partials is None else partials.sum(0).to(z.dtype)
 
     def mix_weights_grad(self, grad_rows: Tensor, blocks: Sequence[int], args: MixArgs) -> Tensor:
         """``dw[b, c]``, summed in an order that depends on the shapes only. See ``Backend``."""

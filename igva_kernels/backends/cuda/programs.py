@@ -20,6 +20,9 @@ VECTOR_BYTES = 16
 DOT_CHUNK = 32
 """Patches of a block of the weight gradient's first stage."""
 
+BIAS_CHUNK = 64
+"""Rows of a block of the column sums for the bias: few enough for one image to fill a card."""
+
 NORM_CHUNK = 128
 """Rows of a block of the column sums for the norm's parameters."""
 

@@ -79,13 +79,19 @@ class TritonBackend(Backend):
         return _ACTIVATE_[activation](torch.nn.functional.linear(x, weight, bias)), None
 
     def linear_grad_input(
-        self, grad_out: Tensor, weight: Tensor | None, z: Tensor | None, activation: str | None, need_y: bool
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        grad_out: Tensor,
+        weight: Tensor | None,
+        z: Tensor | None,
+        activation: str | None,
+        need_y: bool,
+        need_bias: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if weight is not None and z is not None and activation is not None:
-            chosen = cost.linear_grad_input(_config(z), *z.shape, weight.shape[0], z.dtype, need_y)
+            chosen = cost.linear_grad_input(_config(z), *z.shape, weight.shape[0], z.dtype, need_y, need_bias)
             if chosen is not None and weight.stride(1) == grad_out.stride(1) == 1:
-                return gemm.linear_grad_input(grad_out, weight, z, activation, need_y, chosen)
-        return super().linear_grad_input(grad_out, weight, z, activation, need_y)
+                return gemm.linear_grad_input(grad_out, weight, z, activation, need_y, need_bias, chosen)
+        return super().linear_grad_input(grad_out, weight, z, activation, need_y, need_bias)
 
     def mix_weights_grad(self, grad_rows: Tensor, blocks: Sequence[int], args: MixArgs) -> Tensor:
         return mix_kernels.mix_weights_grad(grad_rows, blocks, args, _config(grad_rows).rows["mix_weights_grad"])

@@ -73,11 +73,12 @@ def linear(
 
 @lru_cache(maxsize=1024)
 def linear_grad_input(
-    config: Config, rows: int, columns: int, length: int, dtype: torch.dtype, need_y: bool
+    config: Config, rows: int, columns: int, length: int, dtype: torch.dtype, need_y: bool, need_bias: bool
 ) -> GemmConfig | None:
-    """The tile for ``linear_grad_input``; None for cuBLAS and elementwise kernels."""
-    # Both read Z and write dZ (and Y). Elementwise kernels move dY twice more, and read Z again for Y.
-    passes = pass_us(config, 2 * rows * columns, dtype) + (pass_us(config, rows * columns, dtype) if need_y else 0.0)
+    """The tile for ``linear_grad_input``; None for cuBLAS, elementwise kernels and a sum."""
+    # Both read Z and write dZ (and Y). Elementwise kernels move dY twice more, and read Z again for Y, dZ for its sum.
+    passes = pass_us(config, 2 * rows * columns, dtype)
+    passes += (need_y + need_bias) * pass_us(config, rows * columns, dtype)
     return _choose(
         config, "linear_grad_input", dtype, lambda gemm: product_us(config, rows, columns, length, gemm),
         cublas_us(config, rows, columns, length) + passes,

@@ -1,7 +1,7 @@
 """The GEMMs, each with what would otherwise be a pass over its operand or result.
 
     linear                       Y = act(X W^T + b), Z = X W^T + b if asked for                    (epilogue)
-    linear_grad_input            dZ = (dY W) * act'(Z), Y = act(Z) again if asked for              (epilogue)
+    linear_grad_input            dZ = (dY W) * act'(Z), Y = act(Z) and row partials of dZ if asked (epilogue)
     mix_weights_grad_of_linear   row partials of <dZ W[:, block], h_l>: dA is never stored         (epilogue)
     mix_linear                   Y = act(norm?(A) W^T + b), A read from the layers by the GEMM     (prologue)
 
@@ -164,11 +164,11 @@ def linear_kernel(
 
 @triton.jit
 def linear_grad_input_kernel(
-    grad_out, weight, z, grad_z, y, rows, columns, stride_grad, stride_w,
+    grad_out, weight, z, grad_z, y, partials, rows, columns, stride_grad, stride_w,
     K: tl.constexpr, ACTIVATION: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ``linear_grad_input``."""
+    """One tile of ``linear_grad_input``; ``partials`` gets its column sums, a row a tile of rows."""
     WIDTH: tl.constexpr = BLOCK_N // SLICES
     m, n = tile_of(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
     b_acc = gemm_tile(
@@ -183,7 +183,11 @@ def linear_grad_input_kernel(
         m_out = (o_m < rows)[:, None] & (o_n < columns)[None, :]
         b_z = tl.load(z + p_out, mask=m_out, other=0.0).to(tl.float32)
         b_y, b_slope = activate_grad(b_z, ACTIVATION)
-        tl.store(grad_z + p_out, cast(b_slices[s] * b_slope, grad_z.dtype.element_ty), mask=m_out)
+        b_grad = b_slices[s] * b_slope
+        tl.store(grad_z + p_out, cast(b_grad, grad_z.dtype.element_ty), mask=m_out)
+        if partials is not None:
+            b_sum = tl.sum(tl.where((o_m < rows)[:, None], b_grad, 0.0), axis=0)
+            tl.store(partials + (m // BLOCK_M).to(tl.int64) * columns + o_n, b_sum, mask=o_n < columns)
         if y is not None:
             tl.store(y + p_out, cast(b_y, y.dtype.element_ty), mask=m_out)
 
@@ -333,21 +337,22 @@ def linear(
 
 
 def linear_grad_input(
-    grad_out: Tensor, weight: Tensor, z: Tensor, activation: str, need_y: bool, config: GemmConfig
-) -> tuple[Tensor, Tensor | None]:
+    grad_out: Tensor, weight: Tensor, z: Tensor, activation: str, need_y: bool, need_bias: bool, config: GemmConfig
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``Backend.linear_grad_input`` with a weight and an activation."""
     rows, columns = z.shape
     grad_z = torch.empty_like(z)
     y = torch.empty_like(z) if need_y else None
+    partials = z.new_empty(triton.cdiv(rows, config.block_m), columns, dtype=torch.float32) if need_bias else None
     tma = config.tma and fits_tma(grad_out) and fits_tma(weight)
     launch(
         linear_grad_input_kernel, _tiles(config, rows, columns), z.device,
         _operand(grad_out, (config.block_m, config.block_k), tma),
         _operand(weight, (config.block_k, config.block_n), tma),
-        z, grad_z, y, rows, columns, grad_out.stride(0), weight.stride(0),
+        z, grad_z, y, partials, rows, columns, grad_out.stride(0), weight.stride(0),
         K=grad_out.shape[1], ACTIVATION=activation, TMA=tma, PRECISION=precision(z.dtype), **_options(config),
     )  # fmt: skip
-    return grad_z, y
+    return grad_z, y, None if partials is None else partials.sum(0).to(z.dtype)
 
 
 def mix_weights_grad_of_linear(

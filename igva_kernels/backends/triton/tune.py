@@ -177,7 +177,7 @@ def _gemm_job(name: str, batch: int) -> tuple[Callable[[GemmConfig], object], tu
         return lambda tile: gemm.linear(x, weight, bias, "gelu", True, tile), (m, HIDDEN, 2 * WIDTH)
     if name == "linear_grad_input":
         grad, weight, z = _random(m, HIDDEN), _random(HIDDEN, HIDDEN), _random(m, HIDDEN)
-        return lambda tile: gemm.linear_grad_input(grad, weight, z, "gelu", True, tile), (m, HIDDEN, HIDDEN)
+        return lambda tile: gemm.linear_grad_input(grad, weight, z, "gelu", True, True, tile), (m, HIDDEN, HIDDEN)
     if name == "mix_weights_grad_of_linear":
         grad, weight, args = _random(m, HIDDEN), _random(HIDDEN, 2 * WIDTH), _args(REDUCED, batch, 0)
         return lambda tile: gemm.mix_weights_grad_of_linear(grad, weight, (1,), args, tile), (m, WIDTH, HIDDEN)
