@@ -80,7 +80,9 @@ class LlavaDataset(Dataset):
             with PartialState().local_main_process_first():
                 if not os.path.exists(sentence_embeds):
                     embeds = embed_instructions(self.samples, sentence_encoder)
-                    save_file({"embeds": embeds}, sentence_embeds, metadata={"encoder": sentence_encoder})
+                    unfinished = f"{os.fspath(sentence_embeds)}.{os.getpid()}"  # another run may be reading
+                    save_file({"embeds": embeds}, unfinished, metadata={"encoder": sentence_encoder})
+                    os.replace(unfinished, sentence_embeds)
             self.embeds = load_file(sentence_embeds)["embeds"]
             if len(self.embeds) != len(self.samples):
                 raise ValueError(
