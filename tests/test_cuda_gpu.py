@@ -1,5 +1,5 @@
 """The CUDA backend on a GPU: values, compile, graphs, streams, devices, the same bits, no waiting; on Hopper the fused
-GEMM too, whose flags and ticket are hammered.
+GEMMs too, whose flags and ticket are hammered.
 
 `python tests/test_cuda_gpu.py` is a small run of every kernel for compute-sanitizer (memcheck, racecheck, synccheck).
 """
@@ -12,7 +12,8 @@ import torch
 import igva_kernels as ik
 from igva_kernels import MixPlan, verify
 from igva_kernels.backends.base import Keep, MixArgs
-from igva_kernels.backends.cuda import BACKEND, gemm
+from igva_kernels.backends.cuda import BACKEND, gemm, grad_gemm
+from igva_kernels.testing import assert_within_rule
 
 REASON = BACKEND.why_not(torch.device("cuda"), torch.bfloat16)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -46,9 +47,9 @@ def fused():
 
 
 class Block:
-    """The IGVA block at small widths, with everything that needs a gradient."""
+    """The IGVA block at small widths, with everything that needs a gradient; rows enough for every fused GEMM."""
 
-    def __init__(self, batch=4, tokens=33, width=128, hidden=264, dtype=torch.bfloat16, device="cuda", grad=True):
+    def __init__(self, batch=4, tokens=69, width=128, hidden=264, dtype=torch.bfloat16, device="cuda", grad=True):
         def normal(*shape, scale=1.0):
             return (torch.randn(*shape, device=device) * scale).to(dtype)
 
@@ -245,7 +246,7 @@ def test_a_layout_that_is_not_flat_takes_two_kernels(fused, monkeypatch):
     monkeypatch.setattr(gemm, "run", lambda *args: calls.append(args) or run(*args))
     block = Block(grad=False)
     flat = block()
-    padded = torch.empty(4, 34, 128, dtype=torch.bfloat16, device="cuda")[:, 1:]
+    padded = torch.empty(4, 70, 128, dtype=torch.bfloat16, device="cuda")[:, 1:]
     padded.copy_(block.states[-2])
     block.states[-2] = padded
     torch.testing.assert_close(block(), flat, rtol=2e-2, atol=2e-2)
@@ -261,6 +262,27 @@ def test_training_keeps_sums_and_z_of_the_fused_gemm(fused):
         torch.testing.assert_close(actual.float(), expected.float(), rtol=3e-2, atol=3e-3)
 
 
+@pytest.mark.parametrize("width", [768, 1024, 1152])
+def test_the_weight_gradient_in_the_product(fused, width, monkeypatch):
+    calls = []
+    run = grad_gemm.run
+    monkeypatch.setattr(grad_gemm, "run", lambda *args: calls.append(args) or run(*args))
+    plan = PLAN.reduced()[1]
+    args = MixArgs(
+        [torch.randn(8, 576, width, device="cuda").bfloat16() for _ in range(plan.num_states)], plan,
+        torch.rand(8, 4, device="cuda"), None, 0,
+    )  # fmt: skip
+    grad_z = torch.randn(8 * 576, 4096, device="cuda").bfloat16()
+    weight1 = (torch.randn(4096, 2 * width, device="cuda") / 64).bfloat16()
+    call = (grad_z, weight1, plan.weighted_blocks, args)
+    one, again = BACKEND.mix_weights_grad_of_linear(*call), BACKEND.mix_weights_grad_of_linear(*call)
+    assert len(calls) == 2 and torch.equal(one, again)
+    switch(False)
+    grad_rows = (grad_z.double() @ weight1[:, width:].double()).view(8, 576, width)
+    exact = torch.stack([(grad_rows * layer.double()).sum((1, 2)) for layer in args.layers[1:]], 1)
+    assert_within_rule(one, exact, BACKEND.mix_weights_grad_of_linear(*call), torch.bfloat16)
+
+
 def sanitize():
     """Every kernel once, at odd and even sizes; small, because a sanitizer is slow."""
     for fused_gemm in (False, True):
@@ -268,7 +290,7 @@ def sanitize():
             continue
         for width, hidden in ((128, 264), (59, 97)):
             for dtype in (torch.bfloat16, torch.float32):
-                Block(2, 21, width, hidden, dtype).step()
+                Block(width=width, hidden=hidden, dtype=dtype).step()
                 states = [torch.randn(2, 5, width, device="cuda").to(dtype).requires_grad_() for _ in range(3)]
                 weight = torch.randn(hidden, 2 * width, device="cuda").to(dtype)
                 norm = (torch.ones(2 * width, device="cuda").requires_grad_(), None, 1e-5)

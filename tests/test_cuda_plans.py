@@ -8,7 +8,7 @@ import torch
 
 from igva_kernels import MixPlan, dispatch
 from igva_kernels.backends.base import Keep, MixArgs
-from igva_kernels.backends.cuda import gemm, launch, programs
+from igva_kernels.backends.cuda import gemm, grad_gemm, launch, programs
 
 IGVA = MixPlan.igva(6, 3)
 
@@ -168,6 +168,36 @@ def test_the_fused_gemm_is_off_until_it_is_switched_on(monkeypatch):
     gemm.why_not_device.cache_clear()
     assert gemm.SWITCH in gemm.why_not_device(0)
     gemm.why_not_device.cache_clear()
+
+
+# ---- the weight gradient in the product ----
+
+
+def grad_why_not(rows=64, depth=64, width=64, columns=3, dtype=torch.bfloat16, pad=0):
+    plan = MixPlan.weighted_sum(range(columns), columns, columns + 1)
+    layers = [torch.zeros(1, rows, width + pad, dtype=dtype)[..., pad:] for _ in range(columns + 1)]
+    grad_z = torch.zeros(rows, depth, dtype=dtype)
+    weight = torch.zeros(depth, plan.num_blocks * width, dtype=torch.bfloat16)
+    return grad_gemm.why_not(grad_z, weight, plan.weighted_blocks, MixArgs(layers, plan, None, None, 0))
+
+
+def test_the_weight_gradient_in_the_product_serves_what_it_can_and_says_why_not():
+    assert grad_why_not() is None
+    assert "float32" in grad_why_not(dtype=torch.float32)
+    assert "pays from 72 on" in grad_why_not(depth=72)
+    assert "64 weighted entries" in grad_why_not(columns=65)
+    for shapes in ({"depth": 60}, {"width": 60}, {"pad": 1}):
+        assert "16 bytes" in grad_why_not(**shapes)
+
+
+def test_the_dots_of_a_block_come_column_by_column():
+    plan = MixPlan((((0, 1, 0.5), (1, 0, 2.0), (2, 1, -1.0)), ((1, 0, 3.0), (0, None, 1.0))), 3)
+    assert grad_gemm.dots(plan, 0) == [(0, 1, 0, 2.0), (0, 0, 1, 0.5), (0, 2, 1, -1.0)]
+    assert grad_gemm.dots(plan, 1) == [(0, 1, 0, 3.0)]
+
+
+def test_a_row_has_a_partial_a_tile():
+    assert [grad_gemm.slots(width) for width in (8, 256, 264, 1024, 1152)] == [1, 1, 2, 4, 5]
 
 
 # ---- who serves a call ----

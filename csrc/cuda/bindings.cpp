@@ -158,10 +158,8 @@ void run_activation_grad(DType dtype, Activation kind, int64_t rows, int64_t col
 // (block, layer, column, scale)
 using DotTuple = std::tuple<int, int, int, double>;
 
-void run_mix_weights_grad(DType grad_dtype, DType in, const View& grad, const std::vector<LayerTuple>& layers,
-                          const std::vector<DotTuple>& dots, Address image_index, int64_t images, int64_t batch,
-                          int64_t patches, int64_t width, int64_t chunk, int64_t columns, Address partials, Address out,
-                          bool vector, Address stream) {
+DotsParams dots_params(const std::vector<LayerTuple>& layers, const std::vector<DotTuple>& dots, Address image_index,
+                       int64_t images, int64_t batch, int64_t patches, int64_t width, int64_t columns, Address partials) {
   check_capacity(dots.size(), max_dots, "weighted entries over the reduced sources");
   DotsParams params = {};
   for (const auto& [block, layer, column, scale] : dots) {
@@ -176,11 +174,19 @@ void run_mix_weights_grad(DType grad_dtype, DType in, const View& grad, const st
   count32(batch * patches);
   params.num_patches = int32_t(patches);
   params.width = int32_t(width);
+  params.partials = static_cast<double*>(pointer(partials));
+  return params;
+}
+
+void run_mix_weights_grad(DType grad_dtype, DType in, const View& grad, const std::vector<LayerTuple>& layers,
+                          const std::vector<DotTuple>& dots, Address image_index, int64_t images, int64_t batch,
+                          int64_t patches, int64_t width, int64_t chunk, int64_t columns, Address partials, Address out,
+                          bool vector, Address stream) {
+  DotsParams params = dots_params(layers, dots, image_index, images, batch, patches, width, columns, partials);
   params.chunk = int32_t(chunk);
   params.grad = pointer(std::get<0>(grad));
   params.grad_batch_stride = std::get<1>(grad);
   params.grad_token_stride = std::get<2>(grad);
-  params.partials = static_cast<double*>(pointer(partials));
   params.grad_weights = pointer(out);
   check(mix_weights_grad(params, grad_dtype, in, vector, pointer(stream)));
 }
@@ -260,6 +266,22 @@ void run_gemm_sm90(DType dtype, const std::vector<TapTuple>& taps, const std::ve
   params.flags = static_cast<int32_t*>(pointer(flags));
   check(gemm_sm90(params, dtype, pointer(stream)));
 }
+
+// One block of the gradient of the mixed row: `weight` is that block, transposed [D, H]; `dots` are sorted by column.
+void run_mix_weights_grad_sm90(DType dtype, Address grad_z, int64_t grad_stride, Address weight, int64_t depth,
+                               const std::vector<LayerTuple>& layers, const std::vector<DotTuple>& dots,
+                               Address image_index, int64_t images, int64_t batch, int64_t patches, int64_t width,
+                               int64_t columns, Address partials, int64_t slots, int grid, Address stream) {
+  GradGemmParams params = {};
+  params.dots = dots_params(layers, dots, image_index, images, batch, patches, width, columns, partials);
+  check(describe_matrix(&params.grad_z, dtype, pointer(grad_z), batch * patches, depth, grad_stride, gemm_tile_m));
+  check(describe_matrix(&params.weight, dtype, pointer(weight), width, depth, depth, gemm_tile_n / gemm_cluster));
+  params.rows = int32_t(batch * patches);
+  params.depth = int32_t(depth);
+  params.slots = int32_t(slots);
+  params.grid = grid;
+  check(mix_weights_grad_sm90(params, dtype, pointer(stream)));
+}
 #endif
 
 } // namespace
@@ -295,5 +317,6 @@ PYBIND11_MODULE(IGVA_CUDA_MODULE, m) {
                                  py::arg("tile_k") = gemm_tile_k, py::arg("cluster") = gemm_cluster,
                                  py::arg("taps") = gemm_max_taps);
   m.def("gemm_sm90", run_gemm_sm90);
+  m.def("mix_weights_grad_sm90", run_mix_weights_grad_sm90);
 #endif
 }

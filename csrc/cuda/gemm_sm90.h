@@ -1,4 +1,4 @@
-// Parameters and host side of the Hopper GEMM (gemm_sm90.cu).
+// Parameters and host side of the Hopper GEMMs (gemm_sm90.cu, mix_weights_grad_sm90.cu).
 #pragma once
 
 #include <cuda.h>
@@ -43,6 +43,20 @@ struct GemmParams {
 static_assert(sizeof(GemmParams) <= 32764);
 
 int gemm_sm90(const GemmParams& params, DType dtype, Stream stream);
+
+// partials[m, slot, c] = sum over the dots e of column c and the columns n of one tile of scale_e * dA[m, n] * layer_e[m, n],
+// dA = grad_z * weight^T being one block of the gradient of the mixed row.
+struct GradGemmParams {
+  CUtensorMap grad_z; // [M, H]
+  CUtensorMap weight; // [D, H]: the block of the weight, transposed
+  int32_t rows;       // M
+  int32_t depth;      // H
+  int32_t slots;      // of a row of partials; `dots.partials` is the first of this block
+  int32_t grid;
+  DotsParams dots; // sorted by column; chunk, grad and grad_weights are not used
+};
+
+int mix_weights_grad_sm90(const GradGemmParams& params, DType dtype, Stream stream);
 
 // Describes a row-major matrix [rows, columns] of 2-byte elements to the copy engine, in boxes of box_rows x 64 columns
 // with the 128-byte swizzle. Returns a driver error.

@@ -7,6 +7,7 @@
 #include "mix.cu"
 #include "mix_norm.cu"
 #include "mix_weights_grad.cu"
+#include "mix_weights_grad_sm90.cu"
 #include "norm_grad.cu"
 
 #include "runtime.h"

@@ -1,4 +1,4 @@
-"""The backend for CUDA tensors: kernels in C++ around torch's GEMMs, and a fused GEMM on Hopper."""
+"""The backend for CUDA tensors: kernels in C++ around torch's GEMMs, and fused GEMMs on Hopper."""
 
 from igva_kernels.backends.cuda.backend import CudaBackend
 

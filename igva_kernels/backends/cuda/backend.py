@@ -18,7 +18,7 @@ from igva_kernels.backends.base import (
     Signature,
     accumulation_dtype,
 )
-from igva_kernels.backends.cuda import gemm, launch, programs
+from igva_kernels.backends.cuda import gemm, grad_gemm, launch, programs
 from igva_kernels.reference import Norm
 
 
@@ -137,6 +137,14 @@ class CudaBackend(Backend):
             )  # fmt: skip
         return grad
 
+    def mix_weights_grad_of_linear(
+        self, grad_z: Tensor, weight1: Tensor, blocks: Sequence[int], args: MixArgs
+    ) -> Tensor:
+        """``mix_weights_grad`` of ``grad_rows = grad_z @ weight1``, which one kernel never stores. See ``Backend``."""
+        if _why_not_device(grad_z) is not None or grad_gemm.why_not(grad_z, weight1, blocks, args) is not None:
+            return super().mix_weights_grad_of_linear(grad_z, weight1, blocks, args)
+        return grad_gemm.run(grad_z, weight1, blocks, args)
+
     def layer_grads(
         self,
         grad_rows: Tensor,
@@ -193,8 +201,7 @@ class CudaBackend(Backend):
         keep: Keep,
     ) -> str | None:
         """None if one kernel mixes and multiplies at once, otherwise why ``project`` takes two."""
-        index = args.layers[0].device.index
-        return gemm.why_not_device(-1 if index is None else index) or gemm.why_not(
+        return _why_not_device(args.layers[0]) or gemm.why_not(
             args, norm, weights.weight1, weights.bias1, activation, keep
         )
 
@@ -217,6 +224,12 @@ class CudaBackend(Backend):
                 z = out
             out = F.linear(out, weights.weight2, weights.bias2)
         return out.view(args.num_rows, args.num_patches, out.shape[-1]), Mixed(None, sums, None, None), z
+
+
+def _why_not_device(tensor: Tensor) -> str | None:
+    """None if the fused GEMMs run where the tensor is, otherwise why not."""
+    index = tensor.device.index
+    return gemm.why_not_device(-1 if index is None else index)
 
 
 def _new_sums(args: MixArgs) -> list[Tensor]:

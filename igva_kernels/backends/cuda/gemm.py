@@ -22,7 +22,7 @@ from igva_kernels.reference import Norm
 TILE_M, TILE_N, TILE_K, CLUSTER, MAX_TAPS = 128, 256, 64, 2, 8
 
 SWITCH = "IGVA_KERNELS_FUSED_GEMM"
-"""Environment variable that switches the kernel on: it stays off until it has been measured on a card."""
+"""Environment variable that switches the fused GEMMs on: they stay off until they have been measured on a card."""
 
 Operands = tuple[int, int, int, bool]
 """A block of A: (tensor map, first column there, position in the mixed row, whether it is mixed)."""
