@@ -138,11 +138,11 @@ def test_an_upgraded_llava_answers_at_first_as_the_original(tmp_path, given):
 
 
 def test_an_upgrade_prints_nothing_and_leaves_transformers_as_talkative_as_it_was(capfd):
-    source, verbosity = llava(), logging.get_verbosity()
+    source, settings = llava(), (logging.get_verbosity(), logging.is_progress_bar_enabled())
     LlavaIgvaForConditionalGeneration.from_llava(source, **SMALL)
     printed = capfd.readouterr()
     assert printed.out + printed.err == ""
-    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (verbosity, True)
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == settings
 
 
 def test_weights_that_do_not_make_the_model_are_named():
