@@ -96,7 +96,7 @@ def check(built, capability):
     assert not [line for line in products if "xi32>" in line]
 
 
-@pytest.mark.parametrize(("capability", "name", "i"), shipped_tiles())
+@pytest.mark.parametrize(("capability", "name", "i"), [*shipped_tiles()])
 def test_gemm(capability, name, i, monkeypatch):
     tile = config.shipped(ARCHITECTURES[capability]).gemms[name][i]
     (launch,) = record(monkeypatch, lambda: GEMMS[name](tile))
