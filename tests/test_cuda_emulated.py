@@ -31,6 +31,12 @@ def emulated(monkeypatch):
     programs.program.cache_clear()
 
 
+def test_the_host_plans_with_the_constants_of_the_kernels(emulated):
+    planned = {"tile_m": gemm.TILE_M, "tile_n": gemm.TILE_N, "tile_k": gemm.TILE_K, "cluster": gemm.CLUSTER}
+    assert planned | {"taps": gemm.MAX_TAPS} == emulated.GEMM_SM90
+    assert emulated.LIMITS["dots"] == grad_gemm.MAX_DOTS
+
+
 def judge(case, dtype):
     for row in verify.judge(case, dtype, ["cuda"], "cpu"):
         assert row.ok, str(row.worst)
