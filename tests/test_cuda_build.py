@@ -18,7 +18,7 @@ pytestmark = [
 PORTABLE = ["activation", "layer_grads", "mix", "mix_norm", "mix_weights_grad", "norm_grad"]
 ARCHS = ["80", "86", "89", "90a", "100a", "120"]
 
-BUDGET = {"mix": 80, "mix_norm": 80, "norm_grad": 64, "activation": 48, "mix_weights_grad": 64, "layer_grads": 64}
+BUDGET = {"mix": 80, "mix_norm": 80, "norm_grad": 64, "activation": 64, "mix_weights_grad": 64, "layer_grads": 64}
 """Registers of the 16-byte kernels in fp32 and 16 bits; with 256 threads, 80 leave three blocks on a multiprocessor."""
 
 COLD = r"kernelId|Li1E"
