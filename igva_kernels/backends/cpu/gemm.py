@@ -20,7 +20,7 @@ from torch import Tensor
 BLOCK_ROWS = 384
 """Rows of a block: its operands stay in the cache, and packing the weight again for every block costs little."""
 
-TILED_BLOCK_ROWS = 2048
+TILED_BLOCK_ROWS = 1024
 """The most rows of a block where tiles of the weight are copied for every block."""
 
 TILE_BYTES = 8 << 20
