@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from benchmarks.workloads import CLIP_L, HIDDEN, Model
+from benchmarks.workloads import CLIP_L, DISTINCT_IMAGES, HIDDEN, Model
 from igva_kernels.models import LlavaIgvaConfig, LlavaIgvaForConditionalGeneration, LlavaIgvaModel
 from igva_kernels.nn import column_summaries
+from igva_kernels.plan import MixPlan
 from igva_kernels.streaming import stream_hidden_states
 
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
@@ -44,13 +46,16 @@ class ModelInputs(NamedTuple):
     pixels: Tensor
     sentences: Tensor
     optimizer: torch.optim.Optimizer
+    states: Sequence[Tensor]
+    """The tower's, where a task begins with them."""
     encoded: Any
     """The image, encoded before."""
 
     def double(self) -> ModelInputs:
         """The same numbers in fp64."""
         model = copy.deepcopy(self.model).double()
-        return ModelInputs(model, self.pixels.double(), self.sentences.double(), _optimizer(model), None)
+        states = [state.double() for state in self.states]
+        return ModelInputs(model, self.pixels.double(), self.sentences.double(), _optimizer(model), states, None)
 
 
 def draw(workload: Model, device: str) -> ModelInputs:
@@ -64,10 +69,17 @@ def draw(workload: Model, device: str) -> ModelInputs:
     model = LlavaIgvaForConditionalGeneration(config).eval().to(device, workload.torch_dtype)
     side = vision["image_size"]
     rows = max(workload.batch, workload.questions)
-    pixels = torch.randn(workload.batch, 3, side, side).to(device, workload.torch_dtype)
+    few = min(workload.batch, DISTINCT_IMAGES)
+    pixels = torch.randn(few, 3, side, side).repeat(workload.batch // few, 1, 1, 1).to(device, workload.torch_dtype)
     sentences = torch.randn(rows, config.sentence_embed_dim).to(device, workload.torch_dtype)
-    encoded = model.encode_images(pixels) if workload.task == "another question" else None
-    return ModelInputs(model, pixels, sentences, _optimizer(model), encoded)
+    states: Sequence[Tensor] = ()
+    encoded = None
+    if workload.task == "connector":
+        with torch.no_grad():
+            states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    elif workload.task == "another question":
+        encoded = model.encode_images(pixels)
+    return ModelInputs(model, pixels, sentences, _optimizer(model), states, encoded)
 
 
 def _optimizer(model: LlavaIgvaForConditionalGeneration) -> torch.optim.Optimizer:
@@ -94,13 +106,26 @@ def tower(inputs: ModelInputs, impl: str, mode: str | None = "group") -> Results
     if mode != "layer":
         tokens = model.get_image_features(inputs.pixels, inputs.sentences).pooler_output
         return {"visual tokens": torch.stack(list(tokens))}
-    projector = model.multi_modal_projector
-    with stream_hidden_states(model.vision_tower, projector.plan, mode=mode, impl=impl) as stream:
+    with stream_hidden_states(model.vision_tower, model.multi_modal_projector.plan, mode=mode, impl=impl) as stream:
         model.vision_tower(inputs.pixels)
+    return _connect(model, stream.sources, stream.plan, inputs.sentences, impl)
+
+
+@torch.no_grad()
+def connector(inputs: ModelInputs, impl: str) -> Results:
+    """From the tower's states to visual tokens: group CLS, allocator, connector."""
+    model = _tell(inputs.model, impl)
+    plan = model.multi_modal_projector.plan.resolve(len(inputs.states))
+    return _connect(model, inputs.states, plan, inputs.sentences, impl)
+
+
+def _connect(
+    model: LlavaIgvaModel, states: Sequence[Tensor], plan: MixPlan, sentences: Tensor, impl: str
+) -> Results:  # fmt: skip
     assert model.weight_allocator is not None
-    summaries = column_summaries(stream.sources, stream.plan, model.config.vision_has_cls, impl)
-    weights = model.weight_allocator(inputs.sentences, summaries)
-    return {"visual tokens": projector(stream.sources, weights, plan=stream.plan)}
+    summaries = column_summaries(states, plan, model.config.vision_has_cls, impl)
+    weights = model.weight_allocator(sentences, summaries)
+    return {"visual tokens": model.multi_modal_projector(states, weights, plan=plan)}
 
 
 @torch.no_grad()
@@ -150,5 +175,6 @@ def training_step(inputs: ModelInputs, impl: str) -> Results:
 
 
 TASKS = {
-    "tower": tower, "questions": questions, "another question": another_question, "training step": training_step,
+    "tower": tower, "connector": connector, "questions": questions, "another question": another_question,
+    "training step": training_step,
 }  # fmt: skip

@@ -7,10 +7,10 @@ floor returns nothing that could be judged, and shows how fast the machine does 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -98,10 +98,17 @@ def _of_connector(workload: Connector, device: str) -> list[Provider]:
     return [*found, products]
 
 
+_COMPILED: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
+    ("igva-2", "forward"): {"cpu": (2,), "cuda": (1, 4, 16, 64, 128)},
+    ("igva-2", "both"): {"cpu": (2,), "cuda": (16, 64)},
+    ("igva-2-mix", "forward"): {"cpu": (2,), "cuda": (16,)},
+}
+"""By workload and mode, the batches at which compiled forms are measured: compiling takes some 10 s each."""
+
+
 def _worth_compiling(workload: Connector, device: str) -> bool:
-    """Compiling takes some 10 s: only the main workloads, at sizes that tell."""
-    sizes = (2,) if device == "cpu" else (16, 64)
-    return workload.name in ("igva-2", "igva-2-mix") and workload.batch in sizes and workload.mode != "backward"
+    trains_in_fp32 = workload.mode == "both" and workload.dtype == "fp32"  # adds bias gradients in too long a chain
+    return workload.batch in _COMPILED.get((workload.name, workload.mode), {}).get(device, ()) and not trains_in_fp32
 
 
 def bind(workload: Connector, forward: Callable[[Inputs], Tensor], inputs: Inputs) -> Bound:
@@ -203,30 +210,39 @@ def library_products(device: str, dtype: torch.dtype) -> Mapping[str, tuple[torc
     return ways
 
 
-def fastest_products(
-    device: str, dtype: torch.dtype, sizes: list[tuple[int, int, int]]
+TRIAL = (1024, 4096, 2048)
+"""``(m, n, k)`` of the product by which the fastest library is found."""
+
+
+def products(
+    device: str, dtype: torch.dtype, sizes: Sequence[tuple[int, int, int]]
 ) -> tuple[str, Callable[[], list[Tensor]]]:
-    """Products of these sizes by the way that is fastest here, and its name."""
-    found: dict[str, Callable[[], list[Tensor]]] = {}
-    for name, (taken, multiply) in library_products(device, dtype).items():
-        operands = [
-            (torch.randn(m, k, device=device).to(taken), torch.randn(n, k, device=device).to(taken))
-            for m, n, k in sizes
-        ]
+    """Products of these sizes by the library that is fastest here, and its name."""
+    name = _fastest_library(device, dtype)
+    taken, multiply = library_products(device, dtype)[name]
+    operands = [_operands(size, device, taken) for size in sizes]
 
-        def call(multiply: Callable[..., Tensor] = multiply, operands: Any = operands) -> list[Tensor]:
-            with torch.no_grad():
-                return [multiply(x, weight) for x, weight in operands]
+    def call() -> list[Tensor]:
+        with torch.no_grad():
+            return [multiply(x, weight) for x, weight in operands]
 
-        found[name] = call
-    if len(found) == 1:
-        return next(iter(found.items()))
+    return name, call
+
+
+@cache
+def _fastest_library(device: str, dtype: torch.dtype) -> str:
+    ways = library_products(device, dtype)
     seconds: dict[str, float] = {}
-    for name, products in found.items():
+    for name, (taken, multiply) in ways.items() if len(ways) > 1 else ():
         with suppress(RuntimeError):  # oneDNN has no fp16 on a CPU without instructions for it
-            seconds[name] = min(_seconds(products) for _ in range(2))
-    best = min(seconds, key=lambda name: seconds[name])
-    return best, found[best]
+            operands = _operands(TRIAL, device, taken)
+            seconds[name] = min(_seconds(partial(multiply, *operands)) for _ in range(3))
+    return min(seconds, key=lambda name: seconds[name]) if seconds else next(iter(ways))
+
+
+def _operands(size: tuple[int, int, int], device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    m, n, k = size
+    return torch.randn(m, k, device=device).to(dtype), torch.randn(n, k, device=device).to(dtype)
 
 
 def _mm(x: Tensor, weight: Tensor) -> Tensor:
@@ -240,7 +256,7 @@ def _seconds(call: Call) -> float:
 
 
 def _products(workload: Connector, inputs: Inputs) -> Bound:
-    name, call = fastest_products(inputs.grad_out.device.type, workload.torch_dtype, workload.products())
+    name, call = products(inputs.grad_out.device.type, workload.torch_dtype, workload.products())
     return Bound(call, note=name)
 
 
@@ -255,8 +271,10 @@ def _copy(workload: Connector, inputs: Inputs) -> Bound:
 
 
 def _of_model(workload: Model, device: str) -> list[Provider]:
+    graph = workload.task == "connector"  # what ends with the tower's last kernel and makes nothing from Python
+
     def provider(name: str, label: str, call: Callable[..., Any], is_floor: bool = False, **options: Any) -> Provider:
-        return Provider(name, label, lambda inputs: Bound(lambda: call(inputs, **options)), is_floor, in_graph=False)
+        return Provider(name, label, lambda inputs: Bound(lambda: call(inputs, **options)), is_floor, graph)
 
     from benchmarks import models  # needs transformers, which the connectors do without
 

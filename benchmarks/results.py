@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 
 from benchmarks.measure import ROOT, Figures
+from benchmarks.providers import PLAIN
 from benchmarks.workloads import Connector
 from igva_kernels import info
 
@@ -239,10 +240,17 @@ class Change(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """ "same" where the stated spreads of the times overlap."""
-        if self.after.ms_p20 > self.before.ms_p80:
+        """ "same" where the stated spreads overlap: of the times, or of the speed-ups over plain torch.
+
+        What the machine does to a whole run changes the times and not the speed-ups; noise in plain torch alone changes
+        the speed-ups and not the times.
+        """
+        before, after = self
+        slower_than_plain = after.provider == PLAIN or after.speedup_p80 < before.speedup_p20
+        faster_than_plain = after.provider == PLAIN or after.speedup_p20 > before.speedup_p80
+        if after.ms_p20 > before.ms_p80 and slower_than_plain:
             return "slower"
-        return "faster" if self.after.ms_p80 < self.before.ms_p20 else "same"
+        return "faster" if after.ms_p80 < before.ms_p20 and faster_than_plain else "same"
 
 
 def compare(earlier: Sequence[Row], after: Sequence[Row], name: str) -> list[Change]:

@@ -187,7 +187,7 @@ def test_more_images_than_are_drawn_repeat_in_memory_of_their_own():
     assert len({copy.layers[1].data_ptr() for copy in copies}) == 3
 
 
-@pytest.mark.parametrize("task", ["tower", "questions", "another question", "training step"])
+@pytest.mark.parametrize("task", ["tower", "connector", "questions", "another question", "training step"])
 def test_the_tasks_of_the_model(task):
     mode = "both" if task == "training step" else "forward"
     workload = workloads.Model(name=task, dtype="fp32", batch=1, mode=mode, task=task, size="tiny",
@@ -237,11 +237,11 @@ def test_rounds_interleave_and_rotate():
     ticks = Ticks()
     calls = {"a": [lambda: "a0", lambda: "a1"], "b": [lambda: "b0", lambda: "b1"]}
     times = ticks.in_turn(calls, budget=0.0, least=3, most=9)
-    warm, rounds = ticks.order[:4], ticks.order[4:]
-    assert warm == ["a0", "a1", "b0", "b1"]
+    warm, rounds = ticks.order[:2], ticks.order[2:]
+    assert warm == ["a1", "b1"]  # the first copies ran in their check
     assert rounds == ["a0", "b0", "|", "b1", "a1", "|", "a0", "b0", "|"]
-    assert times["a"] == [5.0, 9.0, 11.0]
-    assert times["b"] == [6.0, 8.0, 12.0]
+    assert times["a"] == [3.0, 7.0, 9.0]
+    assert times["b"] == [4.0, 6.0, 10.0]
 
 
 def test_inputs_are_rotated_until_they_exceed_the_cache():
@@ -320,12 +320,20 @@ def test_errors_and_what_does_not_apply(rows):
 
 
 def test_comparison_with_an_earlier_revision(rows):
-    now = [replace(row, date="2026-02-01T00:00:00Z", revision="0123456789") for row in rows[:3]]
-    now[1] = replace(now[1], ms=now[1].ms * 9, ms_p20=now[1].ms_p20 * 9, ms_p80=now[1].ms_p80 * 9)
-    now[2] = replace(now[2], ms=now[2].ms / 9, ms_p20=now[2].ms_p20 / 9, ms_p80=now[2].ms_p80 / 9)
+    def times(row, factor, speedup=1.0):
+        """What another run found: so many times the time, and so many times the speed-up over plain torch."""
+        scaled = {f"ms{q}": getattr(row, f"ms{q}") * factor for q in ("", "_p20", "_p80")}
+        scaled |= {f"speedup{q}": getattr(row, f"speedup{q}") * speedup for q in ("", "_p20", "_p80")}
+        return replace(row, date="2026-02-01T00:00:00Z", revision="0123456789", **scaled)
+
+    plain, fused, other = rows[:3]
+    assert plain.provider == "plain"
+    now = [times(plain, 1), times(fused, 99, 1 / 99), times(other, 1 / 99, 99)]
     changes = results.compare(rows, now, "abcdef")
     assert [change.verdict for change in changes] == ["same", "slower", "faster"]
-    assert changes[1].ratio == pytest.approx(9)
+    assert changes[1].ratio == pytest.approx(99)
+    slow_machine = [times(plain, 99), times(fused, 99), times(other, 1, 99)]
+    assert [c.verdict for c in results.compare(rows, slow_machine, "abcdef")] == ["slower", "same", "same"]
     older = [replace(row, date="2025-01-01T00:00:00Z", ms=1e9) for row in rows]
     assert results.compare([*older, *rows], now, "abcdef")[0].before.ms == rows[0].ms  # the newest of that revision
     with pytest.raises(ValueError, match="no row of revision fedcba"):
