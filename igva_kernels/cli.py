@@ -91,10 +91,12 @@ def _verify(args: argparse.Namespace) -> int:
     print("relative error against fp64; right is: error <= 2 x plain torch's error + eps/2\n")
     print(line.format("case", "dtype", "backend", "result", "error", "plain", "budget", ""))
     cases = failed = 0
+    devices = set()
     try:
         for row in verify(args.backend or (), args.dtype or (), args.quick):
             cases += 1
             failed += not row.ok
+            devices.add(row.device)
             for verdict in row.verdicts if args.verbose else [row.worst]:
                 numbers = (f"{x:.2e}" for x in (verdict.error, verdict.plain, verdict.budget))
                 backend, answer = f"{row.backend} on {row.device}", "ok" if verdict.ok else "WRONG"
@@ -105,7 +107,7 @@ def _verify(args: argparse.Namespace) -> int:
     if not cases:
         print("no kernel backend can run here; see igva-kernels info", file=sys.stderr)
         return 2
-    slow = [dtype for dtype in DTYPES if is_slow(dtype, "cpu")]
+    slow = [dtype for dtype in DTYPES if "cpu" in devices and is_slow(dtype, "cpu")]
     if slow and not args.dtype and not args.quick:
         print(f"\nleft out: {' and '.join(slow)} at real shapes, where plain torch needs minutes a case on this CPU; "
               f"--dtype asks for it")  # fmt: skip
