@@ -72,11 +72,10 @@ def compile_cubin(source, arch, folder):
     return cubin
 
 
-def usage(cubin):
-    """What every kernel of a cubin uses, by mangled name."""
-    said = subprocess.run(
-        [cuobjdump(), "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True
-    )
+def usage(binary, *options):
+    """What every kernel of a cubin or a module uses, by mangled name."""
+    command = [cuobjdump(), "--dump-resource-usage", *options, str(binary)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
     pattern = r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
     return {name: Usage(*map(int, numbers)) for name, *numbers in re.findall(pattern, said.stdout)}
 

@@ -85,10 +85,7 @@ __device__ void mix_rows(const GemmParams& params, const Tiles& tiles, int lane)
     }
     ptx::proxy_fence();
     __syncwarp();
-    if (lane == 0) {
-      __threadfence();
-      ptx::add_release(params.flags + 1 + first / gemm_tile_m, 1);
-    }
+    if (lane == 0) ptx::add_release(params.flags + 1 + first / gemm_tile_m, 1);
   }
 }
 

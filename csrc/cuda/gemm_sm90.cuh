@@ -101,8 +101,8 @@ __device__ inline void multiply(const Tiles& tiles, const Ring& ring, int steps,
     int before = -1; // the stage that is being read by products under way
     for (int step = 0; step < steps; ++step, stage.next()) {
       ptx::barrier_wait(ring.full(stage.index), stage.parity);
-      const uint64_t a = ptx::matrix(ring.a(stage.index) + warpgroup * (a_bytes / 2));
-      const uint64_t b = ptx::matrix(ring.b(stage.index));
+      const uint64_t a = ptx::matrix(ptx::shared_address(ring.a(stage.index)) + warpgroup * (a_bytes / 2));
+      const uint64_t b = ptx::matrix(ptx::shared_address(ring.b(stage.index)));
       ptx::product_fence();
 #pragma unroll
       for (int k = 0; k < gemm_tile_k / 16; ++k) ptx::product<T>(d, a + 2 * k, b + 2 * k); // 32 bytes on, in units of 16

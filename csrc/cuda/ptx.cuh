@@ -2,15 +2,25 @@
 // register reallocation. One wrapper an instruction.
 #pragma once
 
-#ifdef IGVA_EMULATION
-#include "ptx_emulation.h"
-#else
-
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
+
+namespace igva::cuda::ptx {
+
+// A matrix at an address in shared memory, K-major, in rows of 128 bytes with the 128-byte swizzle; groups of 8 rows are
+// adjacent. Fields: address / 16, offset between columns / 16 (not used here), between groups of rows / 16, kind of swizzle.
+__device__ inline uint64_t matrix(uint32_t address) {
+  return uint64_t((address & 0x3ffff) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+
+} // namespace igva::cuda::ptx
+
+#ifdef IGVA_EMULATION
+#include "ptx_emulation.h"
+#else
 
 namespace igva::cuda::ptx {
 
@@ -25,13 +35,14 @@ __device__ inline void barrier_init(uint64_t* barrier, int arrivals) {
 // Makes initialised barriers visible to the copy engine.
 __device__ inline void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-// Arrives at the barrier that block `rank` of the cluster keeps at the same place.
+// Arrives at the barrier that block `rank` of the cluster keeps at the same place. What it orders is reads of finished
+// products before a copy. No ordinary store: to release at the scope of the cluster would wait for L2, each time.
 __device__ inline void barrier_arrive(uint64_t* barrier, uint32_t rank) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}\n" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");
@@ -44,13 +55,14 @@ __device__ inline void barrier_arrive_expecting(uint64_t* barrier, uint32_t byte
                : "memory");
 }
 
-// Waits until the phase of this parity is complete.
+// Waits until the phase of this parity is complete. Copies are visible then; to acquire at the scope of the cluster would
+// empty the L1 cache, each time.
 __device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred complete;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%0], %1;\n"
+      "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 complete, [%0], %1;\n"
       "@!complete bra again;\n"
       "}\n" ::"r"(shared_address(barrier)),
       "r"(parity)
@@ -132,12 +144,6 @@ __device__ inline void product_wait(float (&d)[128]) {
 #pragma unroll
     for (int i = 0; i < 128; ++i) asm volatile("" : "+f"(d[i])::"memory");
   }
-}
-
-// A matrix in shared memory, K-major, in rows of 128 bytes with the 128-byte swizzle; groups of 8 rows are adjacent.
-__device__ inline uint64_t matrix(const void* pointer) {
-  return uint64_t((shared_address(pointer) & 0x3ffff) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 |
-         uint64_t(1) << 62;
 }
 
 // d [64 x 256] += a [64 x 16] * b [256 x 16]^T, asynchronously. Thread t of the warpgroup holds, for j < 32 and h < 2,
