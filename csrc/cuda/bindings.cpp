@@ -50,8 +50,9 @@ int32_t count32(int64_t count) {
   return int32_t(count);
 }
 
-void check(int error) {
-  if (error != 0) throw std::runtime_error(std::string("igva_kernels: CUDA launch failed: ") + error_name(error));
+void check(int error, const char* what) {
+  if (error == 0) return;
+  throw std::runtime_error(std::string("igva_kernels: CUDA fails at ") + what + ": " + error_name(error));
 }
 
 void fill_layers(Layer* layers, const std::vector<LayerTuple>& tuples, int64_t skip, int64_t element) {
@@ -119,7 +120,8 @@ void run_mix(const MixProgram& program, const std::vector<LayerTuple>& layers, i
              const WeightsTuple& weights, Address image_index, int64_t images, int64_t batch, int64_t patches,
              int64_t width, Address rows, DType out, const std::vector<Address>& sums, bool vector, Address stream) {
   check(mix(mix_params(program, layers, skip, in, weights, image_index, images, batch, patches, width, rows, out, sums),
-            in, vector, pointer(stream)));
+            in, vector, pointer(stream)),
+        "mix");
 }
 
 void run_mix_norm(const MixProgram& program, const std::vector<LayerTuple>& layers, int64_t skip, DType in,
@@ -131,7 +133,7 @@ void run_mix_norm(const MixProgram& program, const std::vector<LayerTuple>& laye
                            pointer(raw_rows),    pointer(mean),      pointer(rstd)};
   check(mix_norm(
       mix_params(program, layers, skip, in, weights, image_index, images, batch, patches, width, rows, out, sums), norm,
-      in, vector, pointer(stream)));
+      in, vector, pointer(stream)), "mix_norm");
 }
 
 void run_norm_grad(DType dtype, int64_t rows, int64_t width, Address grad, Address row_values, Address mean, Address rstd,
@@ -140,11 +142,11 @@ void run_norm_grad(DType dtype, int64_t rows, int64_t width, Address grad, Addre
   const NormGradParams params = {rows,          int32_t(width), pointer(grad),   pointer(row_values),
                                  pointer(mean), pointer(rstd),  pointer(weight), weight_dtype,
                                  pointer(grad_rows), pointer(partials), int32_t(chunk)};
-  check(norm_grad(params, dtype, vector, pointer(stream)));
+  check(norm_grad(params, dtype, vector, pointer(stream)), "norm_grad");
 }
 
 void run_activation(DType dtype, Activation kind, int64_t count, Address z, Address y, Address stream) {
-  check(activation({count, kind, pointer(z), pointer(y)}, dtype, pointer(stream)));
+  check(activation({count, kind, pointer(z), pointer(y)}, dtype, pointer(stream)), "activation");
 }
 
 void run_activation_grad(DType dtype, Activation kind, int64_t rows, int64_t columns, Address grad_y, Address z,
@@ -152,7 +154,7 @@ void run_activation_grad(DType dtype, Activation kind, int64_t rows, int64_t col
   const ActivationGradParams params = {rows,            int32_t(columns), kind,
                                        pointer(grad_y), pointer(z),       pointer(grad_z),
                                        pointer(y),      pointer(partials), int32_t(chunk)};
-  check(activation_grad(params, dtype, vector, pointer(stream)));
+  check(activation_grad(params, dtype, vector, pointer(stream)), "activation_grad");
 }
 
 // (block, layer, column, scale)
@@ -188,7 +190,7 @@ void run_mix_weights_grad(DType grad_dtype, DType in, const View& grad, const st
   params.grad_batch_stride = std::get<1>(grad);
   params.grad_token_stride = std::get<2>(grad);
   params.grad_weights = pointer(out);
-  check(mix_weights_grad(params, grad_dtype, in, vector, pointer(stream)));
+  check(mix_weights_grad(params, grad_dtype, in, vector, pointer(stream)), "mix_weights_grad");
 }
 
 // (block, column or -1, scale)
@@ -219,7 +221,7 @@ void run_layer_grads(DType grad_dtype, DType out, const View& grad, const std::v
   params.grad = pointer(std::get<0>(grad));
   params.grad_batch_stride = std::get<1>(grad);
   params.grad_token_stride = std::get<2>(grad);
-  check(layer_grads(params, grad_dtype, vector, pointer(stream)));
+  check(layer_grads(params, grad_dtype, vector, pointer(stream)), "layer_grads");
 }
 
 #ifdef IGVA_HOPPER
@@ -242,13 +244,15 @@ void run_gemm_sm90(DType dtype, const std::vector<TapTuple>& taps, const std::ve
   }
   for (size_t i = 0; i < taps.size(); ++i) {
     const auto& [data, stride] = taps[i];
-    check(describe_matrix(&params.a[i], dtype, pointer(data), rows, width, stride, gemm_tile_m));
+    check(describe_matrix(&params.a[i], dtype, pointer(data), rows, width, stride, gemm_tile_m), "the tensor map of a tap");
   }
   const auto& [weight_data, weight_stride, depth] = weight;
-  check(describe_matrix(&params.w, dtype, pointer(weight_data), columns, depth, weight_stride, gemm_tile_n / gemm_cluster));
+  check(describe_matrix(&params.w, dtype, pointer(weight_data), columns, depth, weight_stride, gemm_tile_n / gemm_cluster),
+        "the tensor map of the weight");
   if (program) {
     const int64_t f_width = program->params_.num_blocks * width;
-    check(describe_matrix(&params.a[taps.size()], dtype, pointer(scratch), rows, f_width, f_width, gemm_tile_m));
+    check(describe_matrix(&params.a[taps.size()], dtype, pointer(scratch), rows, f_width, f_width, gemm_tile_m),
+          "the tensor map of the scratch");
     params.mix = mix_params(*program, layers, skip, dtype, weights, 0, images, images, tokens - skip, width, scratch,
                             dtype, sums);
   }
@@ -264,7 +268,7 @@ void run_gemm_sm90(DType dtype, const std::vector<TapTuple>& taps, const std::ve
   params.y = pointer(y);
   params.z = pointer(z);
   params.flags = static_cast<int32_t*>(pointer(flags));
-  check(gemm_sm90(params, dtype, pointer(stream)));
+  check(gemm_sm90(params, dtype, pointer(stream)), "gemm_sm90");
 }
 
 // One block of the gradient of the mixed row: `weight` is that block, transposed [D, H]; `dots` are sorted by column.
@@ -274,13 +278,15 @@ void run_mix_weights_grad_sm90(DType dtype, Address grad_z, int64_t grad_stride,
                                int64_t columns, Address partials, int64_t slots, int grid, Address stream) {
   GradGemmParams params = {};
   params.dots = dots_params(layers, dots, image_index, images, batch, patches, width, columns, partials);
-  check(describe_matrix(&params.grad_z, dtype, pointer(grad_z), batch * patches, depth, grad_stride, gemm_tile_m));
-  check(describe_matrix(&params.weight, dtype, pointer(weight), width, depth, depth, gemm_tile_n / gemm_cluster));
+  check(describe_matrix(&params.grad_z, dtype, pointer(grad_z), batch * patches, depth, grad_stride, gemm_tile_m),
+        "the tensor map of the gradient");
+  check(describe_matrix(&params.weight, dtype, pointer(weight), width, depth, depth, gemm_tile_n / gemm_cluster),
+        "the tensor map of the weight");
   params.rows = int32_t(batch * patches);
   params.depth = int32_t(depth);
   params.slots = int32_t(slots);
   params.grid = grid;
-  check(mix_weights_grad_sm90(params, dtype, pointer(stream)));
+  check(mix_weights_grad_sm90(params, dtype, pointer(stream)), "mix_weights_grad_sm90");
 }
 #endif
 
@@ -303,7 +309,8 @@ PYBIND11_MODULE(IGVA_CUDA_MODULE, m) {
   m.attr("LIMITS") = py::dict(py::arg("layers") = max_layers, py::arg("entries") = max_entries,
                               py::arg("terms") = max_terms, py::arg("sums") = max_sums, py::arg("dots") = max_dots,
                               py::arg("signatures") = max_signatures, py::arg("grad_entries") = max_grad_entries);
-  m.def("set_device", [](int device) { check(set_device(device)); }, "Makes the current device of torch that of this module.");
+  m.def("set_device", [](int device) { check(set_device(device), "set_device"); },
+        "Makes the current device of torch that of this module.");
   m.def("versions", versions, "(CUDA version of the driver, 0 without one; that of the runtime inside), as 13000.");
   m.def("mix", run_mix);
   m.def("mix_norm", run_mix_norm);

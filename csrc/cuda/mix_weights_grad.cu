@@ -49,16 +49,16 @@ __global__ void __launch_bounds__(block_threads) dots_kernel(const __grid_consta
 // One thread a (b, column).
 template <class W>
 __global__ void __launch_bounds__(block_threads) column_sums_kernel(const __grid_constant__ DotsParams params) {
-  const int at = blockIdx.x * block_threads + threadIdx.x;
-  if (at >= params.batch * params.num_columns) return;
-  const int b = at / params.num_columns, column = at - b * params.num_columns;
+  const int64_t at = int64_t(blockIdx.x) * block_threads + threadIdx.x, b = at / params.num_columns;
+  if (b >= params.batch) return;
+  const int column = int(at - b * params.num_columns);
   const int chunks = (params.num_patches + params.chunk - 1) / params.chunk;
   double total = 0;
   for (int e = 0; e < params.num_dots; ++e) {
     if (params.dots[e].column != column) continue;
     double sum = 0;
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      sum += params.partials[(int64_t(b) * chunks + chunk) * params.num_dots + e];
+      sum += params.partials[(b * chunks + chunk) * params.num_dots + e];
     }
     total += params.dots[e].scale * sum;
   }

@@ -48,13 +48,13 @@ __global__ void __launch_bounds__(block_threads) norm_grad_kernel(const __grid_c
   });
 }
 
-// One thread a column; blockIdx.y is the chunk.
+// One thread a column; blockIdx.x is the chunk: there may be more than the 65535 of a y.
 template <class T>
 __global__ void __launch_bounds__(block_threads) norm_param_grads_kernel(const __grid_constant__ NormGradParams params) {
   using W = Wide<T>;
-  const int column = blockIdx.x * block_threads + threadIdx.x;
+  const int column = blockIdx.y * block_threads + threadIdx.x;
   if (column >= params.width) return;
-  const int64_t begin = int64_t(blockIdx.y) * params.chunk;
+  const int64_t begin = int64_t(blockIdx.x) * params.chunk;
   const int64_t end = begin + params.chunk < params.num_rows ? begin + params.chunk : params.num_rows;
   W weight = 0, bias = 0;
   for (int64_t row = begin; row < end; ++row) {
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(block_threads) norm_param_grads_kernel(const _
     weight += grad * ((value - static_cast<const W*>(params.mean)[row]) * static_cast<const W*>(params.rstd)[row]);
     bias += grad;
   }
-  W* partials = static_cast<W*>(params.partials) + int64_t(blockIdx.y) * 2 * params.width;
+  W* partials = static_cast<W*>(params.partials) + int64_t(blockIdx.x) * 2 * params.width;
   partials[column] = weight;
   partials[params.width + column] = bias;
 }
@@ -74,7 +74,7 @@ int norm_grad(const NormGradParams& params, DType dtype, bool vector, Stream str
     const int error = launch(vector ? norm_grad_kernel<T, vector_width<T>> : norm_grad_kernel<T, 1>,
                              dim3(unsigned(params.num_rows)), block_threads, 0, stream, params);
     if (error != cudaSuccess || params.partials == nullptr) return error;
-    const dim3 grid(blocks_for(params.width), unsigned((params.num_rows + params.chunk - 1) / params.chunk));
+    const dim3 grid(unsigned((params.num_rows + params.chunk - 1) / params.chunk), blocks_for(params.width));
     return launch(norm_param_grads_kernel<T>, grid, block_threads, 0, stream, params);
   });
 }
