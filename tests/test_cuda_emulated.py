@@ -233,6 +233,35 @@ def test_the_ring_of_stages_wraps_without_losing_one():
     assert torch.equal(out, exact.bfloat16())
 
 
+@pytest.fixture(
+    params=[(1, 1), *(pytest.param((seed, 2), marks=pytest.mark.slow) for seed in (2, 3))], ids="seed {0[0]}".format
+)
+def any_order(request, monkeypatch):
+    """Threads and copies run in a random order, on a card that has room for one or two clusters only."""
+    seed, resident = request.param
+    monkeypatch.setenv("IGVA_EMULATION_SEED", str(seed))
+    monkeypatch.setenv("IGVA_EMULATION_RESIDENT", str(resident))
+    monkeypatch.setattr(gemm, "multiprocessors", lambda device: 6)
+
+
+def test_the_fused_gemm_is_exact_in_any_order_of_threads_and_copies(any_order):
+    """Four pairs of tiles over three clusters, six steps a tile, half of them of F."""
+    states = [torch.randint(-2, 3, (2, 150, 192)).bfloat16() for _ in range(5)]
+    plan = MixPlan((((4, None, 1.0),), ((0, 0, 0.5), (1, 0, 0.5), (2, 1, 2.0), (3, None, 1.0))), 5)
+    weights = torch.tensor([[2.0, 1.0], [4.0, 3.0]])
+    weight = torch.randint(-2, 3, (272, 384)).bfloat16()
+    out, _ = gemm.run(MixArgs(states, plan, weights, None, 1), weight, None, None, False, [])
+    rows = ik.layer_mix([state.double() for state in states], plan, weights, skip_tokens=1, impl="reference")
+    assert torch.equal(out, (rows @ weight.double().t()).flatten(0, 1).bfloat16())
+
+
+def test_what_the_copy_engine_cannot_read_is_an_error_that_names_it():
+    states = [torch.randn(1, 9, 72).bfloat16()[..., 4:68]]
+    call = MixArgs(states, MixPlan.concat([0], 1), None, None, 0)
+    with pytest.raises(RuntimeError, match="the tensor map of a tap"):
+        gemm.run(call, torch.zeros(8, 64).bfloat16(), None, None, False, [])
+
+
 def test_flags_are_complete_and_every_launch_starts_from_zero(monkeypatch):
     """Each flag counts the 16 groups of its rows; tickets end beyond the groups by one a mixer warp."""
     made = []
@@ -299,6 +328,16 @@ WEIGHTED = MixPlan((((0, 1, 0.5), (1, 0, 2.0), (2, 1, -1.0)), ((1, None, 1.0),),
 def test_the_weight_gradient_in_the_product_is_exact_on_integers(index, multiprocessors, fused_grad, monkeypatch):
     """Rows of an image end inside a tile, images lie where they like, and the ring wraps: every product counts once."""
     monkeypatch.setattr(gemm, "multiprocessors", lambda device: multiprocessors)
+    check_weight_gradient(index)
+    assert len(fused_grad) == 1
+
+
+def test_the_weight_gradient_in_the_product_is_exact_in_any_order_of_threads_and_copies(any_order, fused_grad):
+    check_weight_gradient([1, 2, 1, 0])
+    assert len(fused_grad) == 1
+
+
+def check_weight_gradient(index):
     wide = torch.randint(-2, 3, (3, 3, 80, 288)).bfloat16()
     layers = [wide[:, 0, 1:71, :264], wide[:, 1, 2:72, 8:272], wide[:, 2, :70, 16:280]]
     index = None if index is None else torch.tensor(index)
@@ -307,7 +346,6 @@ def test_the_weight_gradient_in_the_product_is_exact_on_integers(index, multipro
     grad_z = torch.randint(-2, 3, (rows * 70, 208)).bfloat16()[:, :200]
     weight1 = torch.randint(-2, 3, (200, 3 * 264)).bfloat16()
     actual = BACKEND.mix_weights_grad_of_linear(grad_z, weight1, WEIGHTED.weighted_blocks, args)
-    assert len(fused_grad) == 1
     grad_rows = (grad_z.double() @ take_blocks(weight1, [0, 2], 264).double()).view(rows, 70, 2, 264)
     sources = [layer.double() if index is None else layer[index].double() for layer in layers]
     expected = torch.zeros(rows, 3, dtype=torch.float64)

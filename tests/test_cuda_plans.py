@@ -116,10 +116,12 @@ def with_layer(args, index, layer):
         (lambda: fused_why_not(mix_args(width=96)), "multiple of 64"),
         (lambda: fused_why_not(mix_args(), hidden=100), "multiple of 8"),
         (lambda: fused_why_not(mix_args(MixPlan.concat(range(9), 9))), "8 taps"),
-        (lambda: fused_why_not(mix_args(skip=9)), "no rows"),
+        (lambda: fused_why_not(mix_args(skip=9)), "nothing to compute"),
+        (lambda: fused_why_not(mix_args(), hidden=0), "nothing to compute"),
         (lambda: fused_why_not(with_layer(mix_args(), 4, torch.zeros(2, 10, 64).bfloat16()[:, 1:])), "not flat"),
         (lambda: fused_why_not(with_layer(mix_args(), 0, torch.zeros(2, 9, 65).bfloat16()[..., 1:])), "16 bytes"),
         (lambda: fused_why_not(mix_args(), weight=torch.zeros(128, 256).bfloat16().t()), "not contiguous"),
+        (lambda: fused_why_not(mix_args(), weight=torch.zeros(1, 128).bfloat16().expand(256, 128)), "not contiguous"),
         (lambda: fused_why_not(mix_args(), bias=torch.zeros(257).bfloat16()[1:]), "not contiguous"),
     ],
 )

@@ -14,12 +14,14 @@
 
 namespace igva::cuda {
 
-const char* error_name(int) { return "an error of the emulation"; }
+const char* error_name(int) { return "an argument that the driver would refuse"; }
 int set_device(int) { return 0; }
 std::pair<int, int> versions() { return {0, 0}; }
 
 int describe_matrix(CUtensorMap* map, DType, const void* data, int64_t rows, int64_t columns, int64_t row_stride,
                     int box_rows) {
+  const bool fits = reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_stride * 2 % 16 == 0 && row_stride >= columns;
+  if (!fits || rows <= 0 || columns <= 0 || box_rows > 256) return 1;
   const emulation::TensorMap matrix = {static_cast<const unsigned char*>(data), rows, columns, row_stride, box_rows};
   std::memcpy(map, &matrix, sizeof(matrix));
   return 0;

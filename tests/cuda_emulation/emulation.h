@@ -1,5 +1,8 @@
 // Runs CUDA kernels on a CPU, compiled as plain C++: every thread is a fiber, barriers and shuffles switch to the next one.
 // Blocks run one after the other; those of a kernel with clusters, which wait for each other, all at once.
+//
+// Environment: IGVA_EMULATION_SEED runs threads and copies of the engine in a random order instead of their own, and
+// IGVA_EMULATION_RESIDENT no more clusters at a time, as on a card that others use too.
 #pragma once
 
 #define IGVA_EMULATION
@@ -17,7 +20,9 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <random>
 #include <tuple>
+#include <unordered_map>
 #include <vector>
 
 #undef __shared__
@@ -34,6 +39,17 @@ inline float __fdividef(float a, float b) { return a / b; }
 inline float __expf(float x) { return expf(x); }
 
 namespace emulation {
+
+inline void require(bool holds, const char* what) {
+  if (holds) return;
+  std::fprintf(stderr, "emulation: %s\n", what);
+  std::abort();
+}
+
+inline long setting(const char* name, long otherwise) {
+  const char* value = std::getenv(name);
+  return value ? std::atol(value) : otherwise;
+}
 
 struct Barrier {
   int expected = 0, arrived = 0;
@@ -90,6 +106,47 @@ inline void entry() {
   swapcontext(&current->context, &scheduler);
 }
 
+// A barrier in shared memory, whose phase waits for arrivals and for bytes from the copy engine.
+struct PhaseBarrier {
+  int arrivals = 0, missing = 0;
+  int64_t bytes = 0;
+  uint32_t phase = 0;
+
+  void change(int arrived, int64_t expected) {
+    missing -= arrived;
+    bytes += expected;
+    require(missing >= 0, "more arrivals at a barrier than it was made for");
+    require(std::abs(bytes) < 1 << 20, "more bytes than a barrier can count");
+    if (missing > 0 || bytes != 0) return;
+    missing = arrivals;
+    phase ^= 1;
+    ++progress;
+  }
+};
+inline std::unordered_map<const void*, PhaseBarrier> phase_barriers;
+
+// What the copy engine has been asked for. It has read its source, and not written yet.
+inline std::vector<std::function<void()>> copies;
+
+// Products of one thread in flight, in committed groups; the last one is still open.
+struct Products {
+  std::deque<std::vector<std::function<void()>>> groups = {{}};
+};
+inline std::unordered_map<const Fiber*, Products> products;
+
+// Nothing may be left of a kernel: a barrier between two phases, a copy, a product.
+inline void check_rest() {
+  for (const auto& [address, barrier] : phase_barriers) {
+    require(barrier.missing == barrier.arrivals && barrier.bytes == 0, "a barrier is left in the middle of a phase");
+  }
+  for (const auto& [fiber, own] : products) {
+    require(own.groups.size() == 1 && own.groups[0].empty(), "a product is left that nobody waited for");
+  }
+  require(copies.empty(), "a copy is left that nobody waited for");
+  phase_barriers.clear();
+  products.clear();
+}
+
 constexpr size_t stack_bytes = 64 << 10;
 inline std::vector<std::unique_ptr<char[]>> stacks; // kept: fresh memory costs more than the kernels
 
@@ -111,19 +168,38 @@ inline void run(std::vector<Block>& blocks, size_t first, size_t count, const st
     }
   }
   body = &kernel;
-  for (size_t left = total; left > 0;) {
+  const long seed = setting("IGVA_EMULATION_SEED", -1);
+  std::mt19937 random(seed);
+  const auto coin = [&] { return seed < 0 || random() % 2; };
+  // Clusters start in order, each when there is room for it.
+  const size_t cluster = blocks[first].cluster_size * size_t(blocks[first].threads);
+  const size_t resident = setting("IGVA_EMULATION_RESIDENT", long(total));
+  std::vector<size_t> order(total), left(total / cluster, cluster);
+  for (size_t i = 0; i < total; ++i) order[i] = i;
+  for (size_t unfinished = total, finished = 0, idle = 0; unfinished > 0;) {
     const long before = progress;
-    for (Fiber& fiber : fibers) {
-      if (fiber.done) continue;
+    if (seed >= 0) std::shuffle(order.begin(), order.end(), random);
+    for (size_t i : order) {
+      Fiber& fiber = fibers[i];
+      if (fiber.done || i / cluster >= finished + resident || !coin()) continue;
       current = &fiber;
       swapcontext(&scheduler, &fiber.context);
-      if (fiber.done) --left;
+      if (!fiber.done) continue;
+      --unfinished;
+      if (--left[i / cluster] == 0) ++finished;
     }
-    if (progress == before && left > 0) {
-      std::fprintf(stderr, "emulation: deadlock, %zu threads wait\n", left);
-      std::abort();
+    if (seed >= 0) std::shuffle(copies.begin(), copies.end(), random);
+    const bool all = progress == before;
+    while (!copies.empty() && (all || coin())) {
+      const auto copy = std::move(copies.back());
+      copies.pop_back();
+      copy();
+      ++progress;
     }
+    idle = progress == before ? idle + 1 : 0;
+    require(idle < (seed < 0 ? 1 : 100) || unfinished == 0, "deadlock: all threads wait");
   }
+  check_rest();
 }
 
 template <class... Params>
@@ -145,7 +221,7 @@ int launch_blocks(int cluster, void (*kernel)(Params...), dim3 grid, int threads
     block.warps.resize((threads + 31) / 32);
     block.lanes.resize(threads);
     if (together) {
-      block.memory.assign(shared + 1024, 0xcd);
+      block.memory.assign(shared + 1024, 0xff); // NaN
       block.shared = block.memory.data() + (1024 - reinterpret_cast<uintptr_t>(block.memory.data()) % 1024) % 1024;
     }
   }

@@ -1,14 +1,8 @@
 // The wrappers of ptx.cuh on a CPU. What the hardware does asynchronously happens as late as it may: a product is computed
-// when it is waited for, so that a stage which is freed too early is seen. A barrier that is never completed is a deadlock,
-// which the scheduler reports.
+// when it is waited for, so that a stage which is freed too early is seen; a copy reads at once, so that a source which is
+// not complete is seen, and writes later, over NaN.
 #pragma once
 
-#include <cuda.h>
-
-#include <deque>
-#include <unordered_map>
-
-inline void __threadfence() {}
 inline int atomicAdd(int* to, int value) {
   const int old = *to;
   *to += value;
@@ -23,27 +17,6 @@ struct TensorMap {
   int box_rows;
 };
 static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));
-
-struct PhaseBarrier {
-  int arrivals = 0, missing = 0;
-  int64_t bytes = 0;
-  uint32_t phase = 0;
-
-  void check() {
-    if (missing > 0 || bytes != 0) return;
-    missing = arrivals;
-    phase ^= 1;
-    ++progress;
-  }
-};
-
-inline std::unordered_map<const void*, PhaseBarrier> phase_barriers;
-
-// Products of one thread in flight, in committed groups; the last one is still open.
-struct Products {
-  std::deque<std::vector<std::function<void()>>> groups = {{}};
-};
-inline std::unordered_map<const Fiber*, Products> products;
 
 // The byte that the 128-byte swizzle keeps at this place; addresses count from an aligned start.
 inline size_t swizzled(size_t at) { return at ^ ((at >> 7 & 7) << 4); }
@@ -72,49 +45,52 @@ T* there(T* here, uint32_t rank) {
 }
 
 inline void barrier_arrive(uint64_t* barrier, uint32_t rank) {
-  PhaseBarrier& state = phase_barriers.at(there(barrier, rank));
-  --state.missing;
-  state.check();
+  phase_barriers.at(there(barrier, rank)).change(1, 0);
 }
 inline void barrier_arrive_expecting(uint64_t* barrier, uint32_t bytes) {
-  PhaseBarrier& state = phase_barriers.at(barrier);
-  state.bytes += bytes;
-  --state.missing;
-  state.check();
+  phase_barriers.at(barrier).change(1, bytes);
 }
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   const PhaseBarrier& state = phase_barriers.at(barrier);
   wait_until([&] { return state.phase != parity; });
 }
 
-inline void copy_box(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y) {
+inline uint32_t shared_address(const void* pointer) {
+  return uint32_t(static_cast<const unsigned char*>(pointer) - current->block->shared);
+}
+
+inline void copy_box_to(uint16_t mask, void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y) {
+  require(shared_address(to) % 1024 == 0, "a swizzled box starts at a multiple of 1024 bytes");
   TensorMap matrix;
   std::memcpy(&matrix, map, sizeof(matrix));
-  auto* out = static_cast<unsigned char*>(to);
+  std::vector<unsigned char> box(matrix.box_rows * 128);
   for (int i = 0; i < matrix.box_rows; ++i) {
     for (int j = 0; j < 64; ++j) {
       uint16_t value = 0;
       if (y + i < matrix.rows && x + j < matrix.columns) {
         std::memcpy(&value, matrix.data + ((y + i) * matrix.row_stride + x + j) * 2, 2);
       }
-      std::memcpy(out + swizzled(i * 128 + j * 2), &value, 2);
+      std::memcpy(box.data() + swizzled(i * 128 + j * 2), &value, 2);
     }
   }
-  PhaseBarrier& state = phase_barriers.at(barrier);
-  state.bytes -= matrix.box_rows * 128;
-  state.check();
+  for (int rank = 0; rank < 16; ++rank) {
+    if (!(mask >> rank & 1)) continue;
+    auto* out = there(static_cast<unsigned char*>(to), rank);
+    PhaseBarrier* arrived = &phase_barriers.at(there(barrier, rank));
+    std::memset(out, 0xff, box.size());
+    copies.push_back([=] {
+      std::memcpy(out, box.data(), box.size());
+      arrived->change(0, -int64_t(box.size()));
+    });
+  }
 }
 
-inline void copy_box_to(uint16_t mask, void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y) {
-  for (int rank = 0; rank < 16; ++rank) {
-    if (mask >> rank & 1) {
-      copy_box(there(static_cast<unsigned char*>(to), rank), map, there(barrier, rank), x, y);
-    }
-  }
+inline void copy_box(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y) {
+  copy_box_to(1 << cluster_rank(), to, map, barrier, x, y);
 }
 
 inline void prefetch_l2(const void* from, uint32_t bytes) {
-  if (bytes == 0 || bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) std::abort();
+  require(bytes > 0 && bytes % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0, "L2 fetches 16 bytes at 16");
 }
 inline void proxy_fence() {}
 
@@ -132,7 +108,7 @@ void take_registers() {}
 template <int count>
 void give_registers() {}
 
-inline void product_fence() {}
+inline void product_fence() { __syncwarp(); } // instructions of a whole warp: none of its threads is behind
 inline void product_commit() { products[current].groups.emplace_back(); }
 template <int pending>
 void product_wait(float (&)[128]) {
@@ -141,20 +117,22 @@ void product_wait(float (&)[128]) {
     for (const auto& product : groups.front()) product();
     groups.pop_front();
   }
-}
-
-inline uint64_t matrix(const void* pointer) {
-  return uint64_t(static_cast<const unsigned char*>(pointer) - current->block->shared) >> 4;
+  __syncwarp();
 }
 
 template <class T>
 void product(float (&d)[128], uint64_t a, uint64_t b) {
   const unsigned char* shared = current->block->shared;
   const int thread = current->thread % 128;
+  for (uint64_t matrix : {a, b}) {
+    require(matrix >> 62 == 1 && (matrix >> 49 & 7) == 0, "a matrix has the 128-byte swizzle and an aligned start");
+  }
   products[current].groups.back().push_back([=, &d] {
-    const auto at = [&](uint64_t start, int row, int k) {
+    // The fields of a descriptor: its start in bits 0 to 13, the step between groups of 8 rows in 32 to 45, both by 16.
+    const auto at = [&](uint64_t matrix, int row, int k) {
       T value;
-      std::memcpy(&value, shared + swizzled(size_t(start << 4) + row / 8 * 1024 + row % 8 * 128 + k * 2), 2);
+      const size_t start = (matrix & 0x3fff) << 4, step = (matrix >> 32 & 0x3fff) << 4;
+      std::memcpy(&value, shared + swizzled(start + row / 8 * step + row % 8 * 128 + k * 2), 2);
       return float(value);
     };
     for (int h = 0; h < 2; ++h) {

@@ -81,15 +81,18 @@ def why_not(
         return f"the output must be a multiple of 8 wide, not {weight.shape[0]}"
     if len(plan.taps) > MAX_TAPS or args.plan.num_blocks > 2 * MAX_TAPS:
         return f"it takes {MAX_TAPS} taps and {2 * MAX_TAPS} blocks, not {len(plan.taps)} and {args.plan.num_blocks}"
-    if not first.numel() or not args.num_patches or first.shape[0] * tokens + CLUSTER * TILE_M >= 2**31:
-        return "there are no rows, or more than 32 bits count"
+    if not first.numel() or not args.num_patches or not weight.shape[0]:
+        return "there is nothing to compute"
+    if first.shape[0] * tokens + CLUSTER * TILE_M >= 2**31:
+        return "there are more rows than 32 bits count"
     for layer in plan.taps:
         tap = args.layers[layer]
         if tap.shape[0] > 1 and tap.stride(0) != tokens * tap.stride(1):
             return f"layer {layer} is not flat: its images are {tap.stride(0)} elements apart, not T * {tap.stride(1)}"
         if tap.stride(1) < args.width:
             return f"layer {layer} has tokens that overlap"
-    if weight.stride(1) != 1 or (bias is not None and (bias.stride(0) != 1 or bias.data_ptr() % 4)):
+    rows_overlap = weight.stride(0) < weight.shape[1]
+    if weight.stride(1) != 1 or rows_overlap or (bias is not None and (bias.stride(0) != 1 or bias.data_ptr() % 4)):
         return "weight or bias is not contiguous"
     read = [args.layers[layer] for layer in (*plan.taps, *plan.mixed_layers)]
     if not programs.allows_vectors(args.width, read) or not programs.allows_vectors(weight.shape[1], [weight]):
