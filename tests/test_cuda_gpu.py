@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import igva_kernels as ik
 from igva_kernels import MixPlan, verify
@@ -94,7 +95,7 @@ def test_same_bits_again(path):
 @pytest.mark.plain_memory
 def test_compiled_in_one_graph(path):
     block = Block()
-    compiled = torch.compile(block, fullgraph=True)
+    compiled = torch.compile(lambda: block(), fullgraph=True)
     out = compiled()
     grads = torch.autograd.grad(out.float().square().mean(), [block.weights, *block.params])
     assert same([out.detach(), *grads], block.step())
@@ -103,6 +104,7 @@ def test_compiled_in_one_graph(path):
 def capture(call):
     """A graph of ``call`` and its output."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call()
     torch.cuda.current_stream().wait_stream(stream)
@@ -179,6 +181,47 @@ def test_offsets_beyond_32_bits():
     assert torch.equal(ik.layer_mix([far], plan, impl="cuda"), torch.cat([far, far], -1))
 
 
+def test_more_elements_than_32_bits_count():
+    """The last rows as if they stood alone."""
+    rows, columns = 2**19 + 8, 4104
+    if torch.cuda.mem_get_info()[0] < 16 * rows * columns:
+        pytest.skip("needs 35 GB of free memory")
+    x, weight = torch.randn(rows, 64, device="cuda").bfloat16(), torch.randn(columns, 64, device="cuda").bfloat16()
+    y, z = BACKEND.linear(x, weight, None, "gelu", True)
+    torch.testing.assert_close(y[-8:], F.gelu(z[-8:]), rtol=1e-2, atol=1e-5)
+    grad_z, again, _ = BACKEND.linear_grad_input(y, None, z, "gelu", True, True)
+    assert torch.equal(again, y)
+    assert torch.equal(grad_z[-8:], BACKEND.linear_grad_input(y[-8:], None, z[-8:], "gelu", False, False)[0])
+
+
+@pytest.mark.parametrize("layers", [1, 11, 12, 24])
+def test_a_row_with_norm_of_every_size_that_fits_a_multiprocessor(layers):
+    """12 layers are 48 KB, for which a kernel must ask, and 24 the 96 KB beyond which memory holds the row."""
+    states = [torch.randn(1, 3, 1024, device="cuda") for _ in range(layers)]
+    weight = torch.randn(64, layers * 1024, device="cuda") / 100
+    args = (states, MixPlan.concat(range(layers), layers), None, weight)
+    norm = (None, None, 1e-5)
+    expected = ik.layer_mix_linear(*args, norm=norm, impl="reference")
+    torch.testing.assert_close(ik.layer_mix_linear(*args, norm=norm, impl="cuda"), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.plain_memory
+def test_memory_of_the_real_block(path):
+    """Beyond its inputs: 10 MB an image at inference, output included; 10.7 MB an image saved for backward."""
+    batch = 16
+    block = Block(batch, 577, 1024, 4096, grad=False)
+    block()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    block()
+    assert torch.cuda.max_memory_allocated() - before <= batch * 10e6
+    for tensor in (block.weights, *block.params):
+        tensor.requires_grad_()
+    before = torch.cuda.memory_allocated()
+    out = block()
+    assert torch.cuda.memory_allocated() - before - out.nbytes <= batch * 10.7e6
+
+
 # ---- the fused GEMM ----
 
 
@@ -196,6 +239,17 @@ def test_the_mixed_row_keeps_the_bits_of_the_mix_kernel(fused, batch, tokens, wi
     weights = torch.rand(batch, 4, device="cuda")
     call = MixArgs(states, PLAN.compact()[1], weights, None, 1)
     assert torch.equal(*both_paths(call, states))
+
+
+def test_the_fused_gemm_writes_more_elements_than_32_bits_count(fused):
+    images, columns = 909, 4104
+    if torch.cuda.mem_get_info()[0] < 4 * images * 577 * columns:
+        pytest.skip("needs 9 GB of free memory")
+    states = [torch.randn(images, 577, 64, device="cuda").bfloat16() for _ in range(2)]
+    weight = torch.randn(columns, 128, device="cuda").bfloat16()
+    out, _ = gemm.run(MixArgs(states, MixPlan.concat([0, 1], 2), None, None, 1), weight, None, None, False, [])
+    last = F.linear(torch.cat([state[-1, 1:] for state in states], -1), weight)
+    torch.testing.assert_close(out[-576:], last, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.plain_memory
@@ -259,7 +313,7 @@ def test_training_keeps_sums_and_z_of_the_fused_gemm(fused):
     switch(False)
     plain = block.step()
     for actual, expected in zip(kept, plain, strict=True):
-        torch.testing.assert_close(actual.float(), expected.float(), rtol=3e-2, atol=3e-3)
+        torch.testing.assert_close(actual.float(), expected.float(), rtol=3e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("width", [768, 1024, 1152])
