@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -107,11 +108,15 @@ def _failure(name: str, error: Exception) -> str:
 
 
 def _free_bytes() -> int:
-    try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) << 10
-    except (OSError, KeyError, ValueError):
-        return sys.maxsize
+    """Of the machine, or of the container where it may use less."""
+    limits = [sys.maxsize]
+    for file, pattern, unit in (
+        ("/proc/meminfo", r"MemAvailable:\s+(\d+)", 1024),
+        ("/sys/fs/cgroup/memory.max", r"^(\d+)$", 1),
+    ):
+        if Path(file).exists() and (found := re.search(pattern, Path(file).read_text())):
+            limits.append(int(found[1]) * unit)
+    return min(limits)
 
 
 setup(

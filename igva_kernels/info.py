@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from igva_kernels import native
-from igva_kernels.backends.cuda import launch
+from igva_kernels.backends.cuda import gemm, launch
 from igva_kernels.dispatch import backends
 from igva_kernels.version import __version__
 
@@ -56,6 +56,7 @@ def render(report: dict[str, Any]) -> str:
         *([] if report["gpus"] else [("gpu", "none")]),
         ("compiled module", _describe(built)),
         ("CUDA module", _describe_cuda(report["cuda"])),
+        ("fused GEMMs", f"no: {report['cuda']['why_not_fused']}" if report["cuda"]["why_not_fused"] else "yes"),
     ]
     text = [f"{name:22}{value}" for name, value in lines]
     text += ["", "backends"]
@@ -111,7 +112,9 @@ def _native() -> dict[str, Any]:
 
 def _cuda() -> dict[str, Any]:
     module, reason = launch.load()
-    return {"loaded": module is not None, "reason": reason, "build": native.build_info().get("cuda", {})}
+    fused = reason or launch.why_not_device(torch.device("cuda")) or gemm.why_not_device(0)
+    build = native.build_info().get("cuda", {})
+    return {"loaded": module is not None, "reason": reason, "why_not_fused": fused or "", "build": build}
 
 
 def _gpus() -> list[str]:

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 
 import pytest
 import torch
+import torch
 
 from igva_kernels import cli, dispatch, info, verify
 from igva_kernels.testing import Verdict
@@ -26,6 +27,7 @@ def test_info_as_json(capsys):
     assert cli.main(["info", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["packages"]["torch"] == version("torch")
+    assert report["cuda"]["why_not_fused"] or torch.cuda.is_available()
     assert [backend["name"] for backend in report["backends"]] == ["reference", *dispatch.KERNEL_BACKENDS]
 
 
