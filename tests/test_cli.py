@@ -7,7 +7,6 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 
 import pytest
 import torch
-import torch
 
 from igva_kernels import cli, dispatch, info, verify
 from igva_kernels.testing import Verdict
