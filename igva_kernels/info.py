@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib import metadata
 from typing import Any
@@ -97,7 +98,7 @@ def _cpu() -> dict[str, Any]:
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return {
         "name": known.get("cpu_name") or platform.processor() or platform.machine(),
-        "cores": known.get("num_physical_cores") or torch.get_num_threads(),
+        "cores": known.get("num_physical_cores") or os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "features": [name for name in CPU_FEATURES if known.get(name)],

@@ -1,6 +1,7 @@
 """The command: what it prints, and what its exit status tells."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -37,6 +38,13 @@ def test_info_says_what_is_not_installed(monkeypatch, capsys):
     monkeypatch.setattr(info.metadata, "version", missing)
     assert cli.main(["info"]) == 0
     assert "not installed" in capsys.readouterr().out
+
+
+def test_info_counts_the_cores_and_not_the_threads_where_torch_names_no_features(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
+    cpu = info.collect()["cpu"]
+    assert (cpu["threads"], cpu["cores"]) == (1000, os.cpu_count())
 
 
 @pytest.mark.parametrize("command", ["info", "demo"])
