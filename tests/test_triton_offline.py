@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 pytest.importorskip("triton")
 
-from triton_build import SHARED_MEMORY, build, record
+from triton_build import SHARED_MEMORY, build, record, specialised
 
 from igva_kernels.backends.triton import config, gemm, mix, norm
 
@@ -29,10 +29,10 @@ def meta(*shape, dtype=torch.bfloat16):
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def args(plan, index=False, same_strides=True):
-    layers = [meta(2, T + 8 * (i + 1) * (not same_strides), D)[:, -T:] for i in range(plan.num_states)]
-    weights = meta(2, plan.num_columns, dtype=torch.float32) if plan.num_columns else None
-    return MixArgs(layers, plan, weights, meta(2, dtype=torch.int64) if index else None, 1)
+def args(plan, index=False, same_strides=True, batch=2):
+    layers = [meta(batch, T + 8 * (i + 1) * (not same_strides), D)[:, -T:] for i in range(plan.num_states)]
+    weights = stat(batch, plan.num_columns) if plan.num_columns else None
+    return MixArgs(layers, plan, weights, meta(batch, dtype=torch.int64) if index else None, 1)
 
 
 def norm_of(width):
@@ -122,6 +122,36 @@ def test_rows(capability, name, monkeypatch):
             # Every layer once, and nothing of it narrower than 16 bytes; the other four loads are the weights.
             assert built.ptx.count("ld.global.v4.b32") == 24
             assert built.ptx.count("ld.global") == 28
+
+
+def test_one_build_serves_every_batch(monkeypatch):
+    """A last batch that is smaller, or the first single image, does not stop for the compiler."""
+    shipped = config.shipped("sm_90")
+    rows, tiles = shipped.rows, {name: tiles[0] for name, tiles in shipped.gemms.items()}
+
+    def step(batch):
+        m, layers, sources = batch * (T - 1), args(IGVA, True, batch=batch), args(REDUCED, True, batch=batch)
+        mix.mix(layers, torch.bfloat16, norm_of(2 * D), Keep.SOURCES, rows["mix"])
+        mix.mix_weights_grad(meta(batch, T - 1, D), (1,), sources, rows["mix_weights_grad"])
+        shape, weights = LayerShape(batch, T, D, torch.bfloat16), layers.mix_weights
+        signatures = _signatures(IGVA, [True] * 24)[0]
+        mix.layer_grads(
+            meta(batch, T - 1, 2 * D), signatures, weights, layers.image_index, 1, shape, rows["layer_grads"]
+        )
+        norm.norm_backward(
+            meta(m, 2 * D), meta(m, 2 * D), norm_of(2 * D), stat(m), stat(m), True, 264, rows["norm_backward"]
+        )
+        gemm.linear(meta(m, 2 * D), meta(H, 2 * D), meta(H), "gelu", True, tiles["linear"])
+        gemm.linear_grad_input(meta(m, H), meta(H, H), meta(m, H), "gelu", True, True, tiles["linear_grad_input"])
+        gemm.mix_weights_grad_of_linear(meta(m, H), meta(H, 2 * D), (1,), sources, tiles["mix_weights_grad_of_linear"])
+        gemm.mix_linear(sources, meta(H, 2 * D), meta(H), "gelu", False, tiles["mix_linear_mixed"])
+
+    builds = []
+    for batch in (1, 3, 16):
+        launches = record(monkeypatch, lambda batch=batch: step(batch))
+        builds.append([(launch[0].__name__, specialised(launch)) for launch in launches])
+    assert len({name for name, _ in builds[0]}) == 8
+    assert builds[0] == builds[1] == builds[2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

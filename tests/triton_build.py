@@ -44,23 +44,32 @@ def record(monkeypatch, call):
 
 def build(launch, capability):
     """Compile one launch for ``sm_<capability>``."""
-    kernel, args, constants = launch
+    kernel, _, constants = launch
     options = {name: constants[name] for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
-    names = kernel.arg_names
-    given = dict(zip(names, args, strict=False)) | {name: constants[name] for name in names if name in constants}
-    signature, constexprs, attributes = {}, {}, {}
-    for i, name in enumerate(names):
-        if name in constants:
-            signature[name], constexprs[(i,)] = "constexpr", given[name]
-        else:
-            signature[name] = _specialise(given[name], (i,), constexprs, attributes)
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+    source = ASTSource(kernel, **specialised(launch))
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage = _resource_usage(compiled.asm["cubin"])
     return Built(
         kernel.__name__, compiled.metadata.shared, usage["REG"], usage["STACK"], compiled.asm["ttir"],
         compiled.asm["ptx"],
     )  # fmt: skip
+
+
+def specialised(launch):
+    """What a kernel is compiled for: a launch on a GPU that differs in it compiles anew."""
+    kernel, args, constants = launch
+    names = kernel.arg_names
+    given = dict(zip(names, args, strict=False)) | {name: constants[name] for name in names if name in constants}
+    signature, constexprs, attributes = {}, {}, {}
+    for i, name in enumerate(names):
+        if name in constants:
+            signature[name], constexprs[(i,)] = "constexpr", given[name]
+        elif kernel.params[i].do_not_specialize:
+            assert isinstance(given[name], int)
+            signature[name] = "i32"
+        else:
+            signature[name] = _specialise(given[name], (i,), constexprs, attributes)
+    return {"signature": signature, "constexprs": constexprs, "attrs": attributes}
 
 
 def _specialise(value, path, constexprs, attributes):

@@ -1,4 +1,4 @@
-"""Device functions that every kernel shares."""
+"""What every kernel shares: how it is compiled, and device functions."""
 # mypy: allow-untyped-defs, no-check-untyped-defs
 
 from __future__ import annotations
@@ -9,6 +9,14 @@ import triton.language as tl
 # The interpreter's own bf16 is wrong twice (up to Triton 3.9): tl.dot multiplies bit patterns, and fp32 -> bf16
 # truncates. Under it the two functions below compute what the hardware computes.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+# ``@kernel``: triton.jit for what is launched. Triton compiles anew for an integer that is 1 or a multiple of 16. Of
+# these no address needs to be known as aligned, and some change from batch to batch.
+kernel = triton.jit(
+    do_not_specialize=[
+        "num_rows", "num_images", "num_patches", "num_tokens", "skip", "slot", "slots", "stride_wb", "stride_wc"
+    ]
+)  # fmt: skip
 
 
 @triton.jit

@@ -28,7 +28,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from igva_kernels.backends.base import MixArgs
-from igva_kernels.backends.triton.common import activate, activate_grad, cast, dot, image_of
+from igva_kernels.backends.triton.common import activate, activate_grad, cast, dot, image_of, kernel
 from igva_kernels.backends.triton.config import GemmConfig
 from igva_kernels.backends.triton.launch import launch, strides
 from igva_kernels.backends.triton.mix import dot_entries
@@ -146,33 +146,33 @@ def store_activated(
         tl.store(y + p_out, cast(activate(b_z, ACTIVATION), y.dtype.element_ty), mask=m_out)
 
 
-@triton.jit
+@kernel
 def linear_kernel(
-    x, weight, bias, y, z, rows, columns, stride_x, stride_w,
+    x, weight, bias, y, z, num_rows, columns, stride_x, stride_w,
     K: tl.constexpr, ACTIVATION: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``linear``."""
-    m, n = tile_of(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+    m, n = tile_of(tl.program_id(0), num_rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
     b_acc = gemm_tile(
-        x, weight, m, n, rows, columns, stride_x, stride_w, K, True, TMA, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+        x, weight, m, n, num_rows, columns, stride_x, stride_w, K, True, TMA, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
     )  # fmt: skip
     store_activated(
-        b_acc, bias, None, None, None, y, z, m, n, rows, columns, ACTIVATION, BLOCK_M, BLOCK_N, SLICES
+        b_acc, bias, None, None, None, y, z, m, n, num_rows, columns, ACTIVATION, BLOCK_M, BLOCK_N, SLICES
     )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def linear_grad_input_kernel(
-    grad_out, weight, z, grad_z, y, partials, rows, columns, stride_grad, stride_w,
+    grad_out, weight, z, grad_z, y, partials, num_rows, columns, stride_grad, stride_w,
     K: tl.constexpr, ACTIVATION: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``linear_grad_input``; ``partials`` gets its column sums, a row a tile of rows."""
     WIDTH: tl.constexpr = BLOCK_N // SLICES
-    m, n = tile_of(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+    m, n = tile_of(tl.program_id(0), num_rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
     b_acc = gemm_tile(
-        grad_out, weight, m, n, rows, columns, stride_grad, stride_w, K, False, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
+        grad_out, weight, m, n, num_rows, columns, stride_grad, stride_w, K, False, TMA, BLOCK_M, BLOCK_N, BLOCK_K,
         PRECISION,
     )  # fmt: skip
     o_m = m + tl.arange(0, BLOCK_M)
@@ -180,21 +180,21 @@ def linear_grad_input_kernel(
     for s in tl.static_range(SLICES):
         o_n = n + s * WIDTH + tl.arange(0, WIDTH)
         p_out = o_m.to(tl.int64)[:, None] * columns + o_n[None, :]
-        m_out = (o_m < rows)[:, None] & (o_n < columns)[None, :]
+        m_out = (o_m < num_rows)[:, None] & (o_n < columns)[None, :]
         b_z = tl.load(z + p_out, mask=m_out, other=0.0).to(tl.float32)
         b_y, b_slope = activate_grad(b_z, ACTIVATION)
         b_grad = b_slices[s] * b_slope
         tl.store(grad_z + p_out, cast(b_grad, grad_z.dtype.element_ty), mask=m_out)
         if partials is not None:
-            b_sum = tl.sum(tl.where((o_m < rows)[:, None], b_grad, 0.0), axis=0)
+            b_sum = tl.sum(tl.where((o_m < num_rows)[:, None], b_grad, 0.0), axis=0)
             tl.store(partials + (m // BLOCK_M).to(tl.int64) * columns + o_n, b_sum, mask=o_n < columns)
         if y is not None:
             tl.store(y + p_out, cast(b_y, y.dtype.element_ty), mask=m_out)
 
 
-@triton.jit
+@kernel
 def mix_weights_grad_of_linear_kernel(
-    grad_z, weight, layers, index, partials, rows, num_images, num_patches, first_column, slot, slots,
+    grad_z, weight, layers, index, partials, num_rows, num_images, num_patches, first_column, slot, slots,
     stride_grad, stride_w, stride_image, stride_token,
     LAYERS: tl.constexpr, SCALES: tl.constexpr, COLUMNS: tl.constexpr, NUM_COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
     K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -202,13 +202,13 @@ def mix_weights_grad_of_linear_kernel(
 ):  # fmt: skip
     """Partials of one tile of one block of dA, a slot a column slice of its rows."""
     SLICE: tl.constexpr = BLOCK_N // SLICES
-    m, n = tile_of(tl.program_id(0), rows, WIDTH, BLOCK_M, BLOCK_N, GROUP_M)
+    m, n = tile_of(tl.program_id(0), num_rows, WIDTH, BLOCK_M, BLOCK_N, GROUP_M)
     b_acc = gemm_tile(
-        grad_z, weight, m, first_column + n, rows, first_column + WIDTH, stride_grad, stride_w, K, False, TMA,
+        grad_z, weight, m, first_column + n, num_rows, first_column + WIDTH, stride_grad, stride_w, K, False, TMA,
         BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
     o_m = m + tl.arange(0, BLOCK_M)
-    m_m = o_m < rows
+    m_m = o_m < num_rows
     o_row = tl.where(m_m, o_m, 0)
     image, exists = image_of(index, o_row // num_patches, num_images)
     o_t = (o_row % num_patches).to(tl.int64)[:, None]
@@ -283,19 +283,19 @@ def add_mixed(
     return b_acc
 
 
-@triton.jit
+@kernel
 def mix_linear_kernel(
     layers, mix_weights, index, weight, bias, mean, rstd, column_sums, y, z,
-    rows, columns, num_images, num_patches, skip, stride_image, stride_token, stride_wb, stride_wc, stride_w,
+    num_rows, columns, num_images, num_patches, skip, stride_image, stride_token, stride_wb, stride_wc, stride_w,
     STARTS: tl.constexpr, STOPS: tl.constexpr, FIRSTS: tl.constexpr, TAPS: tl.constexpr,
     LAYERS: tl.constexpr, ENDS: tl.constexpr, SCALES: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
     K: tl.constexpr, ACTIVATION: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """One tile of ``mix_linear``, the rows read from the layers run by run."""
-    m, n = tile_of(tl.program_id(0), rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
+    m, n = tile_of(tl.program_id(0), num_rows, columns, BLOCK_M, BLOCK_N, GROUP_M)
     o_m = m + tl.arange(0, BLOCK_M)
-    o_row = tl.where(o_m < rows, o_m, 0)
+    o_row = tl.where(o_m < num_rows, o_m, 0)
     b = o_row // num_patches
     image, exists = image_of(index, b, num_images)
     o_x = (image * stride_image + (skip + o_row % num_patches).to(tl.int64) * stride_token)[:, None]  # [BM, 1]
@@ -315,7 +315,7 @@ def mix_linear_kernel(
     if index is not None:
         b_acc = tl.where(exists[:, None], b_acc, float("nan"))
     store_activated(
-        b_acc, bias, mean, rstd, column_sums, y, z, m, n, rows, columns, ACTIVATION, BLOCK_M, BLOCK_N, SLICES
+        b_acc, bias, mean, rstd, column_sums, y, z, m, n, num_rows, columns, ACTIVATION, BLOCK_M, BLOCK_N, SLICES
     )  # fmt: skip
 
 

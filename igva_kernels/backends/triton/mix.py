@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from igva_kernels.backends.base import Keep, LayerShape, MixArgs, Mixed, Signature
-from igva_kernels.backends.triton.common import cast, image_of
+from igva_kernels.backends.triton.common import cast, image_of, kernel
 from igva_kernels.backends.triton.config import RowConfig
 from igva_kernels.backends.triton.launch import launch, strides
 from igva_kernels.backends.triton.program import dot_program, grad_program, mix_program
@@ -46,7 +46,7 @@ def layer_tile(layers, LAYER: tl.constexpr, image, o_t, o_d, stride_image, strid
     return layers[LAYER] + image * stride_image[IMAGE] + o_t * stride_token[TOKEN] + o_d
 
 
-@triton.jit
+@kernel
 def mix_kernel(
     layers, weights, index, rows, raw, sums, mean, rstd, norm_weight, norm_bias,
     num_images, num_patches, skip, stride_image, stride_token, stride_wb, stride_wc, eps,
@@ -146,7 +146,7 @@ def dot_entries(
         tl.store(partials + o_partial + c, b_dot, mask=m_p)
 
 
-@triton.jit
+@kernel
 def mix_weights_grad_kernel(
     grad, layers, index, partials, num_images, num_patches, slot, slots,
     stride_gb, stride_gp, stride_image, stride_token,
@@ -175,7 +175,7 @@ def mix_weights_grad_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def layer_grads_kernel(
     grad, weights, index, outs, num_rows, num_tokens, skip, stride_gb, stride_gp, stride_wb, stride_wc,
     BLOCKS: tl.constexpr, ENDS: tl.constexpr, SCALES: tl.constexpr, COLUMNS: tl.constexpr,

@@ -14,17 +14,16 @@ Modelled floor of the gradient: 3 row widths moved, 3 * 5120 * 2 bytes a row for
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from igva_kernels.backends.triton.common import cast
+from igva_kernels.backends.triton.common import cast, kernel
 from igva_kernels.backends.triton.config import RowConfig
 from igva_kernels.backends.triton.launch import launch
 from igva_kernels.reference import Norm
 
 
-@triton.jit
+@kernel
 def norm_backward_kernel(
     grad_out, rows, weight, mean, rstd, grad_rows, partials, num_rows, stride_grad, stride_row,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
@@ -57,7 +56,7 @@ def norm_backward_kernel(
         tl.store(p_partial + WIDTH, b_grad_bias, mask=m)
 
 
-@triton.jit
+@kernel
 def fold_norm_kernel(
     weight, bias, norm_weight, norm_bias, folded, column_sums, shift, stride_weight,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
@@ -103,8 +102,8 @@ def norm_backward(
     )  # fmt: skip
     if partials is None:
         return grad_rows, None, None
-    grad_weight, grad_bias = partials.sum(0)
-    return grad_rows, grad_weight, grad_bias
+    sums = partials.sum(0)
+    return grad_rows, *(None if p is None else grad.to(p.dtype) for grad, p in zip(sums, norm[:2], strict=True))
 
 
 def fold_norm(weight: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
