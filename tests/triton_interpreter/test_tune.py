@@ -2,10 +2,12 @@
 
 import contextlib
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from igva_kernels.backends.triton import config, cost, tune
 from igva_kernels.plan import MixPlan
@@ -31,24 +33,58 @@ def card(monkeypatch, tmp_path):
     config.of_device.cache_clear()
 
 
-def test_a_tuned_card_uses_its_file(card, monkeypatch):
-    shipped = config.shipped("sm_90")
-    rates = replace(shipped.rates, sms=4, matmul_tflops=1.0)
+@pytest.fixture
+def timed(card, monkeypatch):
+    """Two small tiles a kernel, on a made-up clock; a third has more stages than the card has memory for."""
+    rates = replace(config.shipped("sm_90").rates, sms=4, matmul_tflops=1.0)
     monkeypatch.setattr(tune, "_rates", lambda index, given: rates)
-    tiles = [config.GemmConfig(32, 32, 32, 4, stages, 1, True, 1.0) for stages in (2, 3)]
+    tiles = [config.GemmConfig(32, 32, 32, 4, stages, 1, True, 1.0) for stages in (2, 3, 99)]
     monkeypatch.setattr(tune, "_candidates", lambda name, blank: tiles)
     ticks = iter(range(1, 10_000))
-    monkeypatch.setattr(tune, "time_us", lambda job: (job(), 5.0 + next(ticks) % 7)[1])
-    lines = []
+
+    def time_us(job):
+        if job.args[0] == tiles[2]:
+            raise OutOfResources(99, 1, "shared memory")
+        job()
+        return 5.0 + next(ticks) % 7
+
+    monkeypatch.setattr(tune, "time_us", time_us)
+    return rates
+
+
+def test_a_tuned_card_uses_its_file(card, timed):
+    shipped, lines = config.shipped("sm_90"), []
     path, tuned = tune.tune(log=lines.append)
     assert path == card / "Made_up_Card_1.json"
     assert config.of_device(0).to_json() == tuned.to_json() == path.read_text()
     assert tuned.status == "measured"
-    assert tuned.rates == rates
+    assert tuned.rates == timed
     assert set(tuned.gemms) == set(shipped.gemms)
     assert set(tuned.rows) == set(shipped.rows)
-    assert all(1 <= len(tiles) <= 3 for tiles in tuned.gemms.values())
+    assert all(1 <= len(tiles) <= 2 and max(tile.num_stages for tile in tiles) <= 3 for tiles in tuned.gemms.values())
     assert len(lines) >= 1 + len(tuned.rows) + len(tuned.gemms)
+
+
+def test_a_write_that_breaks_off_leaves_the_earlier_file(card, timed, monkeypatch):
+    path, _ = tune.tune()
+    earlier = path.read_text()
+
+    def write_half(self, text):
+        with open(self, "w") as file:
+            file.write(text[: len(text) // 2])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(OSError, match="no space"):
+        tune.tune()
+    assert path.read_text() == earlier
+
+
+@pytest.mark.parametrize("text", ["", "{}", config.shipped("sm_90").to_json().replace("layer_grads", "other")])
+def test_a_file_of_another_version_is_named(card, text):
+    (card / "Made_up_Card_1.json").write_text(text)
+    with pytest.raises(ValueError, match=r"Made_up_Card_1.json: .* `igva-kernels tune`"):
+        config.of_device(0)
 
 
 def test_without_a_card_it_says_so():

@@ -19,6 +19,10 @@ import torch
 
 SHIPPED = Path(__file__).parent / "configs"
 
+ROW_KERNELS = ("mix", "mix_weights_grad", "layer_grads", "norm_backward")
+GEMM_KERNELS = ("linear", "linear_grad_input", "mix_weights_grad_of_linear", "mix_linear", "mix_linear_mixed")
+"""``mix_linear`` of plans that are taps only, and of others."""
+
 
 class RowTile(NamedTuple):
     """Tile of a kernel over rows."""
@@ -93,9 +97,9 @@ class Config:
     """Where the figures come from: "modelled", "measured", or "interpreted" (no card: Triton is always chosen)."""
     rates: DeviceRates
     rows: dict[str, RowConfig]
-    """By kernel: mix, mix_weights_grad, layer_grads, norm_backward."""
+    """By kernel, ``ROW_KERNELS``."""
     gemms: dict[str, tuple[GemmConfig, ...]]
-    """By kernel: linear, linear_grad_input, mix_weights_grad_of_linear, mix_linear (taps only), mix_linear_mixed."""
+    """By kernel, ``GEMM_KERNELS``."""
 
     @property
     def interpreted(self) -> bool:
@@ -108,13 +112,13 @@ class Config:
 
     @classmethod
     def from_json(cls, text: str) -> Config:
-        """The configuration that ``to_json`` wrote."""
+        """The configuration that ``to_json`` wrote; KeyError, TypeError or ValueError for anything else."""
         data: dict[str, Any] = json.loads(text)
         return cls(
             data["status"],
             DeviceRates(**data["rates"]),
-            {name: RowConfig(**config) for name, config in data["rows"].items()},
-            {name: tuple(GemmConfig(**config) for config in configs) for name, configs in data["gemms"].items()},
+            {name: RowConfig(**data["rows"][name]) for name in ROW_KERNELS},
+            {name: tuple(GemmConfig(**tile) for tile in data["gemms"][name]) for name in GEMM_KERNELS},
         )
 
 
@@ -148,7 +152,13 @@ def of_device(index: int | None) -> Config:
     name = file_name(torch.cuda.get_device_name(index))
     for folder in (tuned_dir(), SHIPPED):
         if (folder / name).is_file():
-            return Config.from_json((folder / name).read_text())
+            try:
+                return Config.from_json((folder / name).read_text())
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{folder / name}: not a configuration of this version ({error!r}); delete it, or write it anew "
+                    f"with `igva-kernels tune`"
+                ) from error
     return shipped(architecture(torch.cuda.get_device_capability(index)))
 
 

@@ -9,15 +9,16 @@ the measured time, so that the model reproduces the large batch.
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from igva_kernels.backends.base import Keep, LayerShape, MixArgs
 from igva_kernels.backends.triton import config, cost, gemm, mix, norm
@@ -67,7 +68,10 @@ def tune(
         )
     path = output or config.tuned_dir() / config.file_name(torch.cuda.get_device_name(index))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(tuned.to_json())
+    # Whole or not at all: every process that starts on this card reads the file.
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_text(tuned.to_json())
+    unfinished.replace(path)
     config.of_device.cache_clear()
     return path, tuned
 
@@ -116,17 +120,15 @@ def _best_rows(name: str, log: Callable[[str], None]) -> RowConfig:
 
 
 def _best_tiles(name: str, blank: Config, log: Callable[[str], None]) -> tuple[GemmConfig, ...]:
+    jobs = [_gemm_job(name, batch) for batch in BATCHES]
     times: dict[GemmConfig, list[float]] = {}
-    shapes: list[tuple[int, int, int]] = []
-    for batch in BATCHES:
-        job, shape = _gemm_job(name, batch)
-        shapes.append(shape)
-        for tile in _candidates(name, blank):
-            times.setdefault(tile, []).append(_time_or_inf(job, tile))
+    for tile in _candidates(name, blank):
+        with suppress(OutOfResources, PTXASError):  # a neighbour may need more than the card has
+            times[tile] = [time_us(partial(job, tile)) for job, _ in jobs]
     best = dict.fromkeys(min(times, key=lambda tile: times[tile][i]) for i in reversed(range(len(BATCHES))))
     tuned = []
     for tile in best:
-        at_full_rate = cost.product_us(blank, *shapes[-1], replace(tile, efficiency=1.0))
+        at_full_rate = cost.product_us(blank, *jobs[-1][1], replace(tile, efficiency=1.0))
         tuned.append(replace(tile, efficiency=round(at_full_rate / times[tile][-1], 3)))
         log(f"{name}: {tuned[-1]}, {', '.join(f'{us:.1f}' for us in times[tile])} us at batch {BATCHES}")
     return tuple(tuned)
@@ -137,15 +139,7 @@ def _candidates(name: str, blank: Config) -> Iterator[GemmConfig]:
     for tile in blank.gemms[name]:
         for stages in (tile.num_stages, tile.num_stages + 1):
             for slices in (tile.slices, 2 * tile.slices if tile.slices < 4 else 1):
-                for group_m in (tile.group_m, 2 * tile.group_m):
-                    yield replace(tile, num_stages=stages, slices=slices, group_m=group_m, efficiency=1.0)
-
-
-def _time_or_inf(job: Callable[[GemmConfig], object], tile: GemmConfig) -> float:
-    try:
-        return time_us(partial(job, tile))
-    except OutOfResources:
-        return math.inf
+                yield replace(tile, num_stages=stages, slices=slices, efficiency=1.0)
 
 
 def _row_job(name: str) -> Callable[[RowConfig], object]:
