@@ -328,7 +328,7 @@ def test_vectors_may_have_strides():
 @pytest.mark.parametrize("width", [40, 64])
 def test_norm_backward(width, params):
     rows, grad = torch.randn(9, width), torch.randn(9, width)
-    norm = (torch.rand(width) if params else None, None, 1e-5)
+    norm = (torch.rand(width), torch.rand(width), 1e-5) if params else (None, None, 1e-5)
     mean, rstd = rows.mean(-1), (rows.var(-1, unbiased=False) + 1e-5).rsqrt()
     actual = BACKEND.norm_backward(grad, rows, norm, mean, rstd, params)
     expected = Backend.norm_backward(BACKEND, grad, rows, norm, mean, rstd, params)
@@ -336,6 +336,14 @@ def test_norm_backward(width, params):
         assert (a is None) == (e is None)
         if a is not None:
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_a_norm_have_the_dtype_of_its_parameters():
+    """What the fake operator promises to compiled code: the engine of eager torch would convert in silence."""
+    rows, weight, bias = torch.randn(9, 64).bfloat16(), torch.rand(64).half(), torch.rand(64)
+    stats = rows.float().mean(-1), rows.float().var(-1, unbiased=False).rsqrt()
+    grads = BACKEND.norm_backward(rows, rows, (weight, bias, 1e-5), *stats, True)
+    assert [grad.dtype for grad in grads] == [torch.bfloat16, torch.float16, torch.float32]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
