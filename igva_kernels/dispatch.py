@@ -37,6 +37,12 @@ def constant_under_compile(fn: Callable[..., Any]) -> Callable[..., Any]:
     return fn
 
 
+@constant_under_compile
+def why_not_allocate(name: str, width: int, num_weights: int) -> str | None:
+    """``Backend.why_not_allocate`` of the backend of this name."""
+    return get(name).why_not_allocate(width, num_weights)
+
+
 @cache
 def get(name: str) -> Backend:
     """The backend of this name. Importing one touches no driver and never fails."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from igva_kernels import dispatch
 from igva_kernels.backends.base import (
+    AllocatorWeights,
     Keep,
     LayerShape,
     MixArgs,
@@ -45,6 +46,9 @@ _SCHEMAS = {
         " Tensor? image_index, Tensor weight1, Tensor? norm_weight, Tensor? norm_bias, Tensor? weight2, str plan,"
         " int skip_tokens, float? norm_eps, str? activation, SymInt[] layer_shape, ScalarType layer_dtype,"
         " bool[] needs, str impl) -> Tensor[]"
+    ),
+    "allocate": (
+        "(Tensor sentences, Tensor summaries, Tensor[] weights, int num_heads, float[] eps, str impl) -> Tensor"
     ),
 }
 
@@ -164,6 +168,19 @@ def _mlp_form(fn: Callable[..., Any]) -> Callable[..., Any]:
         return fn(layers, w, index, ProjectorWeights(weight1, bias1, weight2, bias2), norm_weight, norm_bias, *rest)
 
     return run
+
+
+def _allocate(
+    sentences: Tensor, summaries: Tensor, weights: list[Tensor], num_heads: int, eps: list[float], impl: str
+) -> Tensor:
+    flat = [weight.contiguous() for weight in weights]
+    return dispatch.get(impl).allocate(sentences, summaries, AllocatorWeights.of(flat), num_heads, eps)
+
+
+def _allocate_fake(
+    sentences: Tensor, summaries: Tensor, weights: list[Tensor], num_heads: int, eps: list[float], impl: str
+) -> Tensor:
+    return summaries.new_empty(summaries.shape[:2], dtype=torch.float32)
 
 
 # ---- gradients ------------------------------------------------------------------------------------------------------
@@ -369,6 +386,10 @@ def _no_second_derivative(ctx: Any, *grads: Any) -> None:
     )
 
 
+def _no_allocate_backward(ctx: Any, *grads: Any) -> None:
+    raise NotImplementedError("igva_kernels::allocate is for inference; nn.WeightAllocator trains by torch's own code")
+
+
 def _register() -> torch.library.Library:
     library = torch.library.Library("igva_kernels", "DEF")
     registrations: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any], Any]] = {
@@ -379,6 +400,7 @@ def _register() -> torch.library.Library:
         "layer_mix_mlp": (_mlp_form(_projector), _mlp_form(_projector_fake), _projector_grad, _projector_setup),
         "layer_mix_backward": (_layer_mix_backward, _layer_mix_backward_fake, _no_second_derivative, None),
         "projector_backward": (_projector_backward, _projector_backward_fake, _no_second_derivative, None),
+        "allocate": (_allocate, _allocate_fake, _no_allocate_backward, None),
     }  # fmt: skip
     for name, (kernel, fake, backward, setup_context) in registrations.items():
         library.define(name + _SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from igva_kernels import dispatch
+from igva_kernels.library import OPS
 from igva_kernels.ops import layer_mix, layer_mix_linear, layer_mix_mlp
 from igva_kernels.plan import Entry, MixPlan, is_tap
 from igva_kernels.reference import ACTIVATIONS, Norm
@@ -24,6 +26,9 @@ class WeightAllocator(nn.Module):
     of the K layer groups in a row of cross-attention blocks, and a last Linear scores the groups. Their parameters map
     onto these by name: ``transformers.`` is ``blocks.`` here, ``linear.`` is ``head.``, the others are called alike.
 
+    Where no gradient is asked for, on a GPU, a few fused kernels do what the modules would, as long as these are plain
+    (``is_plain``), of one dtype, and not under autocast.
+
     Args:
         sentence_dim: E (all-mpnet-base-v2: 768).
         vision_dim: D (CLIP ViT-L: 1024).
@@ -31,6 +36,7 @@ class WeightAllocator(nn.Module):
         hidden_dim: width of the blocks.
         num_blocks: how many there are.
         num_heads: attention heads of a block; must divide ``hidden_dim``.
+        impl: "auto"; "reference", the modules themselves; or "triton", which serves nothing but inference.
     """
 
     def __init__(
@@ -41,10 +47,13 @@ class WeightAllocator(nn.Module):
         hidden_dim: int = 1024,
         num_blocks: int = 4,
         num_heads: int = 4,
+        *,
+        impl: str = "auto",
     ) -> None:
         super().__init__()
         if hidden_dim % num_heads:
             raise ValueError(f"num_heads: got {num_heads}, need a divisor of hidden_dim={hidden_dim}")
+        self.impl = impl
         self.sentence_proj = nn.Linear(sentence_dim, hidden_dim)
         self.cls_proj = nn.Linear(vision_dim, hidden_dim)
         self.blocks = nn.ModuleList(_AllocatorBlock(hidden_dim, num_heads) for _ in range(num_blocks))
@@ -59,6 +68,7 @@ class WeightAllocator(nn.Module):
 
         Raises:
             ValueError: shapes that do not fit.
+            NotImplementedError: an explicit ``impl`` that cannot serve the call.
         """
         width, dim = self.sentence_proj.in_features, self.cls_proj.in_features
         batch, columns = summaries.shape[0], self.head.out_features
@@ -66,14 +76,64 @@ class WeightAllocator(nn.Module):
             raise ValueError(f"sentence_embeds: got shape {tuple(sentence_embeds.shape)}, need {(batch, width)}")
         if summaries.shape != (batch, columns, dim):
             raise ValueError(f"summaries: got shape {tuple(summaries.shape)}, need {(batch, columns, dim)}")
+        sentence_embeds = sentence_embeds.to(self.sentence_proj.weight.dtype)
+        summaries = summaries.to(self.cls_proj.weight.dtype)
+        impl = self._serving(sentence_embeds, summaries)
+        if impl != "reference":
+            heads = self.blocks[0].cross_attention.num_heads
+            eps = [norm.eps for block in self.blocks for norm in (block.norm1, block.norm2)]
+            return OPS.allocate(sentence_embeds, summaries, list(self.parameters()), heads, eps, impl)
         if not torch.compiler.is_compiling() and sentence_embeds.is_inference():
             sentence_embeds = sentence_embeds.clone()  # autograd cannot save an inference tensor
-        query = self.sentence_proj(sentence_embeds.to(self.sentence_proj.weight.dtype)).unsqueeze(1)
-        keys = self.cls_proj(summaries.to(self.cls_proj.weight.dtype))
+        query = self.sentence_proj(sentence_embeds).unsqueeze(1)
+        keys = self.cls_proj(summaries)
         for block in self.blocks:
             query = block(query, keys)
         scores = self.head(query).squeeze(1)
         return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+
+    def extra_repr(self) -> str:
+        return f"impl={self.impl!r}"
+
+    def _serving(self, *inputs: Tensor) -> str:
+        """The backend whose kernels serve the call, or "reference"."""
+        impl = dispatch.select(self.impl, inputs[0].device.type, inputs[0].dtype)
+        if impl == "reference":
+            return impl
+        reason = self._why_not(impl, inputs)
+        if reason is None:
+            return impl
+        if self.impl != "auto":
+            raise NotImplementedError(f"impl={self.impl!r} cannot serve this call of the allocator: {reason}")
+        return "reference"
+
+    def _why_not(self, impl: str, inputs: Sequence[Tensor]) -> str | None:
+        reason = dispatch.why_not_allocate(impl, self.head.in_features, self.head.out_features)
+        if reason is not None:
+            return reason
+        tensors = [*inputs, *self.parameters()]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return "its kernels are for inference and a gradient is asked for"
+        device, dtype = inputs[0].device, inputs[0].dtype
+        if torch.is_autocast_enabled(device.type):
+            return "autocast is on"
+        if any(tensor.device != device or tensor.dtype != dtype for tensor in tensors):
+            return "its inputs and parameters are not all of one dtype on one device"
+        return None if self._is_as_built() else "a submodule is hooked, sharded, quantised or replaced"
+
+    def _is_as_built(self) -> bool:
+        """Whether ``parameters()`` are those of the constructor, and nothing would happen in a submodule's forward."""
+        attentions = [block.cross_attention for block in self.blocks if type(block) is _AllocatorBlock]
+        kinds = [nn.Linear, nn.Linear, nn.ModuleList, *_BLOCK_TYPES * len(attentions), nn.Linear]
+        modules = list(self.modules())[1:]
+        options = {(a.num_heads, a.dropout, a.add_zero_attn, len(list(a.parameters()))) for a in attentions}
+        return (
+            [type(module) for module in modules] == kinds
+            and len(list(self.parameters())) == 6 + 12 * len(attentions)
+            and len(options) == 1
+            and options.pop()[1:] == (0.0, False, 4)
+            and all(map(_is_untouched, modules))
+        )
 
 
 class _AllocatorBlock(nn.Module):
@@ -91,6 +151,9 @@ class _AllocatorBlock(nn.Module):
         attended, _ = self.cross_attention(query, keys, keys, need_weights=False)
         query = self.norm1(query + attended)
         return self.norm2(query + self.ffn(query))
+
+
+_BLOCK_TYPES = tuple(type(module) for module in _AllocatorBlock(1, 1).modules())
 
 
 class TextAllocator(nn.Module):
@@ -353,9 +416,13 @@ def is_plain(module: nn.Module) -> bool:
     forwards (DeepSpeed ZeRO-3, accelerate), and weights that are tensor subclasses or whose storage was released. A
     forward that a patch bound is plain.
     """
+    return type(module) in _PLAIN_TYPES and _is_untouched(module)
+
+
+def _is_untouched(module: nn.Module) -> bool:
     own = vars(module).get("forward")
     rebound = own is not None and not _takes_layers(own)
-    if type(module) not in _PLAIN_TYPES or rebound or any(getattr(module, name) for name in _HOOKS):
+    if rebound or any(getattr(module, name) for name in _HOOKS):
         return False
     return all(type(p) in (Tensor, nn.Parameter) and _has_storage(p) for p in module.parameters(recurse=False))
 

@@ -101,6 +101,18 @@ def test_heads_that_do_not_divide_the_width_are_refused():
         WeightAllocator(6, 8, 3, hidden_dim=18, num_heads=4)
 
 
+@pytest.mark.parametrize("impl", [i for i in IMPLS if i != "reference"])
+def test_a_backend_without_kernels_for_the_allocator_says_so_and_auto_takes_the_modules(impl):
+    allocator, inputs = WeightAllocator(6, 8, 3, hidden_dim=16, impl=impl), (torch.randn(2, 6), torch.randn(2, 3, 8))
+    with pytest.raises(NotImplementedError, match=f"impl='{impl}' cannot serve .* allocator: .* has no kernels for it"):
+        allocator(*inputs)
+    results = []
+    for allocator.impl in ("auto", "reference"):
+        with torch.no_grad():
+            results.append(allocator(*inputs))
+    assert torch.equal(*results)
+
+
 # ---- summaries ----
 
 

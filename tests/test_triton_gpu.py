@@ -9,7 +9,7 @@ import igva_kernels as ik
 from igva_kernels import MixPlan, verify
 from igva_kernels.backends.triton import BACKEND, backend, config
 from igva_kernels.nn import WeightAllocator, column_summaries
-from igva_kernels.testing import relative_error
+from igva_kernels.testing import assert_within_rule, relative_error
 
 REASON = BACKEND.why_not(torch.device("cuda"), torch.bfloat16)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -40,6 +40,18 @@ class Block:
     def step(self, impl="triton"):
         out = self(impl)
         return [out.detach(), *torch.autograd.grad(out.float().square().mean(), [self.weights, *self.params])]
+
+
+def capture(call):
+    """``call`` as a CUDA graph, after a call that compiles, and what the graph writes to."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    return graph, out
 
 
 def same(a, b):
@@ -90,13 +102,7 @@ def test_compiled_in_one_graph():
 def test_a_captured_graph_follows_its_inputs():
     block = Block(grad=False)
     index = torch.tensor([3, 1, 1, 0], device="cuda")
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        block(index=index)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = block(index=index)
+    graph, out = capture(lambda: block(index=index))
     for _ in range(2):
         for tensor in (*block.states, block.weights, *block.params):
             tensor.copy_(torch.randn_like(tensor) * 0.1)
@@ -109,7 +115,7 @@ def test_a_captured_graph_follows_its_inputs():
 def test_the_whole_connector_in_one_graph():
     """Group CLS, allocator, weights and block: what runs between the tower and the language model."""
     block = Block(grad=False)
-    allocator = WeightAllocator(16, 128, 4, hidden_dim=64).cuda().bfloat16()
+    allocator = WeightAllocator(16, 128, 4, hidden_dim=64, impl="triton").cuda().bfloat16()
     sentence = torch.randn(4, 16, device="cuda")
 
     def connector():
@@ -117,13 +123,7 @@ def test_the_whole_connector_in_one_graph():
         return block()
 
     with torch.no_grad():
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            connector()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = connector()
+        graph, out = capture(connector)
         for state in block.states:
             state.copy_(torch.randn_like(state))
         sentence.copy_(torch.randn_like(sentence))
@@ -131,14 +131,68 @@ def test_the_whole_connector_in_one_graph():
         torch.testing.assert_close(out, connector(), rtol=2e-2, atol=2e-2)
 
 
+def igva_allocator(dtype, columns=4):
+    """IGVA's allocator, frozen, with biases and norms that do something."""
+    allocator = WeightAllocator(768, 1024, columns).requires_grad_(False)
+    for name, p in allocator.named_parameters():
+        if p.dim() == 1:
+            p.normal_(1.0 if "norm" in name and "weight" in name else 0.0, 0.3)
+    return allocator.cuda().to(dtype)
+
+
+def questions(batch, dtype, columns=4):
+    """Sentences, and summaries that resemble each other as those of one image do."""
+    image = torch.randn(batch, 1, 1024, device="cuda")
+    summaries = image + 0.5 * torch.randn(batch, columns, 1024, device="cuda")
+    return torch.randn(batch, 768, device="cuda").to(dtype), summaries.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "columns"), [(0, 4), (1, 4), (3, 5), (17, 16), (128, 4)])
+def test_the_allocator_obeys_the_error_rule(batch, columns, dtype):
+    allocator, inputs = igva_allocator(dtype, columns), questions(batch, dtype, columns)
+    results = {}
+    for impl in ("triton", "reference"):
+        allocator.impl = impl
+        results[impl] = allocator(*inputs)
+    oracle = allocator.double()(*inputs)
+    assert_within_rule(results["triton"], oracle, results["reference"], dtype)
+
+
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("batch", [1, 64])
+def test_the_allocator_is_16_kernels_and_a_captured_graph_follows_its_inputs(batch):
+    allocator, inputs = igva_allocator(torch.bfloat16), questions(batch, torch.bfloat16)
+    graph, weights = capture(lambda: allocator(*inputs))
+    for _ in range(2):
+        for tensor, fresh in zip(inputs, questions(batch, torch.bfloat16), strict=True):
+            tensor.copy_(fresh)
+        graph.replay()
+        assert torch.equal(weights, allocator(*inputs))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        allocator(*inputs)
+        torch.cuda.synchronize()
+    kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(kernels) == 16, kernels
+
+
+@pytest.mark.plain_memory
+def test_the_allocator_compiles_in_one_graph():
+    allocator, inputs = igva_allocator(torch.bfloat16), questions(2, torch.bfloat16)
+    assert torch.equal(torch.compile(allocator, fullgraph=True)(*inputs), allocator(*inputs))
+
+
 @pytest.mark.plain_memory
 def test_no_call_waits_for_the_gpu():
     block = Block()
     index = torch.tensor([0, 9, -1, 2], device="cuda")
+    allocator, inputs = igva_allocator(torch.bfloat16), questions(2, torch.bfloat16)
     block.step()
     block(index=index)
+    allocator(*inputs)
     torch.cuda.set_sync_debug_mode("error")
     try:
+        allocator(*inputs)
         block.step()
         out = block(index=index)
     finally:

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from igva_kernels import MixPlan
-from igva_kernels.backends.base import Keep, LayerShape, MixArgs
+from igva_kernels.backends.base import AllocatorWeights, Keep, LayerShape, MixArgs
 from igva_kernels.library import _signatures
+from igva_kernels.nn import WeightAllocator
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
@@ -16,7 +17,7 @@ pytest.importorskip("triton")
 
 from triton_build import SHARED_MEMORY, build, record, specialised
 
-from igva_kernels.backends.triton import config, gemm, mix, norm
+from igva_kernels.backends.triton import allocator, config, gemm, mix, norm
 
 ARCHITECTURES = {80: "sm_80", 90: "sm_90", 100: "sm_100"}
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
@@ -152,6 +153,26 @@ def test_one_build_serves_every_batch(monkeypatch):
         builds.append([(launch[0].__name__, specialised(launch)) for launch in launches])
     assert len({name for name, _ in builds[0]}) == 8
     assert builds[0] == builds[1] == builds[2]
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+@pytest.mark.parametrize("capability", [90, *(pytest.param(c, marks=pytest.mark.slow) for c in (80, 100))])
+def test_allocator(capability, batch, monkeypatch):
+    with torch.device("meta"):
+        weights = AllocatorWeights.of(list(WeightAllocator(768, D, 4).bfloat16().parameters()))
+    inputs = meta(batch, 768), meta(batch, 4, D)
+    launches = record(monkeypatch, lambda: allocator.allocate(*inputs, weights, 4, [1e-5] * 8, 132))
+    assert len(launches) == 16
+    # Up to the attention of the second block, the first that has a norm before it, and the head.
+    for launch in (*launches[:7], launches[-1]):
+        built = build(launch, capability)
+        check(built, capability)
+        if "BLOCK_M" in launch[2]:
+            rows = launch[2]["BLOCK_M"]
+            assert (MATRIX_INSTRUCTION[capability] if rows == 64 else "mma.sync") in built.ptx
+            assert "cp.async.cg" in built.ptx
+        else:
+            assert "ld.global.v4.b32" in built.ptx
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

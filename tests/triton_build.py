@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from igva_kernels.backends.triton import gemm, mix, norm
+from igva_kernels.backends.triton import allocator, gemm, mix, norm
 
 SHARED_MEMORY = {80: 101_376, 90: 232_448, 100: 232_448}
 """Bytes a block may use. The sm_80 file serves 8.6 and 8.9 too, which have less than 8.0."""
@@ -36,7 +36,7 @@ class Built(NamedTuple):
 def record(monkeypatch, call):
     """The launches ``(kernel, args, constants)`` of ``call``, which gets meta tensors."""
     launches = []
-    for module in (gemm, mix, norm):
+    for module in (allocator, gemm, mix, norm):
         monkeypatch.setattr(module, "launch", lambda kernel, _, __, *args, **kw: launches.append((kernel, args, kw)))
     call()
     return launches

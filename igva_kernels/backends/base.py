@@ -147,6 +147,45 @@ class ProjectorGrads(NamedTuple):
     bias2: Tensor | None
 
 
+class AllocatorBlockWeights(NamedTuple):
+    """Weights of a block of ``nn.WeightAllocator``, in the order of its ``parameters()``; C is the hidden width."""
+
+    in_proj_weight: Tensor
+    """``[3C, C]``: query, key and value projections."""
+    in_proj_bias: Tensor
+    out_proj_weight: Tensor
+    out_proj_bias: Tensor
+    norm1_weight: Tensor
+    norm1_bias: Tensor
+    ffn1_weight: Tensor
+    ffn1_bias: Tensor
+    ffn2_weight: Tensor
+    ffn2_bias: Tensor
+    norm2_weight: Tensor
+    norm2_bias: Tensor
+
+
+class AllocatorWeights(NamedTuple):
+    """Weights of ``nn.WeightAllocator``."""
+
+    sentence_weight: Tensor
+    sentence_bias: Tensor
+    cls_weight: Tensor
+    cls_bias: Tensor
+    blocks: tuple[AllocatorBlockWeights, ...]
+    head_weight: Tensor
+    head_bias: Tensor
+
+    @classmethod
+    def of(cls, parameters: Sequence[Tensor]) -> AllocatorWeights:
+        """From a flat list in the order of ``parameters()``."""
+        size = len(AllocatorBlockWeights._fields)
+        starts = range(4, len(parameters) - 2, size)
+        blocks = tuple(AllocatorBlockWeights(*parameters[start : start + size]) for start in starts)
+        sentence_weight, sentence_bias, cls_weight, cls_bias = parameters[:4]
+        return cls(sentence_weight, sentence_bias, cls_weight, cls_bias, blocks, parameters[-2], parameters[-1])
+
+
 def check_image_range(image_index: Tensor, num_images: int) -> None:
     """Raise ValueError if a row of a CPU ``image_index`` reads an image that is not there."""
     if image_index.numel() and not 0 <= int(image_index.min()) <= int(image_index.max()) < num_images:
@@ -259,6 +298,26 @@ class Backend:
         return grad_rows, *(
             grad if p is None else grad.to(p.dtype) for grad, p in zip(param_grads, norm[:2], strict=True)
         )
+
+    # ---- the allocator, at inference -------------------------------------------------------------------------------
+
+    def why_not_allocate(self, width: int, num_weights: int) -> str | None:
+        """None if ``allocate`` can serve this hidden width and K, otherwise the reason why not."""
+        return f"the {self.name} backend has no kernels for it"
+
+    def allocate(
+        self, sentences: Tensor, summaries: Tensor, weights: AllocatorWeights, num_heads: int, eps: Sequence[float]
+    ) -> Tensor:
+        """What ``nn.WeightAllocator`` computes, ``[B, K]`` in fp32.
+
+        Args:
+            sentences: ``[B, E]`` in the dtype of the weights.
+            summaries: ``[B, K, D]``, likewise.
+            weights: of at least one block.
+            num_heads: of every block.
+            eps: of every block's two norms.
+        """
+        raise NotImplementedError
 
     # ---- the operator ----------------------------------------------------------------------------------------------
 

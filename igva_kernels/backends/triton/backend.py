@@ -5,6 +5,7 @@
     mix_weights_grad_of_linear
     mix_linear                            a GEMM that reads the layers itself, or mix and linear
     products without an epilogue          cuBLAS
+    allocate                              Triton (allocator.py)
 
 ``cost`` chooses where there is a choice, from shapes alone: the same call takes the same kernels in every step.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from igva_kernels.backends.base import (
+    AllocatorWeights,
     Backend,
     Keep,
     LayerShape,
@@ -31,7 +33,7 @@ from igva_kernels.plan import is_tap
 from igva_kernels.reference import Norm
 
 try:
-    from igva_kernels.backends.triton import gemm
+    from igva_kernels.backends.triton import allocator, gemm
     from igva_kernels.backends.triton import mix as mix_kernels
     from igva_kernels.backends.triton import norm as norm_kernels
     from igva_kernels.backends.triton.common import INTERPRETED
@@ -151,6 +153,14 @@ class TritonBackend(Backend):
         fold = (stats.mean, stats.rstd, column_sums)
         y, z = gemm.mix_linear(args, folded, shift, activation, keep_z, chosen, fold)
         return y, z, stats
+
+    def why_not_allocate(self, width: int, num_weights: int) -> str | None:
+        return allocator.why_not(width, num_weights)
+
+    def allocate(
+        self, sentences: Tensor, summaries: Tensor, weights: AllocatorWeights, num_heads: int, eps: Sequence[float]
+    ) -> Tensor:
+        return allocator.allocate(sentences, summaries, weights, num_heads, eps, _config(summaries).rates.sms)
 
     def _prologue(
         self, args: MixArgs, norm: Norm | None, weight: Tensor, activation: str | None, keep: Keep

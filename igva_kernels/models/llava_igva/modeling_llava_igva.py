@@ -502,6 +502,7 @@ def _allocator(config: LlavaIgvaConfig) -> WeightAllocator | TextAllocator | Lea
     return WeightAllocator(
         config.sentence_embed_dim, config.vision_config.hidden_size, columns, hidden_dim,
         config.allocator_num_blocks, config.allocator_num_heads,
+        impl="reference" if config.impl == "reference" else "auto",
     )  # fmt: skip
 
 
