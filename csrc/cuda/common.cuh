@@ -155,6 +155,18 @@ __device__ inline W block_sum(W value, W* scratch) {
 }
 
 #ifndef IGVA_EMULATION // tests run the kernels on a CPU: threads are fibers there
+// 2^x and 1 / x to about 22 bits; denormal numbers become zero, which __expf and __fdividef spend instructions to avoid.
+__device__ inline float approximate_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline float approximate_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 __device__ inline void* dynamic_shared() {
   extern __shared__ __align__(1024) unsigned char shared[];
   return shared;

@@ -35,8 +35,6 @@ using std::max;
 using std::min;
 inline float rsqrt(float x) { return 1.0f / sqrtf(x); }
 inline double rsqrt(double x) { return 1.0 / sqrt(x); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __expf(float x) { return expf(x); }
 
 namespace emulation {
 
@@ -273,6 +271,8 @@ inline void __syncwarp() {
 namespace igva::cuda {
 
 inline void* dynamic_shared() { return emulation::current->block->shared; }
+inline float approximate_exp2(float x) { return exp2f(x); }
+inline float approximate_reciprocal(float x) { return 1 / x; }
 
 template <class... Params>
 int launch(void (*kernel)(Params...), dim3 grid, int threads, size_t shared, void*, const Params&... params) {
