@@ -401,12 +401,13 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def takes_layers(module: nn.Module) -> bool:
     """Whether the forward of a Linear or LayerNorm, under the hooks it may have, takes a ``MixInput``."""
-    own = vars(module)
+    own = module.__dict__  # torch 2.8 cannot trace vars()
     return _takes_layers(own.get("_old_forward", own.get("forward", type(module).forward)))  # accelerate's name
 
 
 def _takes_layers(forward: Any) -> bool:
-    return getattr(forward, "__func__", forward) in (LayerMixLinear.forward, LayerMixNorm.forward)
+    function = getattr(forward, "__func__", forward)
+    return function is LayerMixLinear.forward or function is LayerMixNorm.forward  # torch 2.11 cannot trace `in`
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -420,7 +421,7 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def _is_untouched(module: nn.Module) -> bool:
-    own = vars(module).get("forward")
+    own = module.__dict__.get("forward")
     rebound = own is not None and not _takes_layers(own)
     if rebound or any(getattr(module, name) for name in _HOOKS):
         return False

@@ -12,7 +12,7 @@ Both bind functions to the instance, never closures over a module: a copy of a p
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import copy
+from dataclasses import replace
 from functools import wraps
 from types import MethodType
 from typing import Any
@@ -123,8 +123,8 @@ class _LazyTower(_StandIn):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out = self._of(*args, **kwargs)
         if getattr(out, "hidden_states", None) is not None:
-            out = copy(out)  # hooks of the tower may have kept the other
-            out.hidden_states = tuple(None if h is None else LazyConcat((h,)) for h in out.hidden_states)
+            states = tuple(None if h is None else LazyConcat((h,)) for h in out.hidden_states)
+            out = replace(out, hidden_states=states)  # another: hooks of the tower may have kept this one
         return out
 
 
