@@ -33,7 +33,7 @@ test: lint
 
 test-all: test .venv-oldest/installed .venv-transformers4/installed
 	$(TEST)/pytest -m "slow and not gpu" $(ARGS)
-	.venv-oldest/bin/pytest -m "not gpu" -k "model or patch or demo" $(ARGS)
+	.venv-oldest/bin/pytest -m "not gpu" -k "model or patch or demo or training" $(ARGS)
 	.venv-transformers4/bin/pytest tests/test_patch_transformers.py $(ARGS)
 
 compatibility: .venv-test/installed .venv-oldest/installed .venv-transformers4/installed

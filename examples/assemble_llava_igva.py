@@ -17,13 +17,13 @@ import torch
 from llava_data import IMAGE
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
     LlavaForConditionalGeneration,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17's own name asks for torchvision
 
 from igva_kernels.models import LlavaIgvaConfig, LlavaIgvaForConditionalGeneration, LlavaIgvaProcessor
 
