@@ -62,7 +62,7 @@ def backends() -> list[BackendStatus]:
 
 
 @constant_under_compile
-def select(impl: str, device_type: str, dtype: torch.dtype) -> str:
+def select(impl: str, device: torch.device, dtype: torch.dtype) -> str:
     """The backend that serves ``impl`` for tensors of this device and dtype.
 
     Raises:
@@ -73,14 +73,13 @@ def select(impl: str, device_type: str, dtype: torch.dtype) -> str:
         raise ValueError(f"impl: got {impl!r}, need one of {', '.join(map(repr, IMPLS))}")
     if impl == "reference":
         return impl
-    device = torch.device(device_type)
     if impl != "auto":
         reason = get(impl).why_not(device, dtype)
         if reason is not None:
-            raise NotImplementedError(f"impl={impl!r} cannot serve {dtype} tensors on {device_type!r}: {reason}")
+            raise NotImplementedError(f"impl={impl!r} cannot serve {dtype} tensors on {str(device)!r}: {reason}")
         return impl
     for name in KERNEL_BACKENDS:
-        if name == "triton" and device_type == "cpu":
+        if name == "triton" and device.type == "cpu":
             continue  # the interpreter is a test tool, never the best choice
         if get(name).why_not(device, dtype) is None:
             return name

@@ -97,7 +97,7 @@ class WeightAllocator(nn.Module):
 
     def _serving(self, *inputs: Tensor) -> str:
         """The backend whose kernels serve the call, or "reference"."""
-        impl = dispatch.select(self.impl, inputs[0].device.type, inputs[0].dtype)
+        impl = dispatch.select(self.impl, inputs[0].device, inputs[0].dtype)
         if impl == "reference":
             return impl
         reason = self._why_not(impl, inputs)

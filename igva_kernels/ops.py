@@ -201,7 +201,7 @@ class _Call:
         if not 0 <= skip_tokens <= num_tokens:
             raise ValueError(f"skip_tokens: got {skip_tokens}, need 0 to {num_tokens}, the tokens of a hidden state")
         self.skip_tokens = skip_tokens
-        self.impl = dispatch.select(impl, first.device.type, first.dtype)
+        self.impl = dispatch.select(impl, first.device, first.dtype)
         self.image_index = image_index
         num_rows = num_images
         if image_index is not None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import igva_kernels as ik
-from igva_kernels.backends.triton import BACKEND, launch
+from igva_kernels import dispatch
+from igva_kernels.backends.triton import BACKEND, backend, config, gemm, launch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -50,6 +51,29 @@ def test_it_says_what_it_cannot_serve():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_it_says_that_there_is_no_gpu():
     assert "no CUDA device" in BACKEND.why_not(CUDA, torch.bfloat16)
+
+
+def test_each_card_is_asked_for_its_own_capability(monkeypatch):
+    backend._why_not_cuda.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (7, 5)][index])
+    try:
+        assert dispatch.select("triton", torch.device("cuda:0"), torch.bfloat16) == "triton"
+        with pytest.raises(NotImplementedError, match=r"on 'cuda:1': .* compute capability 8.0, this card has 7.5"):
+            dispatch.select("triton", torch.device("cuda:1"), torch.bfloat16)
+    finally:
+        backend._why_not_cuda.cache_clear()
+
+
+@pytest.mark.parametrize(("width", "start", "fused"), [(2048, 0, True), (2047, 0, False), (2048, 1, False)])
+def test_rows_that_no_wide_load_can_read_go_to_cublas(width, start, fused, monkeypatch):
+    monkeypatch.setattr(backend, "_config", lambda tensor: config.shipped("sm_90"))
+    calls = []
+    monkeypatch.setattr(gemm, "linear", lambda *args: calls.append(args))
+    rows = torch.empty(8 * 576 * width + start, dtype=torch.bfloat16)[start:].view(-1, width)
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight, bias: torch.zeros(1))
+    BACKEND.linear(rows, torch.empty(4096, width, dtype=torch.bfloat16), None, "gelu", False)
+    assert bool(calls) == fused
 
 
 def test_a_launch_goes_to_the_tensors_device(monkeypatch):

@@ -180,7 +180,7 @@ def patch_projector(
         _check_linear(linear, name)
     weight = getattr(linear_1, "base_layer", linear_1).weight
     if weight.device.type != "meta":  # offloaded weights are nowhere until they run
-        select(impl, weight.device.type, weight.dtype)
+        select(impl, weight.device, weight.dtype)
     set_forward(edits, projector, _projector_forward(children, activation, impl))
     # A stand-in for linear_1 (LoRA's) gets the mixed row, so it stays as it is, and what is below it too.
     if isinstance(linear_1, nn.Linear):

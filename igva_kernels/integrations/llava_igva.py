@@ -21,5 +21,5 @@ def apply(model: nn.Module, edits: PatchHandle, impl: str = "auto") -> None:
     for module in model.modules():
         if isinstance(module, LayerMixProjector):
             weight = next(module.parameters())
-            select(impl, weight.device.type, weight.dtype)
+            select(impl, weight.device, weight.dtype)
             edits.set(module, "impl", impl)

@@ -326,7 +326,7 @@ def linear(
     rows, columns = x.shape[0], weight.shape[0]
     y = x.new_empty(rows, columns)
     z = torch.empty_like(y) if keep_z and activation is not None else None
-    tma = config.tma and fits_tma(x) and fits_tma(weight)
+    tma = config.tma and is_aligned(x) and is_aligned(weight)
     launch(
         linear_kernel, _tiles(config, rows, columns), x.device,
         _operand(x, (config.block_m, config.block_k), tma), _operand(weight, (config.block_n, config.block_k), tma),
@@ -344,7 +344,7 @@ def linear_grad_input(
     grad_z = torch.empty_like(z)
     y = torch.empty_like(z) if need_y else None
     partials = z.new_empty(triton.cdiv(rows, config.block_m), columns, dtype=torch.float32) if need_bias else None
-    tma = config.tma and fits_tma(grad_out) and fits_tma(weight)
+    tma = config.tma and is_aligned(grad_out) and is_aligned(weight)
     launch(
         linear_grad_input_kernel, _tiles(config, rows, columns), z.device,
         _operand(grad_out, (config.block_m, config.block_k), tma),
@@ -364,7 +364,7 @@ def mix_weights_grad_of_linear(
     partials = grad_z.new_empty(
         args.num_rows, args.num_patches * len(blocks) * slots, args.plan.num_columns, dtype=torch.float32
     )
-    tma = config.tma and fits_tma(grad_z) and fits_tma(weight)
+    tma = config.tma and is_aligned(grad_z) and is_aligned(weight)
     layers = tuple(args.layers)
     for position, block in enumerate(blocks):
         program = dot_program(args.plan, block)
@@ -395,7 +395,7 @@ def mix_linear(
     rows, columns = args.num_rows * args.num_patches, weight.shape[0]
     y = weight.new_empty(rows, columns)
     z = torch.empty_like(y) if keep_z and activation is not None else None
-    tma = config.tma and fits_tma(weight)
+    tma = config.tma and is_aligned(weight)
     program, plan_runs = mix_program(args.plan, False), runs(args.plan)
     (stride_image,), (stride_token,) = strides(layers, 0), strides(layers, 1)
     mean, rstd, column_sums = norm or (None, None, None)
@@ -412,10 +412,11 @@ def mix_linear(
     return y, z
 
 
-def fits_tma(x: Tensor) -> bool:
-    """Whether a descriptor can address the matrix: 16-byte aligned start and rows, and rows that are contiguous."""
-    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-    return x.numel() > 0 and x.stride(1) == 1 and aligned
+def is_aligned(x: Tensor) -> bool:
+    """Whether the last dimension is contiguous and all others start at multiples of 16 bytes, as TMA and the widest
+    loads need."""
+    steps = (stride * x.element_size() for stride in x.stride()[:-1])
+    return x.numel() > 0 and x.stride(-1) == 1 and all(start % 16 == 0 for start in (x.data_ptr(), *steps))
 
 
 def precision(dtype: torch.dtype) -> str:
