@@ -41,6 +41,8 @@ def check_image_index(image_index: Tensor, device: torch.device, num_images: int
         raise ValueError(f"image_index: need shape [B], got {list(image_index.shape)}")
     if image_index.device != device:
         raise ValueError(f"image_index: need device {device} as the hidden states, got {image_index.device}")
+    if image_index.shape[0] and not num_images:
+        raise ValueError(f"image_index: got {image_index.shape[0]} rows, but the hidden states hold no image")
     # The kernels check the range themselves, so that compiled code does too; torch's indexing would wrap negatives.
     if check_range and device.type == "cpu" and not torch.compiler.is_compiling():
         check_image_range(image_index, num_images)

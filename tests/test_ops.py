@@ -262,6 +262,10 @@ MLP_ERRORS = {
     "skip not an int": (dict(skip_tokens=1.0), TypeError, "skip_tokens: need an int"),
     "a float index": (dict(image_index=torch.tensor([0.0, 1.0])), TypeError, "image_index: need an int64"),
     "an index matrix": (dict(image_index=torch.zeros(2, 1, dtype=torch.int64)), ValueError, "image_index: need shape"),
+    "no image to index": (
+        dict(hidden_states=lambda a: [h[:0] for h in a["hidden_states"]], image_index=torch.tensor([0])),
+        ValueError, "image_index: got 1 rows, but the hidden states hold no image",
+    ),
     "a wrong activation": (dict(activation="tanh"), ValueError, "activation: got 'tanh'"),
     "a wrong norm": (dict(norm=1e-5), TypeError, "norm: need None or"),
     "a wrong norm weight": (dict(norm=(torch.rand(8), None, 1e-5)), ValueError, r"norm\[0\]: need shape \[16\]"),
