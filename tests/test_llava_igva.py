@@ -60,6 +60,11 @@ def test_the_visual_tokens_are_the_published_formula(tower):
     assert (weights[0] - weights[1]).abs().max() > 0.05
 
 
+def test_the_published_steps_are_those_of_the_allocator_too():
+    impls = {impl: igva_model(impl=impl).model.weight_allocator.impl for impl in ("reference", "auto", "cpu")}
+    assert impls == {"reference": "reference", "auto": "auto", "cpu": "auto"}
+
+
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_samples_with_no_one_and_several_images_answer_as_they_do_alone(tower, padding):
