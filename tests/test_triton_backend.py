@@ -70,7 +70,7 @@ def test_rows_that_no_wide_load_can_read_go_to_cublas(width, start, fused, monke
     monkeypatch.setattr(backend, "_config", lambda tensor: config.shipped("sm_90"))
     calls = []
     monkeypatch.setattr(gemm, "linear", lambda *args: calls.append(args))
-    rows = torch.empty(8 * 576 * width + start, dtype=torch.bfloat16)[start:].view(-1, width)
+    rows = torch.empty(16 * 576 * width + start, dtype=torch.bfloat16)[start:].view(-1, width)
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, weight, bias: torch.zeros(1))
     BACKEND.linear(rows, torch.empty(4096, width, dtype=torch.bfloat16), None, "gelu", False)
     assert bool(calls) == fused
