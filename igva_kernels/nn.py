@@ -78,11 +78,9 @@ class WeightAllocator(nn.Module):
             raise ValueError(f"summaries: got shape {tuple(summaries.shape)}, need {(batch, columns, dim)}")
         sentence_embeds = sentence_embeds.to(self.sentence_proj.weight.dtype)
         summaries = summaries.to(self.cls_proj.weight.dtype)
-        impl = self._serving(sentence_embeds, summaries)
-        if impl != "reference":
-            heads = self.blocks[0].cross_attention.num_heads
-            eps = [norm.eps for block in self.blocks for norm in (block.norm1, block.norm2)]
-            return OPS.allocate(sentence_embeds, summaries, list(self.parameters()), heads, eps, impl)
+        fused = self._fused(sentence_embeds, summaries)
+        if fused is not None:
+            return fused
         if not torch.compiler.is_compiling() and sentence_embeds.is_inference():
             sentence_embeds = sentence_embeds.clone()  # autograd cannot save an inference tensor
         query = self.sentence_proj(sentence_embeds).unsqueeze(1)
@@ -95,45 +93,45 @@ class WeightAllocator(nn.Module):
     def extra_repr(self) -> str:
         return f"impl={self.impl!r}"
 
-    def _serving(self, *inputs: Tensor) -> str:
-        """The backend whose kernels serve the call, or "reference"."""
-        impl = dispatch.select(self.impl, inputs[0].device, inputs[0].dtype)
+    def _fused(self, sentence_embeds: Tensor, summaries: Tensor) -> Tensor | None:
+        """The weights by a backend's own kernels; None where they are left to the modules."""
+        impl = dispatch.select(self.impl, summaries.device, summaries.dtype)
         if impl == "reference":
-            return impl
-        reason = self._why_not(impl, inputs)
+            return None
+        reason = dispatch.why_not_allocate(impl, self.head.in_features, self.head.out_features)
         if reason is None:
-            return impl
+            modules = list(self.modules())[1:]
+            weights = [p for module in modules for p in module._parameters.values() if p is not None]
+            reason = self._why_not_fused(modules, weights, sentence_embeds, summaries)
+            if reason is None:
+                heads = self.blocks[0].cross_attention.num_heads
+                eps = [norm.eps for block in self.blocks for norm in (block.norm1, block.norm2)]
+                return OPS.allocate(sentence_embeds, summaries, weights, heads, eps, impl)
         if self.impl != "auto":
             raise NotImplementedError(f"impl={self.impl!r} cannot serve this call of the allocator: {reason}")
-        return "reference"
+        return None
 
-    def _why_not(self, impl: str, inputs: Sequence[Tensor]) -> str | None:
-        reason = dispatch.why_not_allocate(impl, self.head.in_features, self.head.out_features)
-        if reason is not None:
-            return reason
-        tensors = [*inputs, *self.parameters()]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    def _why_not_fused(self, modules: list[nn.Module], weights: list[Tensor], *inputs: Tensor) -> str | None:
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *weights)):
             return "its kernels are for inference and a gradient is asked for"
         device, dtype = inputs[0].device, inputs[0].dtype
         if torch.is_autocast_enabled(device.type):
             return "autocast is on"
-        if any(tensor.device != device or tensor.dtype != dtype for tensor in tensors):
+        if any(tensor.device != device or tensor.dtype != dtype for tensor in (*inputs, *weights)):
             return "its inputs and parameters are not all of one dtype on one device"
-        return None if self._is_as_built() else "a submodule is hooked, sharded, quantised or replaced"
-
-    def _is_as_built(self) -> bool:
-        """Whether ``parameters()`` are those of the constructor, and nothing would happen in a submodule's forward."""
+        # As the constructor made them, and nothing would happen in the forward of any.
         attentions = [block.cross_attention for block in self.blocks if type(block) is _AllocatorBlock]
         kinds = [nn.Linear, nn.Linear, nn.ModuleList, *_BLOCK_TYPES * len(attentions), nn.Linear]
-        modules = list(self.modules())[1:]
-        options = {(a.num_heads, a.dropout, a.add_zero_attn, len(list(a.parameters()))) for a in attentions}
-        return (
-            [type(module) for module in modules] == kinds
-            and len(list(self.parameters())) == 6 + 12 * len(attentions)
-            and len(options) == 1
-            and options.pop()[1:] == (0.0, False, 4)
-            and all(map(_is_untouched, modules))
-        )
+        options = {(a.num_heads, a.dropout, a.add_zero_attn) for a in attentions}
+        if (
+            [type(module) for module in modules] != kinds
+            or len(weights) != 6 + 12 * len(attentions)
+            or len(options) != 1
+            or options.pop()[1:] != (0.0, False)
+            or not all(map(_is_untouched, modules))
+        ):
+            return "a submodule is hooked, sharded, quantised or replaced"
+        return None
 
 
 class _AllocatorBlock(nn.Module):
@@ -425,7 +423,8 @@ def _is_untouched(module: nn.Module) -> bool:
     rebound = own is not None and not _takes_layers(own)
     if rebound or any(getattr(module, name) for name in _HOOKS):
         return False
-    return all(type(p) in (Tensor, nn.Parameter) and _has_storage(p) for p in module.parameters(recurse=False))
+    parameters = (p for p in module._parameters.values() if p is not None)
+    return all(type(p) in (Tensor, nn.Parameter) and _has_storage(p) for p in parameters)
 
 
 def _has_storage(tensor: Tensor) -> bool:
