@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu_suite [--seconds 450] [--skip-checks] [--tune] [options of python -m benchmarks]
 
-Nothing is measured if a check fails. What no longer fits the time is left out, and said so.
+Nothing is measured if a check fails; all of them run, so that one session shows all that is wrong. What no longer fits
+the time is left out, and said so.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import argparse
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -36,10 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     deadline = time.monotonic() + options.seconds
     if not options.skip_checks:
-        for backend in kernels("cuda", torch.bfloat16):
-            status = check(backend, deadline - options.seconds / 2)
-            if status:
-                return status
+        status = check(kernels("cuda", torch.bfloat16), deadline - options.seconds / 2)
+        if status:
+            return status
     if options.tune:
         from igva_kernels.backends.triton.config import file_name
         from igva_kernels.backends.triton.tune import tune
@@ -50,35 +51,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     return suite.main(["--device", "cuda", "--seconds", left, "--plots", *rest])
 
 
-def check(backend: str, deadline: float) -> int:
-    """The tests of a backend, and compute-sanitizer on small shapes where the tool is there; their exit status."""
-    file = ROOT / "tests" / f"test_{backend}_gpu.py"
-    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", str(file)]
+def check(backends: Sequence[str], deadline: float) -> int:
+    """All tests of the backends, then compute-sanitizer on small shapes where the tool is there; the exit status.
+
+    Tests that outlast ``deadline`` fail; the sanitizer's runs that do are left out.
+    """
+    files = {backend: str(ROOT / "tests" / f"test_{backend}_gpu.py") for backend in backends}
+    tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
     # Most of the time goes into compiling, which several processes share.
     workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
-    paths = dict(os.environ, PYTHONPATH=str(ROOT))
-    runs = [([*tests, *workers], paths)]
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    status = run([*tests, *workers, *files.values()], environment, deadline)
+    if status is None:
+        print("out of time, nothing measured", file=sys.stderr)
+    if status != 0:
+        return 2 if status is None else status
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         print("compute-sanitizer: not on this machine, left out")
-    else:
-        # Torch's cache would hide an access beyond a tensor but within its block.
-        uncached = paths | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        small = {
-            "triton": [("memcheck", [*tests, "-k", "obey and odd and bf16"])],
-            "cuda": [(tool, [sys.executable, str(file)]) for tool in ("memcheck", "racecheck")],
-        }
-        runs += [([sanitizer, "--tool", tool, "--error-exitcode", "1", *run], uncached) for tool, run in small[backend]]
-    for command, environment in runs:
-        try:
-            seconds = max(deadline - time.monotonic(), 1.0)
-            status = subprocess.run(command, env=environment, cwd=ROOT, timeout=seconds).returncode
-        except subprocess.TimeoutExpired:
-            print(f"out of time, nothing measured: {' '.join(command)}", file=sys.stderr)
-            return 2
-        if status:
-            return status
+        return 0
+    # Torch's cache would hide an access beyond a tensor but within its block.
+    environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    small = {
+        "triton": lambda file: [("memcheck", [*tests, file, "-k", "obey and odd and bf16"])],
+        "cuda": lambda file: [(tool, [sys.executable, file]) for tool in ("memcheck", "racecheck")],
+    }
+    for backend, file in files.items():
+        for tool, command in small[backend](file):
+            status = run([sanitizer, "--tool", tool, "--error-exitcode", "1", *command], environment, deadline)
+            if status is None:
+                print(f"out of time, left out: {tool} of {backend}", file=sys.stderr)
+            elif status:
+                return status
     return 0
+
+
+def run(command: Sequence[str], environment: Mapping[str, str], deadline: float) -> int | None:
+    """The exit status of a command; None where it was still running at ``deadline``, and ended with all it started."""
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True)
+    try:
+        return process.wait(max(deadline - time.monotonic(), 1.0))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return None
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """The benchmark suite at tiny sizes: what it refuses, what it writes, and what it makes of it."""
 
+import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -480,6 +482,17 @@ def test_the_gpu_suite_without_a_gpu_says_so(capsys):
     assert gpu_suite.main([]) == 2
     assert bench.main(["--device", "cuda"]) == 2
     assert capsys.readouterr().err.count("no CUDA device") == 2
+
+
+def test_a_check_that_takes_too_long_ends_with_all_it_started(tmp_path):
+    """What it leaves behind would be measured with."""
+    late = tmp_path / "late"
+    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(late)!r}).touch()"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert gpu_suite.run([sys.executable, "-c", parent], os.environ, time.monotonic() + 1) is None
+    time.sleep(3)
+    assert not late.exists()
+    assert gpu_suite.run([sys.executable, "-c", "raise SystemExit(3)"], os.environ, time.monotonic() + 60) == 3
 
 
 @pytest.mark.gpu
