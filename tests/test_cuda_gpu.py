@@ -24,7 +24,6 @@ PLAN = MixPlan.igva()
 
 def switch(on):
     os.environ[gemm.SWITCH] = "1" if on else "0"
-    gemm.why_not_device.cache_clear()
     return gemm.why_not_device(torch.cuda.current_device())
 
 

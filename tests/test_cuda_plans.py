@@ -167,9 +167,7 @@ def test_flags_cover_every_block_of_rows():
 
 def test_the_fused_gemm_is_off_until_it_is_switched_on(monkeypatch):
     monkeypatch.delenv(gemm.SWITCH, raising=False)
-    gemm.why_not_device.cache_clear()
     assert gemm.SWITCH in gemm.why_not_device(0)
-    gemm.why_not_device.cache_clear()
 
 
 # ---- the weight gradient in the product ----

@@ -71,6 +71,7 @@ struct Fiber {
   Block* block;
   int thread;
   bool done = false;
+  const std::function<bool()>* waits = nullptr; // until this holds
 };
 
 inline ucontext_t scheduler;
@@ -80,9 +81,12 @@ inline long progress = 0; // counts what others may wait for, so that a deadlock
 
 inline void yield() { swapcontext(&current->context, &scheduler); }
 
-template <class Condition>
-void wait_until(Condition condition) {
-  while (!condition()) yield();
+inline void wait_until(const std::function<bool()>& condition) {
+  if (!condition()) {
+    current->waits = &condition;
+    yield();
+    current->waits = nullptr;
+  }
   ++progress;
 }
 
@@ -168,7 +172,9 @@ inline void run(std::vector<Block>& blocks, size_t first, size_t count, const st
   body = &kernel;
   const long seed = setting("IGVA_EMULATION_SEED", -1);
   std::mt19937 random(seed);
-  const auto coin = [&] { return seed < 0 || random() % 2; };
+  const auto one_in = [&](int n) { return seed < 0 || random() % n == 0; };
+  std::vector<int> pace(total / 32 + 1); // of the warps: some are up to 8 times as slow as others
+  for (int& own : pace) own = 1 << random() % 4;
   // Clusters start in order, each when there is room for it.
   const size_t cluster = blocks[first].cluster_size * size_t(blocks[first].threads);
   const size_t resident = setting("IGVA_EMULATION_RESIDENT", long(total));
@@ -179,7 +185,8 @@ inline void run(std::vector<Block>& blocks, size_t first, size_t count, const st
     if (seed >= 0) std::shuffle(order.begin(), order.end(), random);
     for (size_t i : order) {
       Fiber& fiber = fibers[i];
-      if (fiber.done || i / cluster >= finished + resident || !coin()) continue;
+      if (fiber.done || i / cluster >= finished + resident || !one_in(pace[i / 32])) continue;
+      if (fiber.waits && !(*fiber.waits)()) continue;
       current = &fiber;
       swapcontext(&scheduler, &fiber.context);
       if (!fiber.done) continue;
@@ -188,14 +195,14 @@ inline void run(std::vector<Block>& blocks, size_t first, size_t count, const st
     }
     if (seed >= 0) std::shuffle(copies.begin(), copies.end(), random);
     const bool all = progress == before;
-    while (!copies.empty() && (all || coin())) {
+    while (!copies.empty() && (all || one_in(2))) {
       const auto copy = std::move(copies.back());
       copies.pop_back();
       copy();
       ++progress;
     }
     idle = progress == before ? idle + 1 : 0;
-    require(idle < (seed < 0 ? 1 : 100) || unfinished == 0, "deadlock: all threads wait");
+    require(idle < (seed < 0 ? 1 : 1000) || unfinished == 0, "deadlock: all threads wait");
   }
   check_rest();
 }
