@@ -155,12 +155,15 @@ def test_one_build_serves_every_batch(monkeypatch):
     assert builds[0] == builds[1] == builds[2]
 
 
-@pytest.mark.parametrize("batch", [1, 64])
+@pytest.mark.parametrize(
+    ("batch", "dtype"),
+    [(1, torch.bfloat16), (64, torch.bfloat16), pytest.param(64, torch.float32, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("capability", [90, *(pytest.param(c, marks=pytest.mark.slow) for c in (80, 100))])
-def test_allocator(capability, batch, monkeypatch):
+def test_allocator(capability, batch, dtype, monkeypatch):
     with torch.device("meta"):
-        weights = AllocatorWeights.of(list(WeightAllocator(768, D, 4).bfloat16().parameters()))
-    inputs = meta(batch, 768), meta(batch, 4, D)
+        weights = AllocatorWeights.of(list(WeightAllocator(768, D, 4).to(dtype).parameters()))
+    inputs = meta(batch, 768, dtype=dtype), meta(batch, 4, D, dtype=dtype)
     launches = record(monkeypatch, lambda: allocator.allocate(*inputs, weights, 4, [1e-5] * 8, 132))
     assert len(launches) == 16
     # Up to the attention of the second block, the first that has a norm before it, and the head.
@@ -169,7 +172,8 @@ def test_allocator(capability, batch, monkeypatch):
         check(built, capability)
         if "BLOCK_M" in launch[2]:
             rows = launch[2]["BLOCK_M"]
-            assert (MATRIX_INSTRUCTION[capability] if rows == 64 else "mma.sync") in built.ptx
+            instruction = MATRIX_INSTRUCTION[capability] if rows == 64 else "mma.sync"
+            assert (instruction in built.ptx) == (dtype == torch.bfloat16)
             assert "cp.async.cg" in built.ptx
         else:
             assert "ld.global.v4.b32" in built.ptx

@@ -56,7 +56,7 @@ def test_wide_tiles_and_heads_one_after_the_other(heads, monkeypatch):
     monkeypatch.setattr(kernels, "_HELD", 128 * 4)
     tile = kernels._tile
     monkeypatch.setattr(kernels, "_tile", lambda rows, columns, dtype, sms: tile(rows, columns, dtype, 1))
-    check(make(4, 84, heads), *draw(6))
+    check(make(4, 84, heads, dtype=torch.float16), *draw(6, dtype=torch.float16))
 
 
 def test_large_weights_do_not_overflow_the_softmax():

@@ -1,7 +1,7 @@
 """The weight allocator at inference: ``nn.WeightAllocator`` in ``4 + 3 * blocks`` launches, 16 for IGVA's four blocks.
 
 Its query is one row a sample, so that the score of key k in head h is linear in the row x that asks, and what the head
-adds is linear in its probabilities p (d is the width of a head, o the index of out_proj's columns):
+adds is linear in its probabilities p (d is the width of a head):
 
     score[h, k] = (x . U[k, h] + bq[h] . key[k, h]) / sqrt(d)         U[k, h] = Wq[h]^T key[k, h]
     attended    = sum over h, k of p[h, k] * T[k, h]  + bo            T[k, h] = Wo[:, h] value[k, h]
@@ -15,7 +15,8 @@ U and T need no sentence. With them nothing but the two products of the FFN is l
     4  LayerNorm, head, softmax
 
 Scores, softmax, sums and the statistics of the norms are in fp32; what a product reads (keys, values, U, T, the
-normalised rows, the hidden row of the FFN) is rounded once to the dtype of the module. Every sum has a fixed order.
+normalised rows, the hidden row of the FFN) is rounded once to the dtype of the module (simulated, bf16 and fp16: half
+the error of the modules). Every sum has a fixed order.
 
 Modelled floor, nothing timed: IGVA's 27 M parameters are 54 MB in bf16, 12.6 us at 4.3 TB/s, whatever the batch. At one
 image a launch moves 2 to 16 MB and lasts 2 to 4 us, most of it latency: about 45 us as a CUDA graph, where the 70 to 80
@@ -292,10 +293,11 @@ def allocate(
 
 def _tile(rows: int, columns: int, dtype: torch.dtype, sms: int) -> dict[str, int]:
     """The tile of a product: no choice for ``tune``, since at these sizes what counts is that every multiprocessor has
-    one, with 32 to 64 KB of loads in flight. Wide where that leaves none idle, else as narrow as a matrix instruction.
+    one, with 32 to 64 KB of loads in flight. Wide where that leaves none idle, else as narrow as a matrix instruction;
+    exact products in fp32 would not find the registers for a wide one.
     """
     block_m = 16 if rows <= 16 else 64
-    wide = triton.cdiv(rows, block_m) * triton.cdiv(columns, 64) >= sms
+    wide = dtype.itemsize == 2 and triton.cdiv(rows, block_m) * triton.cdiv(columns, 64) >= sms
     block_n = 64 if wide else 16
     row_bytes = 512 if block_m == block_n == 16 else 256
     return {
