@@ -173,10 +173,11 @@ def test_the_fused_gemm_is_off_until_it_is_switched_on(monkeypatch):
 # ---- the weight gradient in the product ----
 
 
-def grad_why_not(rows=64, depth=64, width=64, columns=3, dtype=torch.bfloat16, pad=0):
+def grad_why_not(rows=64, depth=64, width=64, columns=3, dtype=torch.bfloat16, pad=0, order="rows"):
     plan = MixPlan.weighted_sum(range(columns), columns, columns + 1)
     layers = [torch.zeros(1, rows, width + pad, dtype=dtype)[..., pad:] for _ in range(columns + 1)]
     grad_z = torch.zeros(rows, depth, dtype=dtype)
+    grad_z = grad_z if order == "rows" else grad_z.t().contiguous().t()
     weight = torch.zeros(depth, plan.num_blocks * width, dtype=torch.bfloat16)
     return grad_gemm.why_not(grad_z, weight, plan.weighted_blocks, MixArgs(layers, plan, None, None, 0))
 
@@ -188,6 +189,7 @@ def test_the_weight_gradient_in_the_product_serves_what_it_can_and_says_why_not(
     assert "64 weighted entries" in grad_why_not(columns=65)
     for shapes in ({"depth": 60}, {"width": 60}, {"pad": 1}):
         assert "16 bytes" in grad_why_not(**shapes)
+    assert "not contiguous" in grad_why_not(order="columns")
 
 
 def test_the_dots_of_a_block_come_column_by_column():

@@ -37,6 +37,8 @@ def why_not(grad_z: Tensor, weight1: Tensor, blocks: Sequence[int], args: MixArg
         return f"{rows} rows: the weight is transposed for it, which pays from {depth} on, and 32 bits count them"
     if max(len(dots(args.plan, block)) for block in blocks) > MAX_DOTS:
         return f"it takes {MAX_DOTS} weighted entries a block"
+    if grad_z.stride(1) != 1:
+        return "the gradient is not contiguous"
     if depth % 8 or not programs.allows_vectors(args.width, layers) or not programs.allows_vectors(depth, [grad_z]):
         return "an address or a stride is not a multiple of 16 bytes"
     return None
