@@ -59,12 +59,13 @@ class WeightAllocator(nn.Module):
         self.blocks = nn.ModuleList(_AllocatorBlock(hidden_dim, num_heads) for _ in range(num_blocks))
         self.head = nn.Linear(hidden_dim, num_weights)
 
-    def forward(self, sentence_embeds: Tensor, summaries: Tensor) -> Tensor:
+    def forward(self, sentence_embeds: Tensor, summaries: Tensor, *, impl: str | None = None) -> Tensor:
         """The weights ``[B, K]``, rows that sum to one, in fp32 (fp64 for an fp64 module) whatever the dtypes.
 
         Args:
             sentence_embeds: ``[B, E]``, any floating dtype; tensors made under inference mode are welcome.
             summaries: ``[B, K, D]``, one vector a group: its CLS, or the mean of its tokens (``column_summaries``).
+            impl: in place of the module's own.
 
         Raises:
             ValueError: shapes that do not fit.
@@ -78,7 +79,7 @@ class WeightAllocator(nn.Module):
             raise ValueError(f"summaries: got shape {tuple(summaries.shape)}, need {(batch, columns, dim)}")
         sentence_embeds = sentence_embeds.to(self.sentence_proj.weight.dtype)
         summaries = summaries.to(self.cls_proj.weight.dtype)
-        fused = self._fused(sentence_embeds, summaries)
+        fused = self._fused(self.impl if impl is None else impl, sentence_embeds, summaries)
         if fused is not None:
             return fused
         if not torch.compiler.is_compiling() and sentence_embeds.is_inference():
@@ -93,12 +94,12 @@ class WeightAllocator(nn.Module):
     def extra_repr(self) -> str:
         return f"impl={self.impl!r}"
 
-    def _fused(self, sentence_embeds: Tensor, summaries: Tensor) -> Tensor | None:
+    def _fused(self, impl: str, sentence_embeds: Tensor, summaries: Tensor) -> Tensor | None:
         """The weights by a backend's own kernels; None where they are left to the modules."""
-        impl = dispatch.select(self.impl, summaries.device, summaries.dtype)
-        if impl == "reference":
+        backend = dispatch.select(impl, summaries.device, summaries.dtype)
+        if backend == "reference":
             return None
-        reason = dispatch.why_not_allocate(impl, self.head.in_features, self.head.out_features)
+        reason = dispatch.why_not_allocate(backend, self.head.in_features, self.head.out_features)
         if reason is None:
             modules = list(self.modules())[1:]
             weights = [p for module in modules for p in module._parameters.values() if p is not None]
@@ -106,9 +107,9 @@ class WeightAllocator(nn.Module):
             if reason is None:
                 heads = self.blocks[0].cross_attention.num_heads
                 eps = [norm.eps for block in self.blocks for norm in (block.norm1, block.norm2)]
-                return OPS.allocate(sentence_embeds, summaries, weights, heads, eps, impl)
-        if self.impl != "auto":
-            raise NotImplementedError(f"impl={self.impl!r} cannot serve this call of the allocator: {reason}")
+                return OPS.allocate(sentence_embeds, summaries, weights, heads, eps, backend)
+        if impl != "auto":
+            raise NotImplementedError(f"impl={impl!r} cannot serve this call of the allocator: {reason}")
         return None
 
     def _why_not_fused(self, modules: list[nn.Module], weights: list[Tensor], *inputs: Tensor) -> str | None:

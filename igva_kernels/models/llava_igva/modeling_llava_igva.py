@@ -325,10 +325,12 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         sentence_embeds = sentence_embeds.to(features.sources[0].device)
         if isinstance(allocator, TextAllocator):
             return allocator(sentence_embeds)
-        summaries = column_summaries(
-            features.sources, features.plan, self.config.vision_has_cls, self.multi_modal_projector.impl
-        )
-        return allocator(sentence_embeds, summaries if image_index is None else summaries[image_index])
+        impl = self.multi_modal_projector.impl
+        summaries = column_summaries(features.sources, features.plan, self.config.vision_has_cls, impl)
+        if image_index is not None:
+            summaries = summaries[image_index]
+        # The published steps throughout; what another backend is asked for is the connector.
+        return allocator(sentence_embeds, summaries, impl=impl if impl == "reference" else None)
 
     def _image_places(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
         """Bool ``[B, S]``: where the prompt holds image tokens."""
@@ -502,7 +504,6 @@ def _allocator(config: LlavaIgvaConfig) -> WeightAllocator | TextAllocator | Lea
     return WeightAllocator(
         config.sentence_embed_dim, config.vision_config.hidden_size, columns, hidden_dim,
         config.allocator_num_blocks, config.allocator_num_heads,
-        impl="reference" if config.impl == "reference" else "auto",
     )  # fmt: skip
 
 
