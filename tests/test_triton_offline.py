@@ -84,8 +84,7 @@ def shipped_tiles():
     for capability, architecture in ARCHITECTURES.items():
         for name, tiles in config.shipped(architecture).gemms.items():
             for i in range(len(tiles)):
-                marks = pytest.mark.slow if i else ()
-                yield pytest.param(capability, name, i, id=f"{architecture}-{name}-{i}", marks=marks)
+                yield pytest.param(capability, name, i, id=f"{architecture}-{name}-{i}")
 
 
 def check(built, capability):
@@ -112,7 +111,7 @@ def test_gemm(capability, name, i, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("capability", [90, *(pytest.param(c, marks=pytest.mark.slow) for c in (80, 100))])
+@pytest.mark.parametrize("capability", ARCHITECTURES)
 def test_rows(capability, name, monkeypatch):
     rows = config.shipped(ARCHITECTURES[capability]).rows
     for launch in record(monkeypatch, lambda: ROWS[name](rows)):
