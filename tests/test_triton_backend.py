@@ -53,16 +53,27 @@ def test_it_says_that_there_is_no_gpu():
     assert "no CUDA device" in BACKEND.why_not(CUDA, torch.bfloat16)
 
 
-def test_each_card_is_asked_for_its_own_capability(monkeypatch):
+@pytest.fixture
+def two_cards(monkeypatch):
+    """An H100 and a T4."""
     backend._why_not_cuda.cache_clear()
+    monkeypatch.setenv("CC", "cc")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (7, 5)][index])
-    try:
-        assert dispatch.select("triton", torch.device("cuda:0"), torch.bfloat16) == "triton"
-        with pytest.raises(NotImplementedError, match=r"on 'cuda:1': .* compute capability 8.0, this card has 7.5"):
-            dispatch.select("triton", torch.device("cuda:1"), torch.bfloat16)
-    finally:
-        backend._why_not_cuda.cache_clear()
+    yield
+    backend._why_not_cuda.cache_clear()
+
+
+def test_each_card_is_asked_for_its_own_capability(two_cards):
+    assert dispatch.select("triton", torch.device("cuda:0"), torch.bfloat16) == "triton"
+    with pytest.raises(NotImplementedError, match=r"on 'cuda:1': .* compute capability 8.0, this card has 7.5"):
+        dispatch.select("triton", torch.device("cuda:1"), torch.bfloat16)
+
+
+def test_without_a_c_compiler_it_says_why_not(two_cards, monkeypatch):
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", "")
+    assert "install gcc" in BACKEND.why_not(torch.device("cuda:0"), torch.bfloat16)
 
 
 @pytest.mark.parametrize(("width", "start", "fused"), [(2048, 0, True), (2047, 0, False), (2048, 1, False)])

@@ -1,4 +1,4 @@
-"""The Triton backend: the GPU path that needs no compiler on the user's machine.
+"""The Triton backend: the GPU path that needs no CUDA toolkit on the user's machine (Triton asks for a C compiler).
 
 Importing it never fails and touches no driver; where Triton is missing, ``why_not`` says so.
 

@@ -12,6 +12,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Sequence
 from functools import cache
 
@@ -197,4 +199,6 @@ def _why_not_cuda(index: int | None) -> str | None:
     capability = torch.cuda.get_device_capability(index)
     if capability < (8, 0):
         return f"the kernels need compute capability 8.0, this card has {'.'.join(map(str, capability))}"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton builds its launchers with a C compiler and finds none; install gcc or clang, or set CC"
     return None
