@@ -124,7 +124,7 @@ def _connect(
 ) -> Results:  # fmt: skip
     assert model.weight_allocator is not None
     summaries = column_summaries(states, plan, model.config.vision_has_cls, impl)
-    weights = model.weight_allocator(sentences, summaries)
+    weights = model.weight_allocator(sentences, summaries, impl="reference" if impl == "reference" else "auto")
     return {"visual tokens": model.multi_modal_projector(states, weights, plan=plan)}
 
 
