@@ -253,13 +253,13 @@ def cpu_suite() -> list[Workload]:
 
 def gpu_suite() -> list[Workload]:
     """What one GPU measures in minutes, the most telling first."""
-    most: list[Workload] = [igva(batch, "bf16") for batch in (1, 2, 4, 8, 16, 32, 64, 128)]
-    most += [igva_mix(batch, "bf16") for batch in (1, 2, 4, 8, 16, 32, 64, 128)]
-    most += [igva(batch, "bf16", mode) for batch in (1, 16, 64) for mode in ("both", "backward")]
-    most += [igva_linear(16, "bf16"), stage_1(16, "bf16"), stage_1(16, "bf16", "both"), *family(4, "bf16")]
+    most: list[Workload] = [igva(64, "bf16"), igva_mix(64, "bf16"), igva_linear(64, "bf16"), igva(64, "bf16", "both")]
     most += [allocator_and_connector(batch, "bf16") for batch in (1, 64)]
-    most += [*models("bf16", 4), *scaling(16, "bf16"), igva(16, "fp16"), igva(4, "fp32")]
-    return most
+    most += [igva(batch, "bf16") for batch in (1, 4, 16, 128)] + [igva_mix(batch, "bf16") for batch in (1, 4, 16, 128)]
+    most += [igva(batch, "bf16", "both") for batch in (1, 16)] + [igva_linear(16, "bf16"), igva(64, "bf16", "backward")]
+    most += [stage_1(16, "bf16"), stage_1(16, "bf16", "both"), *models("bf16", 4), *family(4, "bf16")]
+    most += [workload for batch in (2, 8, 32) for workload in (igva(batch, "bf16"), igva_mix(batch, "bf16"))]
+    return [*most, *scaling(16, "bf16"), igva(16, "fp16"), igva(4, "fp32")]
 
 
 def quick_suite(device: str) -> list[Workload]:
