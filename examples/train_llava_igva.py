@@ -203,3 +203,7 @@ def main(argv: Sequence[str] | None = None) -> TrainerState:
 
 if __name__ == "__main__":
     main()
+    if torch.distributed.is_initialized():
+        # Together, and before Python ends: threads of the group that are still there then abort the process.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -39,3 +39,7 @@ if __name__ == "__main__":
         deepspeed.init_distributed(dist_backend="gloo")
     for r in runs:
         run_recipe(**r)
+    if torch.distributed.is_initialized():
+        # Together, and before Python ends: threads of the group that are still there then abort the process.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
