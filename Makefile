@@ -22,18 +22,21 @@ TEST := .venv-test/bin
 # The CUDA module compiles for minutes, which a machine without a GPU need not wait for.
 NO_CUDA := $(if $(shell command -v nvidia-smi),,IGVA_KERNELS_SKIP_CUDA=1)
 
+# Two processes: a test waits for compilers and for Python more than it computes.
+PARALLEL := -n 2 --dist loadfile
+
 .PHONY: demo test test-all compatibility lint bench plots learn clean
 
 demo: .venv-demo/installed
 	.venv-demo/bin/igva-kernels demo $(ARGS)
 
 test: lint
-	TRITON_INTERPRET=1 $(TEST)/pytest -n 2 tests/triton_interpreter $(ARGS)
-	$(TEST)/pytest -m "not slow and not gpu" $(ARGS)
+	TRITON_INTERPRET=1 $(TEST)/pytest $(PARALLEL) tests/triton_interpreter $(ARGS)
+	$(TEST)/pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 
 test-all: test .venv-oldest/installed .venv-transformers4/installed
-	$(TEST)/pytest -m "slow and not gpu" $(ARGS)
-	.venv-oldest/bin/pytest -m "not gpu" -k "model or patch or demo or training" $(ARGS)
+	$(TEST)/pytest $(PARALLEL) -m "slow and not gpu" $(ARGS)
+	.venv-oldest/bin/pytest $(PARALLEL) -m "not gpu" -k "model or patch or demo or training" $(ARGS)
 	.venv-transformers4/bin/pytest tests/test_patch_transformers.py $(ARGS)
 
 compatibility: .venv-test/installed .venv-oldest/installed .venv-transformers4/installed
