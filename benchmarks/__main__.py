@@ -7,6 +7,7 @@ import gc
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -25,7 +26,7 @@ from igva_kernels.verify import DTYPES
 
 SECONDS = {"cpu": 540, "cuda": 450}
 """After which no further workload is begun; the last one may take half a minute."""
-BUDGETS = {"full": {"cpu": 1.5, "cuda": 0.5}, "quick": {"cpu": 1.0, "cuda": 0.3}}
+BUDGETS = {"full": {"cpu": 1.5, "cuda": 0.5}, "quick": {"cpu": 1.0, "cuda": 0.3}, "shapes": {"cpu": 1.0, "cuda": 0.3}}
 """Seconds of the rounds of a workload; slow ones take three rounds however long."""
 
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wrong = 0
     if args.suite != "none":
         env = environment(args.device)
-        path = args.output or (default_path(env) if args.suite == "full" else None)
+        path = args.output or (None if args.suite == "quick" else default_path(env))
         earlier = read(path) if path else []
         chosen = [
             workload for workload in suite(args.suite, args.device)
@@ -126,8 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("igva-kernels bench", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: %(default)s")  # fmt: skip
-    parser.add_argument("--suite", choices=("full", "quick", "none"), default="full",
-                        help="quick: a minute, written only to --output; none: nothing, for --plots")  # fmt: skip
+    parser.add_argument("--suite", choices=("full", "quick", "shapes", "none"), default="full",
+                        help="quick: a minute, written only to --output; shapes: 72 of the block, to compare kernels "
+                             "with --provider; none: nothing, for --plots")  # fmt: skip
     parser.add_argument("--workload", action="append", metavar="NAME", default=[],
                         help="only these (repeatable; wildcards)")  # fmt: skip
     parser.add_argument("--provider", action="append", metavar="NAME", default=[],
@@ -167,12 +169,18 @@ def _refusal(refused: Refused) -> str:
 
 def _changes(earlier: Sequence[Row], rows: Sequence[Row], name: str) -> Table:
     changes = compare(earlier, rows, name)
-    same = sum(change.verdict == "same" for change in changes)
-    table = Table(title=f"beside {name}: {same} of {len(changes)} within their spread", title_justify="left")
+    count = Counter(change.verdict for change in changes)
+    least, most = changes[0].drift
+    table = Table(
+        title=f"beside {name}: {len(changes)} measurements, "
+        + ", ".join(f"{count[verdict]} {verdict}" for verdict in ("same", "drift", "slower", "faster"))
+        + f"; what is not ours took {least:.2f} to {most:.2f} times as long",
+        title_justify="left",
+    )
     for head in ("workload", "provider", "run", "before, ms", "after, ms", "after / before", ""):
         table.add_column(head, justify="right" if "/" in head or "ms" in head else "left")
     for change in changes:
-        before, row = change
+        before, row, _ = change
         table.add_row(
             f"{row.workload} {row.mode} {row.dtype} B {row.batch}", row.provider, row.timing, _spread(before),
             _spread(row), f"{change.ratio:.2f}", change.verdict,

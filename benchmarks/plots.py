@@ -17,7 +17,7 @@ from benchmarks.results import Row
 
 COLORS = {
     "plain": "#8a8f98", "plain-compiled": "#c0791b", "additions": "#5b7aa6", "additions-compiled": "#d9a441",
-    "mix+library": "#7a5aa6", "cpu": "#b5421f", "triton": "#b5421f", "cuda": "#1f7a4d",
+    "mix+library": "#7a5aa6", "cpu": "#b5421f", "triton": "#b5421f", "cuda": "#1f7a4d", "cuda-fused": "#3fae78",
     "products": "#000000", "copy": "#000000", "tower": "#000000",
 }  # fmt: skip
 MARKERS = {"connector": "o", "its first Linear": "^", "its mix": "s"}

@@ -6,12 +6,14 @@ floor returns nothing that could be judged, and shows how fast the machine does 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from benchmarks.workloads import Connector, Model, Workload
 from igva_kernels import dispatch, ops
+from igva_kernels.backends.cuda import gemm as cuda_gemm
 from igva_kernels.plan import terms
 from igva_kernels.reference import ACTIVATIONS
 from igva_kernels.verify import LINEARS, Case, Inputs
@@ -91,6 +94,9 @@ def _of_connector(workload: Connector, device: str) -> list[Provider]:
     # An index is made anew from Python, which no graph can hold.
     graph = not case.image_index
     found = [Provider(n, label, partial(bind, workload, f), in_graph=graph) for n, (label, f) in forms.items()]
+    if "cuda" in able and case.op != "layer_mix" and cuda_gemm.why_not_capability(torch.cuda.current_device()) is None:
+        label = "igva_kernels, cuda, fused GEMMs"
+        found.append(Provider("cuda-fused", label, partial(_bind_fused, workload), in_graph=graph))
     if case.op == "layer_mix":
         copy = Provider("copy", "copy of the same bytes", partial(_copy, workload), is_floor=True)
         return [*found, copy]
@@ -150,6 +156,20 @@ def bind(workload: Connector, forward: Callable[[Inputs], Tensor], inputs: Input
         return {"output": out.detach(), **gradients(out, retain_graph=False)}
 
     return Bound(both, keeps)
+
+
+def _bind_fused(workload: Connector, inputs: Inputs) -> Bound:
+    """The CUDA backend with the GEMMs that an environment variable switches on, read at every call."""
+
+    def switched_on(call: Call) -> Call:
+        def run() -> Any:
+            with patch.dict(os.environ, {cuda_gemm.SWITCH: "1"}):
+                return call()
+
+        return run
+
+    bound = bind(workload, partial(workload.case.forward, impl="cuda"), inputs)
+    return Bound(switched_on(bound.call), None if bound.keeps is None else switched_on(bound.keeps))
 
 
 def additions(case: Case, inputs: Inputs) -> Tensor:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from statistics import quantiles
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -76,6 +77,11 @@ class Row(Environment):
     plain_error: float | None = None
     budget: float | None = None
     note: str = ""
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the time depends on this package."""
+        return not (self.floor or self.provider.startswith((PLAIN, "additions")))
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -232,6 +238,8 @@ class Change(NamedTuple):
 
     before: Row
     after: Row
+    drift: tuple[float, float]
+    """After / before of nine in ten measurements that do not depend on this package: what the machine did."""
 
     @property
     def ratio(self) -> float:
@@ -240,17 +248,20 @@ class Change(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """ "same" where the stated spreads overlap: of the times, or of the speed-ups over plain torch.
+        """ "same" where the stated spreads overlap, of the times or of the speed-ups over plain torch; "drift" where they do
+        not, but what is not ours moved as far; else "slower" or "faster".
 
         What the machine does to a whole run changes the times and not the speed-ups; noise in plain torch alone changes
         the speed-ups and not the times.
         """
-        before, after = self
-        slower_than_plain = after.provider == PLAIN or after.speedup_p80 < before.speedup_p20
-        faster_than_plain = after.provider == PLAIN or after.speedup_p20 > before.speedup_p80
-        if after.ms_p20 > before.ms_p80 and slower_than_plain:
-            return "slower"
-        return "faster" if after.ms_p80 < before.ms_p20 and faster_than_plain else "same"
+        before, after, (least, most) = self
+        times_agree = after.ms_p20 <= before.ms_p80 and before.ms_p20 <= after.ms_p80
+        speedups_agree = after.speedup_p20 <= before.speedup_p80 and before.speedup_p20 <= after.speedup_p80
+        if times_agree or (speedups_agree and after.provider != PLAIN):
+            return "same"
+        if not after.is_ours or least <= self.ratio <= most:
+            return "drift"
+        return "slower" if self.ratio > 1 else "faster"
 
 
 def compare(earlier: Sequence[Row], after: Sequence[Row], name: str) -> list[Change]:
@@ -266,10 +277,12 @@ def compare(earlier: Sequence[Row], after: Sequence[Row], name: str) -> list[Cha
     """
     wanted = revision(name) or name
     before = {row.key: row for row in newest(row for row in earlier if row.revision.startswith(wanted))}
-    changes = [Change(before[row.key], row) for row in after if row.key in before]
-    if not changes:
+    pairs = [(before[row.key], row) for row in after if row.key in before]
+    if not pairs:
         raise ValueError(
             f"--compare {name}: the CSV has no row of revision {wanted} that this run measured too; measure it with "
             f"`git worktree add ../earlier {wanted}`, then there `python -m benchmarks --output` this CSV"
         )
-    return changes
+    others = [row.ms / old.ms for old, row in pairs if not row.is_ours]
+    cuts = quantiles(others, n=20, method="inclusive") if len(others) > 1 else [1.0]
+    return [Change(old, row, (cuts[0], cuts[-1])) for old, row in pairs]

@@ -253,10 +253,12 @@ def cpu_suite() -> list[Workload]:
 
 def gpu_suite() -> list[Workload]:
     """What one GPU measures in minutes, the most telling first."""
-    most: list[Workload] = [igva(64, "bf16"), igva_mix(64, "bf16"), igva_linear(64, "bf16"), igva(64, "bf16", "both")]
+    most: list[Workload] = [igva(64, "bf16"), igva_mix(64, "bf16"), igva(64, "bf16", "both")]
+    most += [igva_linear(batch, "bf16") for batch in (16, 64)]
     most += [allocator_and_connector(batch, "bf16") for batch in (1, 64)]
     most += [igva(batch, "bf16") for batch in (1, 4, 16, 128)] + [igva_mix(batch, "bf16") for batch in (1, 4, 16, 128)]
-    most += [igva(batch, "bf16", "both") for batch in (1, 16)] + [igva_linear(16, "bf16"), igva(64, "bf16", "backward")]
+    most += [igva(batch, "bf16", "both") for batch in (1, 16)] + [igva(64, "bf16", "backward")]
+    most += [igva_linear(batch, "bf16") for batch in (32, 128)]
     most += [stage_1(16, "bf16"), stage_1(16, "bf16", "both"), *models("bf16", 4), *family(4, "bf16")]
     most += [workload for batch in (2, 8, 32) for workload in (igva(batch, "bf16"), igva_mix(batch, "bf16"))]
     return [*most, *scaling(16, "bf16"), igva(16, "fp16"), igva(4, "fp32")]
@@ -268,8 +270,18 @@ def quick_suite(device: str) -> list[Workload]:
     return [igva(batch, "bf16"), igva_mix(batch, "bf16"), igva(batch, "bf16", "both")]
 
 
+def shapes_suite() -> list[Workload]:
+    """The block at every shape at which one kernel must not lose to another."""
+    return [
+        connector(f"block-by-shape-{tokens}", IGVA, batch, "bf16", tower=CLIP_L._replace(tokens=tokens, width=width))
+        for tokens in (257, 577, 729) for width in (768, 1024, 1152) for batch in (1, 2, 4, 8, 16, 32, 64, 128)
+    ]  # fmt: skip
+
+
 def suite(name: str, device: str) -> Sequence[Workload]:
-    """The workloads of "full", "quick" or "none"."""
+    """The workloads of "full", "quick", "shapes" or "none"."""
     if name == "none":
         return []
+    if name == "shapes":
+        return shapes_suite()
     return quick_suite(device) if name == "quick" else cpu_suite() if device == "cpu" else gpu_suite()

@@ -164,7 +164,7 @@ def test_no_two_workloads_of_a_suite_share_a_key(device):
     def key(workload):
         return workload.name, workload.mode, workload.dtype, workload.batch, getattr(workload, "case", None)
 
-    for name in ("full", "quick"):
+    for name in ("full", "quick", "shapes"):
         every = list(map(key, workloads.suite(name, device)))
         assert len(set(every)) == len(every)
 
@@ -328,14 +328,18 @@ def test_comparison_with_an_earlier_revision(rows):
         scaled |= {f"speedup{q}": getattr(row, f"speedup{q}") * speedup for q in ("", "_p20", "_p80")}
         return replace(row, date="2026-02-01T00:00:00Z", revision="0123456789", **scaled)
 
-    plain, fused, other = rows[:3]
-    assert plain.provider == "plain"
-    now = [times(plain, 1), times(fused, 99, 1 / 99), times(other, 1 / 99, 99)]
-    changes = results.compare(rows, now, "abcdef")
-    assert [change.verdict for change in changes] == ["same", "slower", "faster"]
-    assert changes[1].ratio == pytest.approx(99)
-    slow_machine = [times(plain, 99), times(fused, 99), times(other, 1, 99)]
-    assert [c.verdict for c in results.compare(rows, slow_machine, "abcdef")] == ["slower", "same", "same"]
+    at = {row.provider: row for row in rows[:5]}
+    plain, other, fused = at["plain"], at["additions"], at[providers.kernels("cpu", torch.float32)[0]]
+
+    def verdicts(*now):
+        return [change.verdict for change in results.compare(rows, now, "abcdef")]
+
+    assert verdicts(times(plain, 1), times(other, 1), times(fused, 99, 1 / 99)) == ["same", "same", "slower"]
+    assert verdicts(times(plain, 1), times(other, 1), times(fused, 1 / 99, 99)) == ["same", "same", "faster"]
+    assert verdicts(times(plain, 99), times(other, 99), times(fused, 99)) == ["drift", "same", "same"]
+    assert verdicts(times(plain, 99), times(other, 1), times(fused, 50, 1 / 50)) == ["drift", "same", "drift"]
+    now = [times(plain, 1), times(fused, 99, 1 / 99)]
+    assert results.compare(rows, now, "abcdef")[1].ratio == pytest.approx(99)
     older = [replace(row, date="2025-01-01T00:00:00Z", ms=1e9) for row in rows]
     assert results.compare([*older, *rows], now, "abcdef")[0].before.ms == rows[0].ms  # the newest of that revision
     with pytest.raises(ValueError, match="no row of revision fedcba"):

@@ -104,11 +104,12 @@ def why_not_device(index: int) -> str | None:
     """None if this device runs the kernel and it is switched on, otherwise why not."""
     if os.environ.get(SWITCH) != "1":
         return f"it has not been measured on a card yet; {SWITCH}=1 switches it on"
-    return _why_not_index(index)
+    return why_not_capability(index)
 
 
 @cache
-def _why_not_index(index: int) -> str | None:
+def why_not_capability(index: int) -> str | None:
+    """None if this device can run the kernel, switched on or not, otherwise why not."""
     if not hasattr(launch.module(), "gemm_sm90"):
         return "the module was built without architecture 90a, or by an nvcc before 12.5"
     capability = torch.cuda.get_device_capability(index)
