@@ -248,9 +248,10 @@ class Change(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """ "same" where the stated spreads overlap, of the times or of the speed-ups over plain torch; "drift" where they do
-        not, but what is not ours moved as far; else "slower" or "faster".
+        """ "same", "drift", "slower" or "faster".
 
+        Two measurements are the same where their stated spreads overlap, of the times or of the speed-ups over plain
+        torch, and differ by drift where they do not, but what is not ours moved as far.
         What the machine does to a whole run changes the times and not the speed-ups; noise in plain torch alone changes
         the speed-ups and not the times.
         """
