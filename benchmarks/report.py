@@ -65,11 +65,15 @@ def _section(rows: Sequence[Row], pictures: Sequence[str]) -> Iterator[str]:
         f"{last.triton or 'none'}, igva_kernels {last.igva_kernels}. Runs of {_dates(rows)}, revisions "
         f'{", ".join(sorted({row.revision for row in rows}))} ("+": with changes that were not committed).\n'
     )
-    best: dict[str, float] = {}
-    for row in rows:
-        best[row.dtype] = max(row.ceiling_tflops, best.get(row.dtype, 0.0))
-    rates = ", ".join(f"{dtype} {rate:.3g} TFLOP/s" for dtype, rate in best.items())
-    yield f"Highest ceilings seen: memory {max(r.ceiling_gbps for r in rows):.4g} GB/s; products {rates}.\n"
+    rates = {
+        dtype: [r.ceiling_tflops for r in rows if r.dtype == dtype] for dtype in dict.fromkeys(r.dtype for r in rows)
+    }
+    products = ", ".join(f"{dtype} {_range(found)} TFLOP/s" for dtype, found in rates.items())
+    yield (
+        f"The machine's own ceilings, from the lowest to the highest that a workload saw beside it: memory "
+        f"{_range([r.ceiling_gbps for r in rows])} GB/s; products {products}. A range is how far the machine drifts "
+        f"while a run lasts, which the spread of a workload's rounds does not show: two runs differ by as much.\n"
+    )
     for picture in pictures:
         yield f"![{Path(picture).stem}]({picture})\n"
     yield from _growth_table(rows)
@@ -175,6 +179,10 @@ def _markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> Iterator[
 
 def _dates(rows: Sequence[Row]) -> str:
     return ", ".join(sorted({row.date[:10] for row in rows}))
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):.3g} to {max(values):.3g}"
 
 
 def _number(value: float | None) -> str:
