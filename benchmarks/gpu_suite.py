@@ -42,11 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if status:
             return status
     if options.tune:
-        from igva_kernels.backends.triton.config import file_name
         from igva_kernels.backends.triton.tune import tune
 
-        tune(output=RESULTS / file_name(torch.cuda.get_device_name()), log=print)
         os.environ["IGVA_KERNELS_CONFIG_DIR"] = str(RESULTS)
+        tune(log=print)
     left = str(max(deadline - time.monotonic(), 1.0))
     return suite.main(["--device", "cuda", "--seconds", left, "--plots", *rest])
 

@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=int, metavar="N", help="training steps (default: 4, none with --model)")
     demo.set_defaults(run=_demo)
 
-    tune = commands.add_parser("tune", help="measure the Triton kernels on this GPU and remember the best of each")
+    tune = commands.add_parser("tune", help="measure the kernels on this GPU and remember which are faster")
     tune.add_argument("--output", type=Path, metavar="FILE", help="default: where the backend looks for it")
     tune.set_defaults(run=_tune)
 

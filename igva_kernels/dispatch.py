@@ -11,8 +11,8 @@ import torch
 
 from igva_kernels.backends.base import Backend
 
-# "auto" takes the first one that can serve the call; "reference" always can. The CUDA kernels come after Triton's until
-# they have been measured on a card.
+# On a card "auto" takes the first that can serve the call, in the order of the card's configuration file: Triton before
+# CUDA until ``tune`` has measured both there.
 KERNEL_BACKENDS = ("triton", "cuda", "cpu")
 IMPLS = ("auto", "reference", *KERNEL_BACKENDS)
 
@@ -62,8 +62,14 @@ def backends() -> list[BackendStatus]:
 
 
 @constant_under_compile
-def select(impl: str, device: torch.device, dtype: torch.dtype) -> str:
+def select(impl: str, device: torch.device, dtype: torch.dtype, allocator: tuple[int, int] | None = None) -> str:
     """The backend that serves ``impl`` for tensors of this device and dtype.
+
+    Args:
+        impl: a name, or "auto".
+        device: of the tensors.
+        dtype: of the tensors.
+        allocator: hidden width and K, where "auto" must find kernels for ``nn.WeightAllocator``.
 
     Raises:
         ValueError: no such ``impl``.
@@ -78,9 +84,20 @@ def select(impl: str, device: torch.device, dtype: torch.dtype) -> str:
         if reason is not None:
             raise NotImplementedError(f"impl={impl!r} cannot serve {dtype} tensors on {str(device)!r}: {reason}")
         return impl
-    for name in KERNEL_BACKENDS:
-        if name == "triton" and device.type == "cpu":
-            continue  # the interpreter is a test tool, never the best choice
-        if get(name).why_not(device, dtype) is None:
+    for name in _fastest_first(device):
+        backend = get(name)
+        if backend.why_not(device, dtype) is None and (
+            allocator is None or backend.why_not_allocate(*allocator) is None
+        ):
             return name
     return "reference"
+
+
+def _fastest_first(device: torch.device) -> tuple[str, ...]:
+    if device.type != "cuda":
+        return ("cpu",)  # Triton's interpreter is a test tool, never the best choice
+    if not torch.cuda.is_available():
+        return ()
+    from igva_kernels.backends.triton.config import of_device  # imports Triton, which takes a second
+
+    return of_device(torch.cuda.current_device() if device.index is None else device.index).backends

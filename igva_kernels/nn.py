@@ -96,10 +96,11 @@ class WeightAllocator(nn.Module):
 
     def _fused(self, impl: str, sentence_embeds: Tensor, summaries: Tensor) -> Tensor | None:
         """The weights by a backend's own kernels; None where they are left to the modules."""
-        backend = dispatch.select(impl, summaries.device, summaries.dtype)
+        sizes = (self.head.in_features, self.head.out_features)
+        backend = dispatch.select(impl, summaries.device, summaries.dtype, sizes)
         if backend == "reference":
             return None
-        reason = dispatch.why_not_allocate(backend, self.head.in_features, self.head.out_features)
+        reason = dispatch.why_not_allocate(backend, *sizes)
         if reason is None:
             modules = list(self.modules())[1:]
             weights = [p for module in modules for p in module._parameters.values() if p is not None]

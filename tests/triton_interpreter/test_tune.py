@@ -9,6 +9,7 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
+from igva_kernels import dispatch
 from igva_kernels.backends.triton import config, cost, tune
 from igva_kernels.plan import MixPlan
 
@@ -63,6 +64,22 @@ def test_a_tuned_card_uses_its_file(card, timed):
     assert set(tuned.rows) == set(shipped.rows)
     assert all(1 <= len(tiles) <= 2 and max(tile.num_stages for tile in tiles) <= 3 for tiles in tuned.gemms.values())
     assert len(lines) >= 1 + len(tuned.rows) + len(tuned.gemms)
+
+
+def test_auto_takes_the_backend_that_was_faster_on_this_card(card, timed, monkeypatch):
+    class Other(tune.TritonBackend):
+        name = "cuda"
+
+    def time_us(job):
+        backend = getattr(job.func, "__self__", None)
+        return 6.0 if backend is None else {"triton": 7.0, "cuda": 5.0}[backend.name]
+
+    monkeypatch.setattr(tune, "BACKENDS", (tune.TritonBackend(), Other()))
+    monkeypatch.setattr(tune, "time_us", time_us)
+    _, tuned = tune.tune()
+    assert tuned.backends == ("cuda", "triton")
+    monkeypatch.setattr(dispatch, "get", lambda name: SimpleNamespace(why_not=lambda *_: None))
+    assert dispatch.select("auto", torch.device("cuda", 0), torch.bfloat16) == "cuda"
 
 
 def test_a_write_that_breaks_off_leaves_the_earlier_file(card, timed, monkeypatch):

@@ -1,6 +1,7 @@
 """Kernel configurations: shipped as JSON, one file an architecture, or measured by ``tune`` on the user's card.
 
-A file holds the tile shapes of every kernel, at most three each, and the card's rates, from which ``cost`` chooses.
+A file holds the tile shapes of every kernel, at most three each, the card's rates, from which ``cost`` chooses, and
+which backend is the fastest there, which ``impl="auto"`` takes.
 ``tune`` writes the same file under the device's name into ``$IGVA_KERNELS_CONFIG_DIR``
 (``~/.cache/igva_kernels/triton``), which goes before the shipped one. Files are read once a process; nothing is timed
 or written outside ``tune``.
@@ -95,6 +96,8 @@ class Config:
 
     status: str
     """Where the figures come from: "modelled", "measured", or "interpreted" (no card: Triton is always chosen)."""
+    backends: tuple[str, ...]
+    """Kernel backends for this card, the fastest first: impl="auto" takes the first that can serve."""
     rates: DeviceRates
     rows: dict[str, RowConfig]
     """By kernel, ``ROW_KERNELS``."""
@@ -116,6 +119,7 @@ class Config:
         data: dict[str, Any] = json.loads(text)
         return cls(
             data["status"],
+            tuple(data["backends"]),
             DeviceRates(**data["rates"]),
             {name: RowConfig(**data["rows"][name]) for name in ROW_KERNELS},
             {name: tuple(GemmConfig(**tile) for tile in data["gemms"][name]) for name in GEMM_KERNELS},
@@ -166,6 +170,7 @@ def _small(config: Config) -> Config:
     """The same choices with tiles for the interpreter, whose tests have a few dozen rows."""
     return Config(
         "interpreted",
+        config.backends,
         config.rates,
         {name: RowConfig(1024, row.num_warps) for name, row in config.rows.items()},
         {

@@ -1,4 +1,5 @@
-"""Measures a card and writes its configuration file: rates, at most three tiles a kernel, and their efficiencies.
+"""Measures a card and writes its configuration file: rates, at most three tiles a kernel with their efficiencies, and
+which backend is the fastest.
 
 Nothing is searched inside a step: ``config`` reads the file once a process, ``cost`` computes from it.
 
@@ -9,6 +10,7 @@ the measured time, so that the model reproduces the large batch.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -20,8 +22,10 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from igva_kernels.backends.base import Keep, LayerShape, MixArgs
+from igva_kernels.backends.base import Backend, Keep, LayerShape, MixArgs, ProjectorWeights
+from igva_kernels.backends.cuda import CudaBackend
 from igva_kernels.backends.triton import config, cost, gemm, mix, norm
+from igva_kernels.backends.triton.backend import TritonBackend
 from igva_kernels.backends.triton.config import Config, DeviceRates, GemmConfig, RowConfig
 from igva_kernels.plan import MixPlan
 
@@ -30,6 +34,7 @@ BATCHES = (1, 8, 32)
 PATCHES, WIDTH, HIDDEN = 576, 1024, 4096
 TAPS = MixPlan.concat(range(5), 5)
 REDUCED = MixPlan.igva(groups=4).reduced()[1]
+BACKENDS: tuple[Backend, ...] = (TritonBackend(), CudaBackend())
 
 ROWS = [RowConfig(elements, warps) for elements in (512, 1024, 2048, 4096) for warps in (2, 4, 8)]
 
@@ -66,14 +71,36 @@ def tune(
             rows={name: _best_rows(name, log) for name in shipped.rows},
             gemms={name: _best_tiles(name, blank, log) for name in shipped.gemms},
         )
-    path = output or config.tuned_dir() / config.file_name(torch.cuda.get_device_name(index))
+        path = output or config.tuned_dir() / config.file_name(torch.cuda.get_device_name(index))
+        _write(path, tuned)
+        tuned = replace(tuned, backends=_by_speed(torch.device(DEVICE, index), log))  # as that file makes them
+        _write(path, tuned)
+    return path, tuned
+
+
+def _write(path: Path, tuned: Config) -> None:
+    """Whole or not at all: every process that starts on this card reads the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Whole or not at all: every process that starts on this card reads the file.
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     unfinished.write_text(tuned.to_json())
     unfinished.replace(path)
     config.of_device.cache_clear()
-    return path, tuned
+
+
+def _by_speed(device: torch.device, log: Callable[[str], None]) -> tuple[str, ...]:
+    """The backends that serve this card, by the time that the IGVA block takes them; each batch size counts alike."""
+    found: dict[str, float] = {}
+    for backend in BACKENDS:
+        if backend.why_not(device, torch.bfloat16) is None:
+            times = [time_us(_block(backend, batch)) for batch in BATCHES]
+            found[backend.name] = math.prod(times)
+            log(f"{backend.name}: {', '.join(f'{us:.1f}' for us in times)} us a block at batch {BATCHES}")
+    return tuple(sorted(found, key=lambda name: found[name]))
+
+
+def _block(backend: Backend, batch: int) -> Job:
+    weights = ProjectorWeights(_random(HIDDEN, 2 * WIDTH), _random(HIDDEN), _random(HIDDEN, HIDDEN), _random(HIDDEN))
+    return partial(backend.project, _args(MixPlan.igva(), batch, 1), None, weights, "gelu", Keep.NOTHING, False)
 
 
 def time_us(job: Job, repeats: int = 20) -> float:
