@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.providers import PLAIN, Call, Provider, bind, products, providers
 from benchmarks.workloads import Connector, Model, Workload, clones
-from igva_kernels.testing import Memory, Verdict, judge, measure_memory
+from igva_kernels.testing import Memory, Verdict, capture, judge, measure_memory
 from igva_kernels.verify import MIX_WEIGHTS_GRAD, Inputs
 
 ROOT = Path(__file__).parent.parent
@@ -117,15 +117,7 @@ class CudaTimer(Timer):
         """The call itself, or the replay of it as a CUDA graph, which returns the same tensors every time."""
         if timing == "eager":
             return call
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = call()
+        graph, results = capture(call)
 
         def replay() -> Any:
             graph.replay()

@@ -67,10 +67,8 @@ def providers(workload: Workload, device: str) -> dict[str, Provider]:
 
 
 def kernels(device: str, dtype: torch.dtype) -> list[str]:
-    """The backends that can serve here; Triton's interpreter is a test tool."""
-    where = torch.device(device)
-    able = [name for name in dispatch.KERNEL_BACKENDS if dispatch.get(name).why_not(where, dtype) is None]
-    return [name for name in able if (name, device) != ("triton", "cpu")]
+    """The backends that can serve here."""
+    return dispatch.able(torch.device(device), dtype)
 
 
 # ---- connectors ------------------------------------------------------------------------------------------------------

@@ -84,20 +84,22 @@ def select(impl: str, device: torch.device, dtype: torch.dtype, allocator: tuple
         if reason is not None:
             raise NotImplementedError(f"impl={impl!r} cannot serve {dtype} tensors on {str(device)!r}: {reason}")
         return impl
-    for name in _fastest_first(device):
-        backend = get(name)
-        if backend.why_not(device, dtype) is None and (
-            allocator is None or backend.why_not_allocate(*allocator) is None
-        ):
-            return name
-    return "reference"
+    names = able(device, dtype)
+    if allocator is not None:
+        names = [name for name in names if get(name).why_not_allocate(*allocator) is None]
+    if len(names) < 2:
+        return names[0] if names else "reference"
+    return next(name for name in _fastest_first(device) if name in names)
+
+
+def able(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The kernel backends that "auto" may take: Triton's interpreter is a test tool, never the best choice."""
+    names = (name for name in KERNEL_BACKENDS if (name, device.type) != ("triton", "cpu"))
+    return [name for name in names if get(name).why_not(device, dtype) is None]
 
 
 def _fastest_first(device: torch.device) -> tuple[str, ...]:
-    if device.type != "cuda":
-        return ("cpu",)  # Triton's interpreter is a test tool, never the best choice
-    if not torch.cuda.is_available():
-        return ()
     from igva_kernels.backends.triton.config import of_device  # imports Triton, which takes a second
 
-    return of_device(torch.cuda.current_device() if device.index is None else device.index).backends
+    measured = of_device(torch.cuda.current_device() if device.index is None else device.index).backends
+    return (*measured, *KERNEL_BACKENDS)  # a backend that was built after the measurement comes last

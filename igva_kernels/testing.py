@@ -107,6 +107,20 @@ def measure_memory(call: Callable[[], T]) -> tuple[T, Memory]:
     return result, Memory(peak, allocated)
 
 
+def capture(call: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """``call`` as a CUDA graph, after two calls that compile and fill caches, and what the graph writes to."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph, result
+
+
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
     """Hides what the profiler's native half logs when it starts and stops."""

@@ -9,12 +9,13 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_tools import check_memory, same
 
 import igva_kernels as ik
 from igva_kernels import MixPlan, verify
 from igva_kernels.backends.base import Keep, MixArgs
 from igva_kernels.backends.cuda import BACKEND, gemm, grad_gemm
-from igva_kernels.testing import assert_within_rule
+from igva_kernels.testing import assert_within_rule, capture
 
 REASON = BACKEND.why_not(torch.device("cuda"), torch.bfloat16)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -68,10 +69,6 @@ class Block:
         return [out.detach(), *torch.autograd.grad(out.float().square().mean(), [self.weights, *self.params])]
 
 
-def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
 @pytest.mark.parametrize("dtype", verify.DTYPES)
 @pytest.mark.parametrize("case", verify.SMALL_CASES, ids=lambda case: case.name)
 def test_values_and_every_gradient_obey_the_error_rule(case, dtype, path):
@@ -98,19 +95,6 @@ def test_compiled_in_one_graph(path):
     out = compiled()
     grads = torch.autograd.grad(out.float().square().mean(), [block.weights, *block.params])
     assert same([out.detach(), *grads], block.step())
-
-
-def capture(call):
-    """A graph of ``call`` and its output."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
-    return graph, out
 
 
 @pytest.mark.plain_memory
@@ -206,19 +190,7 @@ def test_a_row_with_norm_of_every_size_that_fits_a_multiprocessor(layers):
 
 @pytest.mark.plain_memory
 def test_memory_of_the_real_block(path):
-    """Beyond its inputs: 10 MB an image at inference, output included; 10.7 MB an image saved for backward."""
-    batch = 16
-    block = Block(batch, 577, 1024, 4096, grad=False)
-    block()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    block()
-    assert torch.cuda.max_memory_allocated() - before <= batch * 10e6
-    for tensor in (block.weights, *block.params):
-        tensor.requires_grad_()
-    before = torch.cuda.memory_allocated()
-    out = block()
-    assert torch.cuda.memory_allocated() - before - out.nbytes <= batch * 10.7e6
+    check_memory(Block(16, 577, 1024, 4096, grad=False))
 
 
 # ---- the fused GEMM ----

@@ -4,12 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from gpu_tools import check_memory, same
 
 import igva_kernels as ik
 from igva_kernels import MixPlan, verify
 from igva_kernels.backends.triton import BACKEND, backend, config
 from igva_kernels.nn import WeightAllocator, column_summaries
-from igva_kernels.testing import assert_within_rule, relative_error
+from igva_kernels.testing import assert_within_rule, capture, relative_error
 
 REASON = BACKEND.why_not(torch.device("cuda"), torch.bfloat16)
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -40,22 +41,6 @@ class Block:
     def step(self, impl="triton"):
         out = self(impl)
         return [out.detach(), *torch.autograd.grad(out.float().square().mean(), [self.weights, *self.params])]
-
-
-def capture(call):
-    """``call`` as a CUDA graph, after a call that compiles, and what the graph writes to."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
-    return graph, out
-
-
-def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("dtype", verify.DTYPES)
@@ -247,17 +232,4 @@ def test_offsets_beyond_32_bits():
 
 @pytest.mark.plain_memory
 def test_memory_of_the_real_block():
-    """Beyond its inputs: 10 MB an image at inference, output included; 10.7 MB an image saved for backward."""
-    batch = 16
-    block = Block(batch, 577, 1024, 4096, grad=False)
-    block()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    block()
-    assert torch.cuda.max_memory_allocated() - before <= batch * 10e6
-    block.weights.requires_grad_()
-    for param in block.params:
-        param.requires_grad_()
-    before = torch.cuda.memory_allocated()
-    out = block()
-    assert torch.cuda.memory_allocated() - before - out.nbytes <= batch * 10.7e6
+    check_memory(Block(16, 577, 1024, 4096, grad=False))
