@@ -1,7 +1,10 @@
 """The C++ kernels through the methods of the CPU backend, on every instruction set of this machine, against fp64."""
 
+import os
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +30,9 @@ PLANS = {
     "uneven": MixPlan((((0, 1, 0.5), (1, 0, 0.5), (2, None, 0.25), (1, 1, 0.5)), ((2, None, 1.0),)), 3),
     "weighted_sum": MixPlan.weighted_sum([0, 1, 2, 3], residual=1, num_states=4),
     "concat": MixPlan.concat([2, 0], 3).compact()[1],
+    "repeated": MixPlan(
+        (((0, None, 0.125),) * 9, ((0, 0, 0.5), (0, 1, 2.0), (0, 0, 0.5), (0, 1, 2.0), (0, 1, 2.0))), 1
+    ),
 }
 WIDTHS = [1, 7, 16, 67, 200]
 """Partial vectors, whole ones, and both with unrolled ones before them."""
@@ -188,6 +194,18 @@ def test_an_image_out_of_range_is_refused_before_memory_is_touched(index):
         CPU.layer_grads(grad, [((0, None, 1.0),)], None, args.image_index, 1, shape)
 
 
+def test_what_a_plan_names_must_have_been_handed_in():
+    """Of direct calls of the registered operators: what the public ones have checked before."""
+    states, weights = [torch.randn(1, 2, 8)], torch.rand(1, 1)
+    cases = {"layer 1, got 1": MixPlan.concat([0, 1]), "layer -1": MixPlan.concat([-1])}
+    cases["weight column 1, got 1"] = MixPlan((((0, 1, 1.0),),))
+    for message, plan in cases.items():
+        with pytest.raises(ValueError, match=f"plan: it names {message}"):
+            torch.ops.igva_kernels.layer_mix(states, weights, None, plan.code, 0, "nothing", "cpu")
+    with pytest.raises(ValueError, match="plan: it names weight column 1, got 1"):
+        CPU.layer_grads(torch.ones(1, 2, 8), [((0, 1, 1.0),)], weights, None, 0, LayerShape(1, 2, 8, torch.float32))
+
+
 # ---- activations ---------------------------------------------------------------------------------------------------
 
 
@@ -328,7 +346,7 @@ def autograd_of_mix(args, grad_rows):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("plan", ["igva", "uneven", "weighted_sum"])
+@pytest.mark.parametrize("plan", ["igva", "uneven", "weighted_sum", "repeated"])
 @pytest.mark.parametrize("index", [None, [2, 0, 2, 2]])
 def test_gradients_of_the_mix_obey_the_error_rule(isa, dtype, plan, index):
     plan, draws = PLANS[plan], []
@@ -517,6 +535,106 @@ def test_without_an_openmp_runtime_the_import_fails_and_nothing_crashes():
     )
     assert done.returncode == 0, done.stderr
     assert native.build_info()["openmp"] == "OFF" or "GOMP" in done.stdout or "omp_" in done.stdout
+
+
+def inputs_of_kernels():
+    """Of every kernel, large enough for several threads."""
+    torch.manual_seed(0)
+    args, _ = make(PLANS["igva"], torch.float32, images=2, tokens=40, width=256, index=[1, 0, 1])
+    sources = [torch.randn(2, 40 if is_tap(block) else 39, 256) for block in args.plan.reduced()[0].blocks]
+    return args, args.over_sources(sources), torch.randn(3, 39, 512), torch.randn(50, 3000), torch.randn(50, 3000)
+
+
+def every_kernel(args, sources, grad_rows, z, grad_y):
+    """What each kernel returns; sums depend on shapes only, so that no number of threads may change a bit."""
+    norm = (torch.ones(512), torch.zeros(512), 1e-5)
+    mixed, normal = CPU.mix(args, torch.float32, None, Keep.SOURCES), CPU.mix(args, torch.float32, norm, Keep.ROWS)
+    y, copy, grad_z, again = (torch.empty_like(z) for _ in range(4))
+    backend._epilogue(z, "gelu", y, copy)
+    backend._activation_grad(grad_y, z, "gelu", grad_z, again)
+    shape = LayerShape(2, 40, 256, torch.float32)
+    signatures = [((0, None, 1.0),), ((1, 0, 0.5), (0, None, 2.0))]
+    layers = CPU.layer_grads(grad_rows, signatures, args.mix_weights, args.image_index, 1, shape)
+    weights = CPU.mix_weights_grad(grad_rows[..., 256:], [1], sources)
+    of_mixes = [mixed.rows, *mixed.kept, normal.rows, *normal.kept, normal.mean, normal.rstd]
+    return [*of_mixes, y, copy, grad_z, again, weights, *layers]
+
+
+def assert_same(actual, expected):
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert a.isfinite().all() and torch.equal(a, e), f"result {i}"
+
+
+@pytest.fixture
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_no_number_of_threads_changes_a_bit(isa, threads):
+    inputs = inputs_of_kernels()
+    torch.set_num_threads(1)
+    alone = every_kernel(*inputs)
+    torch.set_num_threads(threads)
+    assert_same(every_kernel(*inputs), alone)
+
+
+@pytest.mark.usefixtures("_threads")
+def test_several_python_threads_call_the_kernels_at_once():
+    inputs = inputs_of_kernels()
+    alone = every_kernel(*inputs)
+    results = [None] * 4
+
+    def call(i):
+        torch.set_num_threads(1 + i % 3)
+        results[i] = [every_kernel(*inputs) for _ in range(5)]
+
+    callers = [threading.Thread(target=call, args=(i,)) for i in range(len(results))]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    for result in (result for of_one in results for result in of_one):
+        assert_same(result, alone)
+
+
+SMALL_TEAM = """
+import ctypes, re, sys, torch, test_cpu_backend as tests
+
+torch.use_deterministic_algorithms(True)
+inputs = tests.inputs_of_kernels()
+torch.set_num_threads(1)
+alone = tests.every_kernel(*inputs)
+torch.set_num_threads(4)
+results = []
+if sys.argv[1] == "nested":
+    path = re.search(r"\\S*libgomp\\S*", open("/proc/self/maps").read())[0]
+    region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: results.append(tests.every_kernel(*inputs)))
+    ctypes.CDLL(path).GOMP_parallel(region, None, 2, 0)
+else:
+    results.append(tests.every_kernel(*inputs))
+assert len(results) >= 1
+for result in results:
+    tests.assert_same(result, alone)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+@pytest.mark.parametrize(
+    "setting",
+    ["", "OMP_THREAD_LIMIT=1", "OMP_THREAD_LIMIT=3", "OMP_DYNAMIC=true", "OMP_MAX_ACTIVE_LEVELS=0", "nested"],
+)
+def test_every_kernel_is_right_where_openmp_grants_fewer_threads_than_asked_for(setting):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
+    environment |= dict([setting.split("=")]) if "=" in setting else {}
+    done = subprocess.run(
+        [sys.executable, "-c", SMALL_TEAM, setting], capture_output=True, text=True, timeout=120,
+        env=environment, cwd=Path(__file__).parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.plain_memory

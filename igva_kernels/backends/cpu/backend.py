@@ -134,7 +134,7 @@ class CpuBackend(Backend):
         entries = [[(g, -1 if column is None else column, scale) for g, column, scale in s] for s in signatures]
         _module().layer_grads(
             _dtype(grad_rows.dtype), _dtype(shape.dtype), grad_rows.shape[0], shape.num_images, grad_rows.shape[1],
-            skip_tokens, shape.width, *_address(grad_rows), _address(mix_weights), _data(image_index), entries,
+            skip_tokens, shape.width, *_address(grad_rows), _weights(mix_weights), _data(image_index), entries,
             [_data(grad) for grad in grads], torch.get_num_threads(),
         )  # fmt: skip
         return grads
@@ -206,14 +206,14 @@ def _mix_rows(
     if norm is not None:
         assert mean is not None
         # Named, so that they live until the call returns.
-        weight, bias = (None if p is None else p.to(mean.dtype).contiguous() for p in norm[:2])
+        weight, bias = (None if p is None else p.to(mean.dtype) for p in norm[:2])
         native_norm = module.Norm(_data(weight), _data(bias), norm[2], _data(raw_rows), _data(mean), _data(rstd))
     # A norm needs whole rows in the accumulation dtype, a mix alone one block at a time.
     row = args.width if norm is None else args.width * args.plan.num_blocks
     scratch = first.new_empty((threads, module.mix_scratch(row)), dtype=accumulation_dtype(first.dtype))
     module.mix(
         _program(args.plan, bool(sums)), [_address(layer) for layer in args.layers], _dtype(first.dtype),
-        _dtype(out.dtype), _address(args.mix_weights), _data(args.image_index), first.shape[0], args.num_rows,
+        _dtype(out.dtype), _weights(args.mix_weights), _data(args.image_index), first.shape[0], args.num_rows,
         args.skip_tokens, args.num_patches, args.width, rows.start, rows.stop, _data(out),
         [_data(each) for each in sums], native_norm, _data(scratch), row,
         out.nbytes > STREAM_BYTES, threads,
@@ -276,9 +276,14 @@ def _data(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _address(tensor: Tensor | None) -> tuple[int, int, int]:
+def _address(tensor: Tensor) -> tuple[int, int, int]:
     """Address and the first two strides, in elements."""
-    return (0, 0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
+    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
+
+
+def _weights(tensor: Tensor | None) -> tuple[int, int, int, int]:
+    """The same of ``[B, C]``, and C; zeros where there is no tensor."""
+    return (0, 0, 0, 0) if tensor is None else (*_address(tensor), tensor.shape[1])
 
 
 def _module() -> Any:
