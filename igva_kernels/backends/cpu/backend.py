@@ -167,7 +167,7 @@ class CpuBackend(Backend):
 
         # Where products are emulated, a block of inference stays in fp32 from the mix to the output.
         block_dtype = torch.float32 if gemm.is_emulated(dtype) and keep == Keep.NOTHING and not keep_z else dtype
-        limit = SCRATCH_BYTES // (4 * (row_width + hidden + width))
+        limit = SCRATCH_BYTES // max(1, 4 * (row_width + hidden + width))
         step = gemm.block_rows(total, max(16, min(limit, gemm.BLOCK_ROWS)))
         scratch = None
         if kept_rows is None or norm is not None:
