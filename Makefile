@@ -48,7 +48,7 @@ SANITIZE = LD_PRELOAD="$$(ldd $(SANITIZED)/igva_kernels/_native*.so | grep -oE '
 
 sanitize: .venv-test/installed $(SANITIZED)/installed
 	$(SANITIZE) $(TEST)/python tests/fuzz_cpu.py --calls 10000
-	$(SANITIZE) $(TEST)/pytest $(PARALLEL) -o pythonpath= -m "not plain_memory" tests/test_cpu_backend.py tests/test_strides.py
+	$(SANITIZE) $(TEST)/pytest $(PARALLEL) -o pythonpath= --capture=sys -m "not plain_memory" tests/test_cpu_backend.py tests/test_strides.py
 
 $(SANITIZED)/installed: $(BUILD) $(PYTHON_FILES) .venv-test/installed
 	IGVA_KERNELS_SANITIZE=1 $(TEST)/python -m pip install --quiet --no-deps --upgrade --target $(SANITIZED) .
