@@ -4,6 +4,7 @@
 #   make demo ARGS="--image cat.jpg"    the same about yours; see: igva-kernels demo --help
 #   make test                           ruff, mypy and the tests
 #   make test-all                       the slow tests too, the oldest transformers that is supported, and patching on 4.x
+#   make sanitize                       the CPU kernels under AddressSanitizer and UBSan: their tests, and 10,000 random calls
 #   make compatibility                  docs/compatibility.md: which transformers models can be patched, in three versions
 #   make bench                          the benchmark suite on this CPU, or on its GPU (8 to 10 minutes); pictures
 #   make plots                          pictures, benchmarks/RESULTS.md and the README's table from the CSV files
@@ -25,7 +26,7 @@ NO_CUDA := $(if $(shell command -v nvidia-smi),,IGVA_KERNELS_SKIP_CUDA=1)
 # Two processes: a test waits for compilers and for Python more than it computes.
 PARALLEL := -n 2 --dist loadfile
 
-.PHONY: demo test test-all compatibility lint bench plots learn clean
+.PHONY: demo test test-all sanitize compatibility lint bench plots learn clean
 
 demo: .venv-demo/installed
 	.venv-demo/bin/igva-kernels demo $(ARGS)
@@ -34,10 +35,24 @@ test: lint
 	TRITON_INTERPRET=1 $(TEST)/pytest $(PARALLEL) tests/triton_interpreter $(ARGS)
 	$(TEST)/pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 
-test-all: test .venv-oldest/installed .venv-transformers4/installed
+test-all: test sanitize .venv-oldest/installed .venv-transformers4/installed
 	$(TEST)/pytest $(PARALLEL) -m "slow and not gpu" $(ARGS)
 	.venv-oldest/bin/pytest $(PARALLEL) -m "not gpu" -k "model or patch or demo or training" $(ARGS)
 	.venv-transformers4/bin/pytest tests/test_patch_transformers.py $(ARGS)
+
+# Python is not built for the sanitizers, so their runtimes come first; what it and torch never free is not ours. Tests of
+# time and memory measure the sanitizers.
+SANITIZED := build/sanitize/site
+SANITIZE = LD_PRELOAD="$$(ldd $(SANITIZED)/igva_kernels/_native*.so | grep -oE '/\S*lib(asan|ubsan|stdc)\S*' | tr '\n' ' ')" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 IGVA_KERNELS_SANITIZE=1 PYTHONPATH=$(SANITIZED)
+
+sanitize: .venv-test/installed $(SANITIZED)/installed
+	$(SANITIZE) $(TEST)/python tests/fuzz_cpu.py --calls 10000
+	$(SANITIZE) $(TEST)/pytest $(PARALLEL) -o pythonpath= --capture=sys -m "not plain_memory" tests/test_cpu_backend.py tests/test_strides.py
+
+$(SANITIZED)/installed: $(BUILD) $(PYTHON_FILES) .venv-test/installed
+	IGVA_KERNELS_SANITIZE=1 $(TEST)/python -m pip install --quiet --no-deps --upgrade --target $(SANITIZED) .
+	touch $@
 
 compatibility: .venv-test/installed .venv-oldest/installed .venv-transformers4/installed
 	$(TEST)/python tests/compatibility.py $(TEST)/python .venv-oldest/bin/python .venv-transformers4/bin/python

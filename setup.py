@@ -4,6 +4,7 @@ Environment:
     IGVA_KERNELS_SKIP_NATIVE=1  build nothing: the package installs as pure Python
     IGVA_KERNELS_SKIP_CUDA=1    build the CPU module only
     IGVA_KERNELS_FORCE_CUDA=1   fail where the CUDA module cannot be built
+    IGVA_KERNELS_SANITIZE=1     the CPU module alone, with AddressSanitizer and UBSan, built in build/sanitize
     IGVA_KERNELS_CUDA_ARCHS     architectures instead of the default list, as in "80;90a"
     CUDA_HOME                   the CUDA toolkit; otherwise nvcc from PATH or the pip package nvidia-cuda-nvcc
     MAX_JOBS                    parallel compilations; never more than the cores and the free memory allow
@@ -28,12 +29,17 @@ PACKAGE = "igva_kernels"
 MODULES = ("_native", "_cuda")
 BUILD_INFO = "build_info.json"
 BYTES_A_JOB = 1536 << 20
+SANITIZE = os.environ.get("IGVA_KERNELS_SANITIZE") == "1"
+if SANITIZE:
+    os.environ["IGVA_KERNELS_SKIP_CUDA"] = "1"
 
 
 class CMakeBuild(build_ext):
     """Runs CMake for the two modules and records what was built, or why it was not."""
 
     def build_extensions(self) -> None:
+        if SANITIZE and self.inplace:
+            raise RuntimeError("IGVA_KERNELS_SANITIZE=1: built in place, it would replace the ordinary module")
         files = {name: Path(self.get_ext_fullpath(f"{PACKAGE}.{name}")).resolve() for name in MODULES}
         package = files["_native"].parent
         package.mkdir(parents=True, exist_ok=True)
@@ -44,6 +50,8 @@ class CMakeBuild(build_ext):
         for name, reason in (("CPU", info["reason"]), ("CUDA", info["cuda"]["reason"])):
             if reason:
                 warnings.warn(f"{PACKAGE}: installing without {name} kernels: {reason}", stacklevel=1)
+        if SANITIZE and info["reason"]:
+            raise RuntimeError(f"IGVA_KERNELS_SANITIZE=1, but there is no CPU module: {info['reason']}")
         if info["cuda"]["reason"] and os.environ.get("IGVA_KERNELS_FORCE_CUDA") == "1":
             raise RuntimeError(f"IGVA_KERNELS_FORCE_CUDA=1, but there is no CUDA module: {info['cuda']['reason']}")
 
@@ -122,4 +130,5 @@ def _free_bytes() -> int:
 setup(
     ext_modules=[Extension(f"{PACKAGE}.{name}", sources=[], optional=True) for name in MODULES],
     cmdclass={"build_ext": CMakeBuild},
+    options={"build": {"build_base": "build/sanitize"}} if SANITIZE else {},
 )

@@ -74,8 +74,8 @@ T* pointer(uintptr_t address) {
 int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 using Address = uintptr_t;
-using LayerTuple = std::tuple<Address, int64_t, int64_t>;   // data, image stride, token stride
-using WeightsTuple = std::tuple<Address, int64_t, int64_t>; // data, row stride, column stride
+using LayerTuple = std::tuple<Address, int64_t, int64_t>; // data, image stride, token stride
+using WeightsTuple = std::tuple<Address, int64_t, int64_t, int64_t>; // data, row stride, column stride, columns
 using TermTuple = std::tuple<int, double, std::vector<int>>;
 using BlockList = std::vector<std::vector<TermTuple>>;
 
@@ -89,8 +89,16 @@ std::vector<Layer> to_layers(const std::vector<LayerTuple>& tuples, int64_t skip
 }
 
 MixWeights to_weights(const WeightsTuple& tuple) {
-  const auto& [data, row_stride, column_stride] = tuple;
+  const auto& [data, row_stride, column_stride, columns] = tuple;
   return {pointer(data), row_stride, column_stride};
+}
+
+// What a plan names must have been handed in: an index beyond that would reach foreign memory.
+void check_index(const char* what, int64_t index, int64_t count) {
+  if (index < 0 || index >= count) {
+    throw py::value_error(std::string("plan: it names ") + what + " " + std::to_string(index) + ", got " +
+                          std::to_string(count));
+  }
 }
 
 // A plan in the tables that the kernels walk; made once a plan.
@@ -102,7 +110,13 @@ class PlanProgram {
         block_begin_.push_back(int32_t(terms_.size()));
         for (const auto& [column, scale, layers] : block) {
           const auto begin = int32_t(term_layers_.size());
-          term_layers_.insert(term_layers_.end(), layers.begin(), layers.end());
+          for (int layer : layers) {
+            check_index("layer", layer, INT32_MAX);
+            last_layer_ = std::max(last_layer_, layer);
+            term_layers_.push_back(layer);
+          }
+          last_column_ = std::max(last_column_, column);
+          longest_term_ = std::max(longest_term_, int32_t(layers.size()));
           terms_.push_back({column, begin, int32_t(term_layers_.size()), scale});
         }
       }
@@ -112,14 +126,17 @@ class PlanProgram {
     num_sums_ = int32_t(sums.size());
   }
 
-  Program view(size_t num_layers) const {
-    return {terms_.data(), term_layers_.data(), block_begin_.data(), num_blocks_, num_sums_, int32_t(num_layers)};
+  // The tables, for so many layers and weight columns.
+  Program view(size_t layers, int64_t columns) const {
+    check_index("layer", last_layer_, int64_t(layers));
+    if (last_column_ >= 0) check_index("weight column", last_column_, columns);
+    return {terms_.data(), term_layers_.data(), block_begin_.data(), num_blocks_, num_sums_, longest_term_};
   }
 
  private:
   std::vector<Term> terms_;
   std::vector<int32_t> term_layers_, block_begin_;
-  int32_t num_blocks_, num_sums_;
+  int32_t num_blocks_, num_sums_, longest_term_ = 0, last_layer_ = -1, last_column_ = -1;
 };
 
 // Batch rows sorted by the image they read, in row order within an image.
@@ -163,6 +180,7 @@ void mix(const PlanProgram& plan, const std::vector<LayerTuple>& layer_tuples, D
          int64_t scratch_row, bool stream, int threads) {
   const auto* image_index = pointer<const int64_t>(image_index_address);
   check_image_index(image_index, batch, images);
+  const Program program = plan.view(layer_tuples.size(), std::get<3>(weights));
   py::gil_scoped_release release;
   const std::vector<Layer> layers = to_layers(layer_tuples, skip, in);
   std::vector<void*> sums;
@@ -195,9 +213,9 @@ void mix(const PlanProgram& plan, const std::vector<LayerTuple>& layer_tuples, D
   }
 
   threads = threads_for((end_row - first_row) * width * int64_t(layers.size()), threads);
-  std::vector<const void*> row_pointers(threads * layers.size());
+  std::vector<const void*> row_pointers(int64_t(threads) * program.longest_term);
   MixArgs args = {};
-  args.program = plan.view(layers.size());
+  args.program = program;
   args.layers = layers.data();
   args.weights = to_weights(weights);
   args.tiles = tiles.data();
@@ -250,6 +268,10 @@ void mix_weights_grad(DType grad, DType layer, int64_t batch, int64_t patches, i
                       int64_t skip, Address image_index, const std::vector<DotTuple>& entries, int64_t columns,
                       int64_t images, Address out, int threads) {
   check_image_index(pointer<const int64_t>(image_index), batch, images);
+  for (const auto& [block, column, source, scale] : entries) {
+    check_index("weight column", column, columns);
+    check_index("layer", source, int64_t(layer_tuples.size()));
+  }
   py::gil_scoped_release release;
   constexpr int64_t chunk = 32;
   const std::vector<Layer> sources = to_layers(layer_tuples, skip, layer);
@@ -298,6 +320,11 @@ void layer_grads(DType grad, DType out, int64_t batch, int64_t images, int64_t p
                  const std::vector<std::vector<GradTuple>>& signatures, const std::vector<Address>& grad_addresses,
                  int threads) {
   check_image_index(pointer<const int64_t>(image_index), batch, images);
+  for (const auto& signature : signatures) {
+    for (const auto& [block, column, scale] : signature) {
+      if (column >= 0) check_index("weight column", column, std::get<3>(weights));
+    }
+  }
   py::gil_scoped_release release;
   const RowsByImage by_image(pointer<const int64_t>(image_index), batch, images);
   std::vector<int32_t> signature_begin;
@@ -347,6 +374,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("isas", isas, "Instruction sets that this CPU and this build share, best last.");
   m.def("isa", [] { return chosen->isa; });
   m.def("set_isa", set_isa);
+  m.def("granted_threads", cpu::granted_threads, "Threads that OpenMP is sure to grant the caller of so many.");
   m.def("mix_scratch", mix_scratch, "Elements of scratch a thread that `mix` needs for rows of this width.");
   m.def("mix", mix);
   m.def("epilogue", epilogue);

@@ -26,9 +26,6 @@ def check_layers(hidden_states: Sequence[Tensor | None], used: tuple[int, ...]) 
             raise TypeError(f"hidden_states[{index}]: need one floating dtype for all layers, got {layer.dtype}")
         if layer.device != first.device:
             raise ValueError(f"hidden_states[{index}]: need all layers on {first.device}, got {layer.device}")
-        if layer.stride(2) != 1 and layer.shape[2] > 1:
-            # transformers' SigLIP: the transposed output of its patch convolution gives every state this layout.
-            layer = layer.contiguous()
         layers.append(layer)
     return layers
 

@@ -60,7 +60,12 @@ def _mix_args(
 
 
 def _norm(weight: Tensor | None, bias: Tensor | None, eps: float | None) -> Norm | None:
-    return None if eps is None else (weight, bias, eps)
+    return None if eps is None else (_dense(weight), _dense(bias), eps)
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    """What kernels take without strides; the layers and the index are seen to by ``MixArgs``."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def _without_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -173,8 +178,8 @@ def _mlp_form(fn: Callable[..., Any]) -> Callable[..., Any]:
 def _allocate(
     sentences: Tensor, summaries: Tensor, weights: list[Tensor], num_heads: int, eps: list[float], impl: str
 ) -> Tensor:
-    flat = [weight.contiguous() for weight in weights]
-    return dispatch.get(impl).allocate(sentences, summaries, AllocatorWeights.of(flat), num_heads, eps)
+    flat = AllocatorWeights.of([weight.contiguous() for weight in weights])
+    return dispatch.get(impl).allocate(sentences.contiguous(), summaries.contiguous(), flat, num_heads, eps)
 
 
 def _allocate_fake(
@@ -214,7 +219,7 @@ def _layer_mix_backward(
     signatures, _ = _signatures(args.plan, needs[1:])
     if signatures:
         shape = LayerShape(layer_shape[0], layer_shape[1], layer_shape[2], layer_dtype)
-        grads += backend.layer_grads(grad_rows, signatures, mix_weights, image_index, skip_tokens, shape)
+        grads += backend.layer_grads(grad_rows, signatures, mix_weights, args.image_index, skip_tokens, shape)
     return grads
 
 
@@ -251,8 +256,9 @@ def _projector_backward(
     asked = ProjectorNeeds(*needs[: len(ProjectorNeeds._fields)])
     args = _mix_args([], mix_weights, image_index, plan, skip_tokens)
     grads = backend.project_backward(
-        grad_out.contiguous(), args.over_sources(sources) if sources else None, rows,
-        _norm(norm_weight, norm_bias, norm_eps), (stats[0], stats[1]) if stats else None, z,
+        grad_out.contiguous(), args.over_sources(sources) if sources else None, _dense(rows),
+        _norm(norm_weight, norm_bias, norm_eps), (stats[0].contiguous(), stats[1].contiguous()) if stats else None,
+        _dense(z),
         ProjectorWeights(weight1, None, weight2, None), activation, asked,
     )  # fmt: skip
     out = [grads.mix_weights] if asked.mix_weights else []
@@ -260,7 +266,7 @@ def _projector_backward(
         assert grads.rows is not None
         signatures, _ = _signatures(args.plan, needs[len(asked) :])
         shape = LayerShape(layer_shape[0], layer_shape[1], layer_shape[2], layer_dtype)
-        out += backend.layer_grads(grads.rows, signatures, mix_weights, image_index, skip_tokens, shape)
+        out += backend.layer_grads(grads.rows, signatures, mix_weights, args.image_index, skip_tokens, shape)
     return out + [grad for grad in grads[2:] if grad is not None]
 
 

@@ -2,6 +2,7 @@
 Hopper GEMM (stages, phases, tickets, flags, coordinates). What an emulation cannot show is the hardware's own rules."""
 
 import pytest
+import strides
 import torch
 from cuda_tools import emulated_module, include
 
@@ -85,6 +86,37 @@ def test_strides_offsets_and_a_none_layer():
         args = (states, plan, weights)
         actual = ik.layer_mix(*args, skip_tokens=2, impl="cuda")
         torch.testing.assert_close(actual, ik.layer_mix(*args, skip_tokens=2, impl="reference"))
+
+
+def test_a_layer_may_stand_in_a_block_more_often_than_there_are_layers():
+    plan = MixPlan((((0, None, 0.125),) * 9, ((0, 0, 0.5), (0, 1, 2.0), (0, 0, 0.5), (0, 1, 2.0))), 1)
+    results = []
+    state, weights = torch.randn(2, 5, 16), torch.rand(2, 2)
+    for impl in ("cuda", "reference"):
+        leaves = [state.clone().requires_grad_(), weights.clone().requires_grad_()]
+        out = ik.layer_mix([leaves[0]], plan, leaves[1], skip_tokens=1, impl=impl)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_more_entries_than_the_parameters_hold_are_refused_by_name():
+    for count, what in ((161, "160 layers in all blocks together"), (400, "160 layers in all blocks together")):
+        with pytest.raises(ValueError, match=what):
+            ik.layer_mix([torch.randn(1, 2, 8)], MixPlan((((0, None, 0.5),) * count,), 1), impl="cuda")
+
+
+def test_what_a_plan_names_must_have_been_handed_in():
+    """Of direct calls of the registered operators: what the public ones have checked before."""
+    states = [torch.randn(1, 2, 8)]
+    for plan, message in ((MixPlan.concat([0, 1]), "layer 1, got 1"), (MixPlan.concat([-1]), "resolved, got -1")):
+        with pytest.raises(ValueError, match=message):
+            torch.ops.igva_kernels.layer_mix(states, None, None, plan.code, 0, "nothing", "cuda")
+
+
+@pytest.mark.parametrize("layout", ["column of a matrix", "expanded", "two last swapped"])
+@pytest.mark.parametrize("name", strides.REGISTERED)
+def test_a_registered_operator_gives_what_it_gives_for_a_dense_copy(name, layout):
+    strides.check_registered(name, strides.registered_calls("cuda")[name], layout)
 
 
 @pytest.mark.parametrize("norm", [None, (None, None, 1e-5)])

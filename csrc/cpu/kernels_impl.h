@@ -181,7 +181,7 @@ void mix_tiles(const MixArgs& a, int threads) {
   parallel_tasks(a.num_tiles, threads, [&](int64_t i, int thread) {
     const Tile& tile = a.tiles[i];
     S* scratch = static_cast<S*>(a.scratch) + thread * a.scratch_stride;
-    const In** rows = reinterpret_cast<const In**>(a.row_pointers + thread * program.num_layers);
+    const In** rows = reinterpret_cast<const In**>(a.row_pointers + thread * program.longest_term);
     for (int s = 0; s < program.num_sums; ++s) {
       In* sums = static_cast<In*>(a.sums[s]) + (tile.image * a.num_patches + tile.patch) * a.width;
       mix_block<V, stream>(a, program.num_blocks + s, tile, rows, nullptr, scratch, a.width, sums, a.width);

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
@@ -82,7 +83,13 @@ class MixProgram {
         for (const auto& [scale, layers] : part) {
           check_capacity(entries + layers.size(), max_entries, "layers in all blocks together");
           check_capacity(terms + 1, max_terms, "terms");
-          for (int layer : layers) params_.entries[entries++] = uint8_t(layer);
+          check_capacity(size_t(column + 1), INT16_MAX, "weight columns");
+          for (int layer : layers) {
+            if (layer < 0) throw py::value_error("plan: its layers must be resolved, got " + std::to_string(layer));
+            num_layers_ = std::max(num_layers_, size_t(layer) + 1);
+            check_capacity(num_layers_, max_layers, "layers");
+            params_.entries[entries++] = uint8_t(layer);
+          }
           params_.terms[terms++] = {scale, int16_t(column), uint8_t(entries), -1, false, false};
         }
         params_.terms[terms - 1].sum = int8_t(sum);
@@ -95,12 +102,17 @@ class MixProgram {
   }
 
   MixParams params_;
+  size_t num_layers_ = 0; // that the terms name
 };
 
 MixParams mix_params(const MixProgram& program, const std::vector<LayerTuple>& layers, int64_t skip, DType in,
                      const WeightsTuple& weights, Address image_index, int64_t images, int64_t batch, int64_t patches,
                      int64_t width, Address rows, DType out, const std::vector<Address>& sums) {
   check_capacity(layers.size(), max_layers, "layers");
+  if (layers.size() < program.num_layers_) {
+    throw py::value_error("plan: it names layer " + std::to_string(program.num_layers_ - 1) + ", got " +
+                          std::to_string(layers.size()));
+  }
   check_capacity(sums.size(), max_sums, "kept sums");
   MixParams params = program.params_;
   fill_layers(params.layers, layers, skip, size_of(in));

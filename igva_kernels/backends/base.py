@@ -42,7 +42,11 @@ class Keep(str, Enum):
 
 @dataclass(frozen=True)
 class MixArgs:
-    """The inputs of the mix, validated: layers ``[I, T, D]``, every one of them used by the plan."""
+    """The inputs of the mix, validated: layers ``[I, T, D]``, every one of them used by the plan.
+
+    Kernels take any batch and token strides, but channels that are adjacent and an index that is dense: what lies
+    otherwise is copied here. So is every state of transformers' SigLIP, laid out as its patch convolution leaves it.
+    """
 
     layers: Sequence[Tensor]
     plan: MixPlan
@@ -51,6 +55,12 @@ class MixArgs:
     image_index: Tensor | None
     """``[B]`` int64, or None where row b reads image b."""
     skip_tokens: int
+
+    def __post_init__(self) -> None:
+        layers = [x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous() for x in self.layers]
+        object.__setattr__(self, "layers", layers)
+        if self.image_index is not None:
+            object.__setattr__(self, "image_index", self.image_index.contiguous())
 
     @property
     def num_rows(self) -> int:

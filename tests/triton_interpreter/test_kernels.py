@@ -376,3 +376,10 @@ def test_same_bits_again():
 
 def test_the_interpreter_has_a_configuration_of_its_own():
     assert of_device(None).interpreted
+
+
+@pytest.mark.parametrize("index", [None, [1, 0, 1]])
+def test_a_layer_may_stand_in_a_block_more_often_than_there_are_layers(index):
+    plan = MixPlan((((0, None, 0.125),) * 9, ((0, 0, 0.5), (0, 1, 2.0), (0, 0, 0.5), (0, 1, 2.0))), 1)
+    options = {"image_index": None if index is None else torch.tensor(index)}
+    check_mix([torch.randn(2, 5, 16)], plan, len(index or [0, 0]), torch.float32, **options)

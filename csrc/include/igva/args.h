@@ -34,7 +34,7 @@ struct Program {
   const int32_t* block_begin;
   int32_t num_blocks;
   int32_t num_sums;
-  int32_t num_layers;
+  int32_t longest_term; // in layers: a term may name one more often than once
 };
 
 // weights[b, c] at data[b * row_stride + c * column_stride].
@@ -74,7 +74,7 @@ struct MixArgs {
   void* rstd;
   void* scratch; // scratch_stride elements of the accumulation dtype a thread: a tile of a block, with a norm of a row
   int64_t scratch_stride;
-  const void** row_pointers; // threads * num_layers
+  const void** row_pointers; // threads * longest_term
   bool stream;               // write around the cache; rows and sums start at 64 bytes
 };
 

@@ -132,7 +132,7 @@ class CudaBackend(Backend):
             launch.module().mix_weights_grad(
                 launch.dtype(grad_rows), launch.dtype(first), launch.view(grad_rows),
                 launch.views([layer[:, args.skip_tokens :] for layer in args.layers]), dots,
-                launch.data(_contiguous(args.image_index)), first.shape[0], args.num_rows, args.num_patches, args.width,
+                launch.data(args.image_index), first.shape[0], args.num_rows, args.num_patches, args.width,
                 programs.DOT_CHUNK, grad.shape[1], partials.data_ptr(), grad.data_ptr(), vector, stream,
             )  # fmt: skip
         return grad
@@ -162,7 +162,7 @@ class CudaBackend(Backend):
         with launch.on_device_of(grad_rows) as stream:
             launch.module().layer_grads(
                 launch.dtype(grad_rows), launch.dtype(grads[0]), launch.view(grad_rows), entries,
-                launch.weights(mix_weights), launch.data(_contiguous(image_index)), grad_rows.shape[0], *size[:2],
+                launch.weights(mix_weights), launch.data(image_index), grad_rows.shape[0], *size[:2],
                 skip_tokens, shape.width, [grad.data_ptr() for grad in grads],
                 programs.allows_vectors(shape.width, [grad_rows, *grads]), stream,
             )  # fmt: skip
@@ -178,7 +178,7 @@ class CudaBackend(Backend):
         grad_rows = torch.empty_like(rows)
         (count, width), chunk = rows.shape, programs.NORM_CHUNK
         partials = mean.new_empty((programs.chunks(count, chunk), 2, width)) if need_params else None
-        weight = _contiguous(norm[0])
+        weight = norm[0]
         with launch.on_device_of(rows) as stream:
             launch.module().norm_grad(
                 launch.dtype(rows), count, width, grad_out.data_ptr(), rows.data_ptr(), mean.data_ptr(),
@@ -245,25 +245,20 @@ def _launch_mix(
     """Rows and sums in one launch; without ``rows`` the sums alone."""
     first = args.layers[0]
     vector = programs.allows_vectors(args.width, [*args.layers, *sums])
-    image_index = _contiguous(args.image_index)
     call = [
         programs.program(args.plan, bool(sums)), launch.views(args.layers), args.skip_tokens, launch.dtype(first),
-        launch.weights(args.mix_weights), launch.data(image_index), first.shape[0], args.num_rows, args.num_patches,
-        args.width, launch.data(rows), launch.dtype(rows), [out.data_ptr() for out in sums],
+        launch.weights(args.mix_weights), launch.data(args.image_index), first.shape[0], args.num_rows,
+        args.num_patches, args.width, launch.data(rows), launch.dtype(rows), [out.data_ptr() for out in sums],
     ]  # fmt: skip
     with launch.on_device_of(first) as stream:
         if norm is None:
             launch.module().mix(*call, vector, stream)
             return
-        weight, bias, eps = (_contiguous(norm[0]), _contiguous(norm[1]), norm[2])
+        weight, bias, eps = norm
         launch.module().mix_norm(
             *call, launch.data(weight), launch.dtype(weight), launch.data(bias), launch.dtype(bias), eps,
             launch.data(raw), launch.data(mean), launch.data(rstd), vector, stream,
         )  # fmt: skip
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 def _readable(grad_rows: Tensor, layers: torch.dtype) -> Tensor:

@@ -52,7 +52,6 @@ def run(grad_z: Tensor, weight1: Tensor, blocks: Sequence[int], args: MixArgs) -
     partials = torch.zeros(
         args.num_rows, args.num_patches, len(blocks), tiles, columns, dtype=torch.float64, device=first.device
     )
-    index = None if args.image_index is None else args.image_index.contiguous()
     layers = launch.views([layer[:, args.skip_tokens :] for layer in args.layers])
     grid = gemm.grid(rows, width, False, gemm.multiprocessors(first.device))
     for position, block in enumerate(blocks):
@@ -61,7 +60,7 @@ def run(grad_z: Tensor, weight1: Tensor, blocks: Sequence[int], args: MixArgs) -
         with launch.on_device_of(first) as stream:
             launch.module().mix_weights_grad_sm90(
                 launch.dtype(first), grad_z.data_ptr(), grad_z.stride(0), weight.data_ptr(), depth, layers,
-                dots(args.plan, block), launch.data(index), first.shape[0], args.num_rows, args.num_patches, width,
-                columns, partials[:, :, position].data_ptr(), len(blocks) * tiles, grid, stream,
+                dots(args.plan, block), launch.data(args.image_index), first.shape[0], args.num_rows, args.num_patches,
+                width, columns, partials[:, :, position].data_ptr(), len(blocks) * tiles, grid, stream,
             )  # fmt: skip
     return partials.sum((1, 2, 3)).float()

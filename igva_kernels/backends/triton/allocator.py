@@ -228,7 +228,7 @@ def why_not(width: int, columns: int) -> str | None:
 def allocate(
     sentences: Tensor, summaries: Tensor, weights: AllocatorWeights, num_heads: int, eps: Sequence[float], sms: int
 ) -> Tensor:
-    """``Backend.allocate`` on a card with ``sms`` multiprocessors; all weights are contiguous."""
+    """``Backend.allocate`` on a card with ``sms`` multiprocessors."""
     batch, keys, dim = summaries.shape
     width, dtype, device = weights.cls_weight.shape[0], summaries.dtype, summaries.device
     blocks, rows = weights.blocks, batch * keys
@@ -246,8 +246,8 @@ def allocate(
 
     key, stream = summaries.new_empty(rows, width), summaries.new_empty(batch, width, dtype=torch.float32)
     linear(
-        (summaries.reshape(rows, dim), keys, weights.cls_weight, weights.cls_bias, key),
-        (sentences.contiguous(), 1, weights.sentence_weight, weights.sentence_bias, stream),
+        (summaries.view(rows, dim), keys, weights.cls_weight, weights.cls_bias, key),
+        (sentences, 1, weights.sentence_weight, weights.sentence_bias, stream),
     )  # fmt: skip
     projected = summaries.new_empty(len(blocks), rows, 2 * width).unbind()
     linear(

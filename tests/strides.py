@@ -1,0 +1,183 @@
+"""Every layout a tensor argument can have: what the operators make of it, beside what they make of dense copies."""
+
+from __future__ import annotations
+
+import torch
+
+import igva_kernels as ik
+from igva_kernels import MixPlan
+from igva_kernels.backends.base import Keep
+from igva_kernels.library import _sources
+from igva_kernels.nn import WeightAllocator
+
+OPS = torch.ops.igva_kernels
+
+
+def _around(x, shape):
+    """Memory that holds what no result may show: NaN, and an index that is nowhere."""
+    return torch.full(shape, float("nan") if x.is_floating_point() else 1 << 40, dtype=x.dtype)
+
+
+def _column(x):
+    wide = _around(x, (*x.shape, 3))
+    wide[..., 1] = x
+    return wide[..., 1]
+
+
+def _every_other(x):
+    long = _around(x, (2 * x.shape[0], *x.shape[1:]))
+    long[::2] = x
+    return long[::2]
+
+
+def _slice(x):
+    large = _around(x, [n + 3 for n in x.shape])
+    inner = large[tuple(slice(1, n + 1) for n in x.shape)]
+    inner.copy_(x)
+    return inner
+
+
+LAYOUTS = {
+    "column of a matrix": _column,
+    "every other": _every_other,
+    "slice": _slice,
+    "transposed": lambda x: x.movedim(-1, 0).contiguous().movedim(0, -1),
+    "two last swapped": lambda x: x.mT.contiguous().mT if x.dim() > 1 else x,
+    "expanded": lambda x: x[:1].expand(x.shape),
+    "expanded last": lambda x: x[..., :1].expand(x.shape),
+}
+"""A tensor of the same shape, dtype and, unless expanded, values."""
+
+PLAN = MixPlan((((2, None, 1.0),), ((0, 0, 0.5), (1, 0, 0.5), (1, 1, 2.0), (2, None, -1.0))), 3)
+IMAGES, TOKENS, WIDTH, HIDDEN, OUT, SKIP, EPS = 3, 5, 8, 12, 10, 1, 1e-5
+ROW = PLAN.num_blocks * WIDTH
+BATCH = 4
+
+
+def draw(dtype):
+    """The arguments of every public operator, by the names that these have for them."""
+    tensors = {f"layer{i}": torch.randn(IMAGES, TOKENS, WIDTH) for i in range(3)}
+    tensors |= {
+        "weight1": torch.randn(HIDDEN, ROW) / 4, "bias1": torch.randn(HIDDEN),
+        "weight2": torch.randn(OUT, HIDDEN) / 4, "bias2": torch.randn(OUT),
+        "norm_weight": torch.rand(ROW) + 0.5, "norm_bias": torch.randn(ROW),
+    }  # fmt: skip
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    tensors |= {"mix_weights": torch.rand(BATCH, 2), "image_index": torch.tensor([2, 0, 2, 1])}
+    rows = (BATCH, TOKENS - SKIP)
+    tensors |= {f"grad of {name}": torch.randn(*rows, size).to(dtype) for name, size in OUTPUTS.items()}
+    return tensors
+
+
+OUTPUTS = {"layer_mix": ROW, "layer_mix_linear": HIDDEN, "layer_mix_mlp": OUT}
+_OF_THE_MIX = ["layer0", "layer1", "layer2", "mix_weights", "image_index"]
+_OF_LINEAR = ["weight1", "bias1", "norm_weight", "norm_bias"]
+ARGUMENTS = {
+    "layer_mix": _OF_THE_MIX,
+    "layer_mix_linear": _OF_THE_MIX + _OF_LINEAR,
+    "layer_mix_mlp": [*_OF_THE_MIX, *_OF_LINEAR, "weight2", "bias2"],
+}
+PUBLIC = [(name, argument) for name in OUTPUTS for argument in [*ARGUMENTS[name], f"grad of {name}"]]
+
+
+def run_public(name, tensors, impl):
+    """The output of a public operator and the gradient of every tensor that it takes."""
+    leaves = {n: tensors[n].detach() for n in ARGUMENTS[name]}
+    leaves = {n: x.requires_grad_() if x.is_floating_point() else x for n, x in leaves.items()}
+    args = [leaves[n] for n in ("weight1", "bias1", "weight2", "bias2") if n in leaves]
+    options = {"skip_tokens": SKIP, "image_index": leaves["image_index"], "impl": impl}
+    if args:
+        options |= {"activation": "gelu", "norm": (leaves["norm_weight"], leaves["norm_bias"], EPS)}
+    states = [leaves[f"layer{i}"] for i in range(3)]
+    out = getattr(ik, name)(states, PLAN, leaves["mix_weights"], *args, **options)
+    wanted = [x for x in leaves.values() if x.requires_grad]
+    return [out, *torch.autograd.grad(out, wanted, tensors[f"grad of {name}"])]
+
+
+def check_public(name, argument, layout, dtype, impl):
+    """Values and gradients with one argument in another layout, beside the reference on dense copies in fp64."""
+    tensors = draw(dtype)
+    tensors[argument] = LAYOUTS[layout](tensors[argument])
+    dense = {n: x.contiguous().double() if x.is_floating_point() else x.contiguous() for n, x in tensors.items()}
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    for actual, expected in zip(run_public(name, tensors, impl), run_public(name, dense, "reference"), strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def _kept(keep, tensors, impl):
+    """``(sources, rows, stats, z)`` as a forward with this ``keep`` saves them."""
+    layers = [tensors[f"layer{i}"] for i in range(3)]
+    _, saved = OPS.layer_mix_mlp(
+        layers, *(tensors[n] for n in ["mix_weights", "image_index", *_OF_LINEAR, "weight2", "bias2"]),
+        PLAN.code, SKIP, EPS, "gelu", keep.value, True, impl,
+    )  # fmt: skip
+    *kept, mean, rstd, z = saved
+    if keep == Keep.ROWS:
+        return [], kept[0], [mean, rstd], z
+    return _sources(layers, PLAN.code, kept), None, [mean, rstd], z
+
+
+REGISTERED = [*OUTPUTS, "layer_mix_backward", "projector_backward: sources", "projector_backward: rows"]
+
+
+def registered_calls(impl):
+    """The arguments of a dense call of every registered operator, by the names of ``REGISTERED``."""
+    t = draw(torch.float32)
+    layers = [t[f"layer{i}"] for i in range(3)]
+    mix = [t["mix_weights"], t["image_index"]]
+    linear = [t[n] for n in _OF_LINEAR]
+    options = [PLAN.code, SKIP, EPS, "gelu", Keep.SOURCES.value, True, impl]
+    shape, needs = [IMAGES, TOKENS, WIDTH], [True] * 3
+    calls = {
+        "layer_mix": [layers, *mix, PLAN.code, SKIP, Keep.SOURCES.value, impl],
+        "layer_mix_linear": [layers, *mix, *linear, *options],
+        "layer_mix_mlp": [layers, *mix, *linear, t["weight2"], t["bias2"], *options],
+        "layer_mix_backward": [
+            t["grad of layer_mix"], _kept(Keep.SOURCES, t, impl)[0], *mix, PLAN.code, SKIP, shape, torch.float32,
+            [True, *needs], impl,
+        ],
+    }  # fmt: skip
+    for keep in (Keep.SOURCES, Keep.ROWS):
+        sources, rows, stats, z = _kept(keep, t, impl)
+        asked = [keep == Keep.SOURCES, *[True] * 7, *needs]
+        calls[f"projector_backward: {keep.value}"] = [
+            t["grad of layer_mix_mlp"], sources, rows, stats, z, *mix, t["weight1"], t["norm_weight"], t["norm_bias"],
+            t["weight2"], PLAN.code, SKIP, EPS, "gelu", shape, torch.float32, asked, impl,
+        ]  # fmt: skip
+    return calls
+
+
+def allocate_call(impl):
+    """The same of the operator that some backends have."""
+    module = WeightAllocator(20, 24, 4, 32, 2, 2).requires_grad_(False)
+    weights = [p for m in module.modules() for p in m._parameters.values() if p is not None]
+    return [torch.randn(2, 20), torch.randn(2, 4, 24), weights, 2, [1e-5] * 4, impl]
+
+
+def places(arguments):
+    """Where the tensors stand in the arguments of a call: ``(position, position in a list or None)``."""
+    for position, argument in enumerate(arguments):
+        if isinstance(argument, torch.Tensor):
+            yield position, None
+        elif isinstance(argument, list):
+            yield from ((position, i) for i, item in enumerate(argument) if isinstance(item, torch.Tensor))
+
+
+def check_registered(name, arguments, layout):
+    """A direct call of a registered operator, with each of its tensors in turn in another layout."""
+    op = getattr(OPS, name.split(":")[0])
+    unchanged = None if layout.startswith("expanded") else op(*arguments)  # what is expanded has other values
+    for position, item in places(arguments):
+
+        def at(change, position=position, item=item):
+            changed = list(arguments)
+            if item is None:
+                changed[position] = change(changed[position])
+            else:
+                changed[position] = [change(x) if i == item else x for i, x in enumerate(changed[position])]
+            return op(*changed)
+
+        actual = at(LAYOUTS[layout])
+        expected = at(lambda x: LAYOUTS[layout](x).contiguous()) if unchanged is None else unchanged
+        where = f"{op.default._schema.arguments[position].name}[{item}], {layout}"
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4, msg=lambda m, w=where: f"{w}: {m}")
