@@ -21,6 +21,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,10 +124,13 @@ class HiddenStateStream:
         self._see(0, state)
         return ((state, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": state})
 
-    def _see(self, index: int, output: Any) -> None:
+    def _see_output(self, index: int, _: nn.Module, args: Any, output: Any) -> None:
+        if self._here.is_open:
+            self._see(index, output[0] if isinstance(output, tuple) else output)
+
+    def _see(self, index: int, state: Tensor) -> None:
         # A layer that checkpointing runs again in the backward is none of the tower's run.
-        if self._here.is_open and self._running:
-            state = output[0] if isinstance(output, tuple) else output
+        if self._running:
             for fold in self._folds:
                 fold.see(index, state)
 
@@ -134,6 +139,12 @@ class HiddenStateStream:
             return
         self._running = False
         self._sources = [fold.finish() for fold in self._folds]
+
+    def __deepcopy__(self, memo: Any) -> HiddenStateStream:
+        """What the hooks of a copy of the tower, made inside the block, are left with: a stream that sees nothing."""
+        closed = copy(self)
+        closed._here, closed._folds, closed._sources = _Here(), [], None
+        return closed
 
     def _drop(self) -> None:
         """Forget a run that did not end."""
@@ -228,7 +239,7 @@ def stream_hidden_states(
             vision_tower.register_forward_pre_hook(stream._start, with_kwargs=True),
             layers[0].register_forward_pre_hook(stream._see_input, with_kwargs=True),
             *(
-                layer.register_forward_hook(lambda _, __, output, index=index: stream._see(index, output))
+                layer.register_forward_hook(partial(stream._see_output, index))
                 for index, layer in enumerate(layers, start=1)
             ),
             vision_tower.register_forward_hook(stream._finish),
