@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -13,9 +13,23 @@ from torch.autograd import forward_ad
 _Tensor = TypeVar("_Tensor", Tensor, Tensor | None)
 
 
+def constant_under_compile(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Let torch.compile evaluate a function of constants while it traces.
+
+    It is ``torch.compiler.assume_constant_result``, without the two seconds of importing the compiler.
+    """
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn
+
+
+@constant_under_compile
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """Autocast's dtype where it is on for this device; None where it is off, or unknown to torch (meta)."""
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+    if not _has_autocast(device.type) or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 
 from igva_kernels.backends.base import Backend
-from igva_kernels.context import why_only_torch
+from igva_kernels.context import constant_under_compile, why_only_torch
 
 # On a card "auto" takes the first that can serve the call, in the order of the card's configuration file: Triton before
 # CUDA until ``tune`` has measured both there.
@@ -27,15 +26,6 @@ class BackendStatus(NamedTuple):
     """Device types that it serves here."""
     reason: str
     """Why it cannot run; empty where it can."""
-
-
-def constant_under_compile(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Let torch.compile evaluate a function of constants while it traces.
-
-    It is ``torch.compiler.assume_constant_result``, without the two seconds of importing the compiler.
-    """
-    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return fn
 
 
 @constant_under_compile

@@ -421,7 +421,8 @@ def _register() -> torch.library.Library:
         library.impl(name, _without_autocast(kernel), "CompositeExplicitAutograd")
         # Where torch.func and autograd's vmap enter: below, jvp would drop tangents, the others fail without a reason.
         for key in ("FuncTorchDynamicLayerFrontMode", "Batched"):
-            library.impl(name, _refuse_transform, key)
+            if torch._C._parse_dispatch_key(key) is not None:  # as long as this torch has it
+                library.impl(name, _refuse_transform, key)
         torch.library.register_fake(f"igva_kernels::{name}", fake, lib=library)
         torch.library.register_autograd(f"igva_kernels::{name}", backward, setup_context=setup_context, lib=library)
     return library

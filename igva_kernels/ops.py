@@ -12,7 +12,7 @@ from torch import Tensor
 from igva_kernels import dispatch, reference
 from igva_kernels.backends.base import Keep, ProjectorWeights
 from igva_kernels.checks import check_image_index, check_layers, check_mix_weights, check_weight
-from igva_kernels.context import autocast_dtype, saveable
+from igva_kernels.context import autocast_dtype, constant_under_compile, saveable
 from igva_kernels.library import OPS
 from igva_kernels.plan import MixPlan, is_tap
 from igva_kernels.reference import ACTIVATIONS, Norm
@@ -155,7 +155,7 @@ def layer_mix_mlp(
     return call.project("layer_mix_mlp", weights, activation, norm)
 
 
-@dispatch.constant_under_compile
+@constant_under_compile
 def _lower(code: str, num_states: int | None, length: int) -> tuple[tuple[int, ...], str, int, int, bool]:
     """``(layers in use, code of the compact plan, C, G, only taps)`` of a plan for ``length`` hidden states.
 
@@ -171,7 +171,7 @@ def _lower_once(code: str, num_states: int | None, length: int) -> tuple[tuple[i
     return layers, plan.code, plan.num_columns, plan.num_blocks, only_taps
 
 
-@dispatch.constant_under_compile
+@constant_under_compile
 def _plan(code: str) -> MixPlan:
     return MixPlan.from_code(code)
 
