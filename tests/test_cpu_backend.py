@@ -67,7 +67,8 @@ needs_onednn = pytest.mark.skipif(not this_cpu().onednn, reason="this torch has 
 def products(request, monkeypatch):
     """Products by every library, whichever suits this CPU; in several blocks already at small sizes."""
     monkeypatch.setattr(gemm, "route", routes(request.param, 16))
-    monkeypatch.setattr(gemm, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(backend, "SCRATCH_BYTES", 0)
+    monkeypatch.setattr(gemm, "BLOCK_ROWS", 32)
     monkeypatch.setattr(gemm, "TILE_BYTES", 16 * 16 * 4)
     return request.param
 
