@@ -72,7 +72,8 @@ needs_onednn = pytest.mark.skipif(not this_cpu().onednn, reason="this torch has 
 def products(request, monkeypatch):
     """Products by every library, whichever suits this CPU; in several blocks already at small sizes."""
     monkeypatch.setattr(gemm, "route", routes(request.param, 16))
-    monkeypatch.setattr(gemm, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(backend, "SCRATCH_BYTES", 0)
+    monkeypatch.setattr(gemm, "BLOCK_ROWS", 32)
     monkeypatch.setattr(gemm, "TILE_BYTES", 16 * 16 * 4)
     return request.param
 
@@ -438,6 +439,17 @@ def test_low_precision_is_multiplied_as_it_is_where_the_cpu_and_onednn_can(vendo
     assert gemm.choose(dtype, cpu._replace(onednn=False)).dtype == torch.float32
     (other,) = {*LOW} - {dtype}
     assert gemm.choose(other, cpu).dtype == torch.float32
+
+
+def test_info_says_which_library_multiplies_and_why(monkeypatch, capsys):
+    wide = gemm.choose(torch.float32, Cpu(AMD, frozenset(WIDE), True, True))
+    monkeypatch.setattr(gemm, "route", lambda dtype: wide)
+    text = "oneDNN, cut at an inner dimension of 512: MKL uses the AVX-512 of Intel's CPUs only"
+    for granted, held in ((True, ""), (False, "; now torch, as OpenMP does not grant torch's threads")):
+        monkeypatch.setattr(gemm, "_threads_are_granted", lambda granted=granted: granted)
+        assert cli.main(["info"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [f"{f'products in {name}':22}{text}{held}" in lines for name in ("fp32", "bf16", "fp16")] == [True] * 3
 
 
 EVERY = frozenset({*WIDE, "avx512bf16", "avx512fp16", "amxbf16", "amxfp16"})
@@ -836,6 +848,15 @@ def test_why_not_names_the_reason(monkeypatch):
 def test_an_instruction_set_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="isa: this CPU or this build has no avx9000"):
         MODULE.set_isa("avx9000")
+
+
+@pytest.mark.skipif(not native.forced_isa(), reason="the environment names no instruction set")
+def test_plain_torch_is_held_to_the_set_that_the_environment_names():
+    held = {"scalar": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}[native.forced_isa()]
+    assert torch.backends.cpu.get_cpu_capability() == held
+    assert (
+        os.environ["ONEDNN_MAX_CPU_ISA"] == {"scalar": "SSE41", "avx2": "AVX2", "avx512": "AVX512_CORE"}[MODULE.isa()]
+    )
 
 
 @pytest.fixture
