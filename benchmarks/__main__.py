@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import subprocess
 import sys
 import time
@@ -14,20 +15,31 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from benchmarks import report
-from benchmarks.measure import ROOT, Figures, Machine, Refused, measure, timer_for
-from benchmarks.providers import PLAIN, Provider, providers
-from benchmarks.results import RESULTS, Environment, Row, append, compare, default_path, environment, read, row_of
-from benchmarks.workloads import Workload, suite
+from benchmarks.measure import CALLS, COMPILING, ROOT, Figures, Machine, Refused, measure, timer_for
+from benchmarks.providers import PLAIN, Provider, plain_rate, providers
+from benchmarks.results import (
+    RESULTS,
+    Environment,
+    Row,
+    append,
+    check_machine,
+    compare,
+    default_path,
+    environment,
+    read,
+    row_of,
+)
+from benchmarks.workloads import Workload, affordable, suite
 from igva_kernels.verify import DTYPES
 
 SECONDS = {"cpu": 540, "cuda": 450}
-"""After which no further workload is begun; the last one may take half a minute."""
+"""Which are shared out over the workloads; after them no further one is begun."""
 BUDGETS = {"full": {"cpu": 1.5, "cuda": 0.5}, "quick": {"cpu": 1.0, "cuda": 0.3}, "shapes": {"cpu": 1.0, "cuda": 0.3}}
-"""Seconds of the rounds of a workload; slow ones take three rounds however long."""
+"""Seconds of the rounds of a workload; slow ones take two rounds however long."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,13 +53,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.suite != "none":
         env = environment(args.device)
         path = args.output or (None if args.suite == "quick" else default_path(env))
+        try:
+            if path:
+                check_machine(path, [env.machine])
+        except ValueError as error:
+            print(f"benchmarks: {error}", file=sys.stderr)
+            return 2
         earlier = read(path) if path else []
+        # A GPU multiplies fast in every dtype of the suite.
+        rates = {name: plain_rate("cpu", dtype) for name, dtype in DTYPES.items()} if args.device == "cpu" else {}
+        listed = suite(args.suite, args.device)
         chosen = [
-            workload for workload in suite(args.suite, args.device)
+            workload for workload in (affordable(listed, rates) if rates and not args.dtype else listed)
             if _is_named(workload.name, args.workload) and (not args.dtype or workload.dtype in args.dtype)
         ]  # fmt: skip
+        costs = [_cost(workload, args.device, rates) for workload in chosen]
         budget, seconds = BUDGETS[args.suite][args.device], args.seconds or SECONDS[args.device]
-        rows, wrong = run(chosen, args.provider, args.device, budget, seconds, env, path, console)
+        rows, wrong = run(chosen, args.provider, args.device, budget, seconds, env, path, console, costs)
         console.print(f"written: {path}" if path else "nothing written; name a file with --output")
         if args.compare:
             try:
@@ -57,18 +79,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 2
     if args.plots:
         for written in report.write(RESULTS, RESULTS.parent / "RESULTS.md", ROOT / "README.md"):
-            console.print(f"written: {written}", highlight=False)
+            console.print(f"written: {written}", highlight=False, soft_wrap=True)
     return 1 if wrong else 0
 
 
 def run(
     workloads: Sequence[Workload], names: Sequence[str], device: str, budget: float, seconds: float,
-    env: Environment, path: Path | None, console: Console,
+    env: Environment, path: Path | None, console: Console, costs: Sequence[float] | None = None,
 ) -> tuple[list[Row], int]:  # fmt: skip
     """Measures workloads and adds to the CSV as it goes.
 
     Args:
-        workloads: in their order; those that no longer fit the time are left out, and said so.
+        workloads: in their order; those that are left when the time is over are left out, and said so.
         names: of providers, with wildcards; plain torch is always among them. All where there is none.
         device: "cpu" or "cuda".
         budget: seconds of the rounds of a workload.
@@ -76,31 +98,38 @@ def run(
         env: what goes into the rows.
         path: the CSV, or None.
         console: where progress and figures go.
+        costs: seconds that each workload wants; the time is shared out in proportion, and what one leaves of its share
+            is shared by those that follow. The same for all where it is not given.
 
     Returns:
         The rows, and how many providers failed their check.
     """
     deadline = time.monotonic() + seconds
+    costs = [1.0] * len(workloads) if costs is None else costs
     timer, machine = timer_for(device), Machine(device)
     rows: list[Row] = []
     wrong = 0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn())  # fmt: skip
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(workloads))
+        task = progress.add_task("", total=sum(costs))
         progress.console.print(
-            f"{env.device}, {env.threads} threads, torch {env.torch}, revision {env.revision}", highlight=False
-        )
+            f"{env.machine}, torch {env.torch}, revision {env.revision}; {len(workloads)} workloads in at most "
+            f"{_clock(seconds)}", highlight=False, soft_wrap=True,
+        )  # fmt: skip
         for at, workload in enumerate(workloads):
-            if time.monotonic() > deadline:
-                left = ", ".join(workload.title for workload in workloads[at:])
-                progress.console.print(f"[bold]out of time, left out:[/] {left}", highlight=False)
+            left = deadline - time.monotonic()
+            if left < 0:
+                titles = ", ".join(workload.title for workload in workloads[at:])
+                progress.console.print(f"[bold]out of time, left out:[/] {titles}", highlight=False, soft_wrap=True)
                 break
-            progress.update(task, description=workload.title, completed=at)
+            what = f"{at + 1} of {len(workloads)}, {_clock(left)} left: {workload.title}"
+            progress.update(task, description=what, completed=sum(costs[:at]))
+            progress.console.print(f"[dim]{what}[/] {workload.note}", highlight=False, soft_wrap=True)
+            share = left * costs[at] / sum(costs[at:])
             torch.compiler.reset()  # each workload compiles anew; the compiler would give up after a few
             found: list[Row] = []
             try:
-                for result in measure(workload, _chosen(workload, names, device), timer, machine, budget):
+                for result in measure(workload, _chosen(workload, names, device), timer, machine, budget, share):
                     if isinstance(result, Refused):
                         # torch.compile may add in a worse order than plain torch: not recorded, and not ours to mend.
                         wrong += result.is_wrong and not result.provider.name.endswith("-compiled")
@@ -144,6 +173,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _is_named(name: str, patterns: Sequence[str]) -> bool:
     return not patterns or any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _cost(workload: Workload, device: str, rates: Mapping[str, float]) -> float:
+    """Seconds that a workload wants, roughly: all providers, a few as slow as plain torch, and what is compiled."""
+    compiled = sum(name.endswith("-compiled") for name in providers(workload, device))
+    plain = workload.plain_flops / rates.get(workload.dtype, math.inf)
+    return 3.0 + COMPILING * compiled + 5 * CALLS * plain
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
 
 
 def _chosen(workload: Workload, names: Sequence[str], device: str) -> Mapping[str, Provider]:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median, quantiles
@@ -59,23 +59,36 @@ class Timer(ABC):
         """What the marks say."""
 
     def in_turn(
-        self, calls: Mapping[str, Sequence[Call]], budget: float, least: int = 3, most: int = 40
-    ) -> dict[str, list[float]]:
+        self, calls: Mapping[str, Sequence[Call]], budget: float, least: int = 3, most: int = 40,
+        twice: Collection[str] = (), beside: Mapping[str, Call] | None = None,
+    ) -> dict[str, list[float]]:  # fmt: skip
         """Seconds of every round by name, as many rounds as the budget of seconds allows.
 
         Every other round runs backwards, so that no provider always has the same one before it; the copies of a call,
         each on its own inputs, take turns. What a first call does once is done before: ``calls`` ran in their check,
         and copies run here once without being counted.
+
+        Args:
+            calls: by name.
+            budget: seconds.
+            least: rounds, however long they take.
+            most: rounds.
+            twice: those that take a second turn at the end of each round; their times of a round follow one another.
+            beside: calls that take a turn in every other round only.
         """
+        beside = beside or {}
         for copies in calls.values():
             for call in copies[1:]:
                 self.once(call)
-        marks: dict[str, list[Any]] = {name: [] for name in calls}
+        marks: dict[str, list[Any]] = {name: [] for name in (*calls, *beside)}
+        order = [*calls, *reversed([name for name in calls if name in twice])]
         start = time.perf_counter()
         rounds = 0
         while rounds < least or (rounds < most and time.perf_counter() - start < budget):
-            for name in list(calls) if rounds % 2 == 0 else reversed(list(calls)):
+            for name in order if rounds % 2 == 0 else reversed(order):
                 marks[name].append(self.once(calls[name][rounds % len(calls[name])]))
+            for name, call in beside.items() if rounds % 2 == 0 else ():
+                marks[name].append(self.once(call))
             self.end_round()
             rounds += 1
         return {name: self.seconds(found) for name, found in marks.items()}
@@ -174,25 +187,29 @@ def memory_of(call: Callable[[], Any], device: str) -> tuple[Any, Memory]:
     return result, Memory(torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before)
 
 
-def fresh_peak(workload: Model, name: str) -> int:
-    """Peak bytes of a model's call in a process of its own, where nothing was allocated before."""
+def fresh_peaks(workload: Model, names: Sequence[str]) -> dict[str, int]:
+    """Peak bytes of a model's calls in a process of their own, where nothing was allocated before."""
     identity = json.dumps({field.name: getattr(workload, field.name) for field in fields(workload)})
-    command = [sys.executable, "-m", "benchmarks.measure", identity, name]
+    command = [sys.executable, "-m", "benchmarks.measure", identity, *names]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
-    return int(done.stdout.split()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def _print_peak(identity: str, name: str) -> None:
+def _print_peaks(identity: str, *names: str) -> None:
     workload = Model(**json.loads(identity))
-    call = providers(workload, "cpu")[name].bind(draw(workload, "cpu")).call
-    call()  # what torch allocates once and keeps does not count
-    print(memory_of(call, "cpu")[1].peak)
+    inputs, available = draw(workload, "cpu"), providers(workload, "cpu")
+    peaks = {}
+    for name in names:
+        call = available[name].bind(inputs).call
+        call()  # what torch allocates once and keeps does not count
+        peaks[name] = memory_of(call, "cpu")[1].peak
+    print(json.dumps(peaks))
 
 
 # ---- the machine's own -----------------------------------------------------------------------------------------------
 
 
-CEILING_SIZES = {"cpu": (2**28, (2048, 4096, 2048)), "cuda": (2**30, (8192, 8192, 8192))}
+CEILING_SIZES = {"cpu": (2**28, (1024, 4096, 2048)), "cuda": (2**30, (8192, 8192, 8192))}
 """Bytes that are copied, far beyond any cache, and ``(m, n, k)`` of the product."""
 
 
@@ -275,9 +292,18 @@ class Refused:
     """Whether it failed, in its check or before, rather than that it cannot serve."""
 
 
+SLOW = 0.5
+"""Seconds of a call above which the calls that take under a quarter of it have two turns a round."""
+CALLS = 4
+"""Of a provider whose call is slow: its check, two rounds, its memory."""
+COMPILING = 15.0
+"""Seconds that a compiled form takes to compile, roughly, on a CPU."""
+
+
 def measure(
-    workload: Workload, chosen: Mapping[str, Provider], timer: Timer, machine: Machine, budget: float
-) -> Iterator[Figures | Refused]:
+    workload: Workload, chosen: Mapping[str, Provider], timer: Timer, machine: Machine, budget: float,
+    share: float = math.inf,
+) -> Iterator[Figures | Refused]:  # fmt: skip
     """Judges every provider, times those that are right in turn, and counts their memory.
 
     Args:
@@ -286,7 +312,9 @@ def measure(
         timer: of the device.
         machine: where it is measured.
         budget: seconds of the rounds.
+        share: seconds for all of it. Where they run short there are fewer rounds, and extra providers are left out.
     """
+    start = time.perf_counter()
     inputs = draw(workload, machine.device)
     exact = exact_results(workload, inputs)
     samples = rotated(workload, inputs, timer)
@@ -294,16 +322,30 @@ def measure(
     notes: dict[str, str] = {}
     for timing in timer.timings:
         calls: dict[str, list[Call]] = {}
+        took: dict[str, float] = {}
         plain: dict[str, Tensor] = {}
-        for name, provider in chosen.items():
+
+        def left() -> float:
+            """Seconds of the share, less one call of each for its memory."""
+            return share - (time.perf_counter() - start) - sum(took.values())  # noqa: B023
+
+        for name, provider in sorted(chosen.items(), key=lambda item: item[1].is_extra):
             if timing == "graph" and not (provider.in_graph and workload.mode == "forward"):
+                continue
+            expected = CALLS * took.get(PLAIN, 0.0) + COMPILING * name.endswith("-compiled")
+            if provider.is_extra and left() - 2 * sum(took.values()) < expected:
+                yield Refused(workload, provider, timing, "too slow for the time that there is", False)
                 continue
             try:
                 prepared: list[Call] = []
                 for sample in samples:
                     bound = provider.bind(sample)
                     prepared.append(timer.prepare(bound.call, timing))
+                if name.endswith("-compiled"):
+                    prepared[0]()
+                begun = time.perf_counter()
                 results = prepared[0]()
+                took[name] = time.perf_counter() - begun
             except RuntimeError as error:
                 cannot = isinstance(error, (NotImplementedError, torch.OutOfMemoryError))
                 yield Refused(workload, provider, timing, str(error).splitlines()[0], not cannot)
@@ -323,37 +365,55 @@ def measure(
         if PLAIN not in calls:
             continue
         results = plain = {}  # not alive while memory is counted
-        limits = machine.calls(workload.torch_dtype)
-        times = timer.in_turn(calls | {name: [call] for name, call in limits.items()}, budget)
+        calls = {name: calls[name] for name in chosen if name in calls}
+        notes[PLAIN] = workload.note
+        took = {name: seconds for name, seconds in took.items() if name in calls}
+        slowest = max(took.values())
+        twice = [name for name, seconds in took.items() if slowest > SLOW and seconds < slowest / 4]
+        least = 3 if 3 * sum(took.values()) < left() else 2
+        times = timer.in_turn(calls, min(budget, left()), least, twice=twice,
+                              beside=machine.calls(workload.torch_dtype))  # fmt: skip
         ceilings = machine.ceilings(times)
+        peaks: dict[str, int] = {}
+        if timing == "eager" and _needs_a_fresh_process(workload, machine.device):
+            assert isinstance(workload, Model)
+            peaks = fresh_peaks(workload, list(calls))
         for name in calls:
-            yield _figures(workload, chosen[name], timing, times[name], times[PLAIN], ceilings, inputs,
-                           machine.device, worst.get(name), notes[name])  # fmt: skip
+            memory: tuple[int | None, int | None] = (peaks.get(name), None)
+            if timing == "eager" and not peaks and (workload.is_model or not chosen[name].is_floor):
+                memory = _memory(workload, chosen[name], inputs, machine.device)
+            yield _figures(workload, chosen[name], timing, times[name], times[PLAIN], ceilings, memory,
+                           worst.get(name), notes[name])  # fmt: skip
         del calls
         gc.collect()
 
 
 def _figures(
     workload: Workload, provider: Provider, timing: str, times: Sequence[float], plain: Sequence[float],
-    ceilings: Ceilings, inputs: Any, device: str, verdict: Verdict | None, note: str,
+    ceilings: Ceilings, memory: tuple[int | None, int | None], verdict: Verdict | None, note: str,
 ) -> Figures:  # fmt: skip
     spread = Spread.of([1e3 * value for value in times])
-    speedup = Spread.of([a / b for a, b in zip(plain, times, strict=True)])
+    speedup = Spread.of(paired(plain, times))
     moved, work = workload.num_bytes, workload.flops
-    peak = saved = None
-    if timing == "eager" and (workload.is_model or not provider.is_floor):
-        peak, saved = _memory(workload, provider, inputs, device)
     return Figures(
         workload, provider, timing, len(times), spread, speedup,
         None if moved is None else moved / spread.p50 / 1e6,
         None if work is None else work / spread.p50 / 1e9,
-        ceilings, peak, saved, verdict, note,
+        ceilings, *memory, verdict, note,
     )  # fmt: skip
 
 
+def paired(plain: Sequence[float], times: Sequence[float]) -> list[float]:
+    """Plain / this one's seconds, round by round, where either may have had more turns in a round."""
+    pairs = max(len(plain), len(times))
+    return [plain[i * len(plain) // pairs] / times[i * len(times) // pairs] for i in range(pairs)]
+
+
+def _needs_a_fresh_process(workload: Workload, device: str) -> bool:
+    return isinstance(workload, Model) and workload.task == "tower" and device == "cpu"
+
+
 def _memory(workload: Workload, provider: Provider, inputs: Any, device: str) -> tuple[int, int | None]:
-    if isinstance(workload, Model) and workload.task == "tower" and device == "cpu":
-        return fresh_peak(workload, provider.name), None
     bound = provider.bind(inputs)
     if workload.mode == "backward":
         bound.call()
@@ -425,4 +485,4 @@ def rotated(workload: Workload, inputs: Any, timer: Timer) -> list[Any]:
 
 
 if __name__ == "__main__":
-    _print_peak(*sys.argv[1:])
+    _print_peaks(*sys.argv[1:])
