@@ -62,11 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         earlier = read(path) if path else []
         # A GPU multiplies fast in every dtype of the suite.
         rates = {name: plain_rate("cpu", dtype) for name, dtype in DTYPES.items()} if args.device == "cpu" else {}
-        listed = suite(args.suite, args.device)
         chosen = [
-            workload for workload in (affordable(listed, rates) if rates and not args.dtype else listed)
+            workload for workload in suite(args.suite, args.device)
             if _is_named(workload.name, args.workload) and (not args.dtype or workload.dtype in args.dtype)
         ]  # fmt: skip
+        if rates and not args.dtype:
+            chosen = affordable(chosen, rates)
         costs = [_cost(workload, args.device, rates) for workload in chosen]
         budget, seconds = BUDGETS[args.suite][args.device], args.seconds or SECONDS[args.device]
         rows, wrong = run(chosen, args.provider, args.device, budget, seconds, env, path, console, costs)
@@ -132,7 +133,7 @@ def run(
                 for result in measure(workload, _chosen(workload, names, device), timer, machine, budget, share):
                     if isinstance(result, Refused):
                         # torch.compile may add in a worse order than plain torch: not recorded, and not ours to mend.
-                        wrong += result.is_wrong and not result.provider.name.endswith("-compiled")
+                        wrong += result.is_wrong and not result.provider.is_compiled
                         progress.console.print(_refusal(result), highlight=False, soft_wrap=True)
                     else:
                         found.append(_noted(result, env, progress.console))
@@ -177,7 +178,7 @@ def _is_named(name: str, patterns: Sequence[str]) -> bool:
 
 def _cost(workload: Workload, device: str, rates: Mapping[str, float]) -> float:
     """Seconds that a workload wants, roughly: all providers, a few as slow as plain torch, and what is compiled."""
-    compiled = sum(name.endswith("-compiled") for name in providers(workload, device))
+    compiled = sum(provider.is_compiled for provider in providers(workload, device).values())
     plain = workload.plain_flops / rates.get(workload.dtype, math.inf)
     return 3.0 + COMPILING * compiled + 5 * CALLS * plain
 

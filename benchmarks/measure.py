@@ -42,6 +42,8 @@ class Timer(ABC):
 
     timings: ClassVar[tuple[str, ...]] = ("eager",)
     """How calls can run: "eager", and on a GPU as replays of a "graph"."""
+    compiles = False
+    """Whether the first call of any provider may compile kernels, and so does not tell what a call costs."""
     copies_bytes = 0
     """Draws of the inputs are rotated until together they hold as much, so that no call finds its inputs in a cache."""
 
@@ -121,6 +123,7 @@ class CudaTimer(Timer):
     """
 
     timings = ("eager", "graph")
+    compiles = True
 
     def __init__(self) -> None:
         self.copies_bytes = 3 * torch.cuda.get_device_properties(0).L2_cache_size
@@ -185,6 +188,30 @@ def memory_of(call: Callable[[], Any], device: str) -> tuple[Any, Memory]:
     result = call()
     torch.cuda.synchronize()
     return result, Memory(torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before)
+
+
+def memories(
+    workload: Workload, found: Sequence[Provider], inputs: Any, device: str
+) -> dict[str, tuple[int, int | None]]:
+    """Peak and kept bytes by provider; nothing of a connector's floors."""
+    if isinstance(workload, Model) and workload.task == "tower" and device == "cpu":
+        return {name: (peak, None) for name, peak in fresh_peaks(workload, [one.name for one in found]).items()}
+    return {
+        one.name: _memory(workload, one, inputs, device) for one in found if workload.is_model or not one.is_floor
+    }  # fmt: skip
+
+
+def _memory(workload: Workload, provider: Provider, inputs: Any, device: str) -> tuple[int, int | None]:
+    bound = provider.bind(inputs)
+    if workload.mode == "backward":
+        bound.call()
+    results, memory = memory_of(bound.call, device)
+    peak = memory.peak - (0 if workload.is_model else sum(result.nbytes for result in results.values()))
+    del results
+    if bound.keeps is None:
+        return peak, None
+    out, memory = memory_of(bound.keeps, device)
+    return peak, memory.kept - out.nbytes
 
 
 def fresh_peaks(workload: Model, names: Sequence[str]) -> dict[str, int]:
@@ -318,74 +345,94 @@ def measure(
     inputs = draw(workload, machine.device)
     exact = exact_results(workload, inputs)
     samples = rotated(workload, inputs, timer)
-    worst: dict[str, Verdict] = {}
-    notes: dict[str, str] = {}
     for timing in timer.timings:
-        calls: dict[str, list[Call]] = {}
-        took: dict[str, float] = {}
-        plain: dict[str, Tensor] = {}
-
-        def left() -> float:
-            """Seconds of the share, less one call of each for its memory."""
-            return share - (time.perf_counter() - start) - sum(took.values())  # noqa: B023
-
+        right: dict[str, Checked] = {}
+        plain: Mapping[str, Tensor] = {}
         for name, provider in sorted(chosen.items(), key=lambda item: item[1].is_extra):
             if timing == "graph" and not (provider.in_graph and workload.mode == "forward"):
                 continue
-            expected = CALLS * took.get(PLAIN, 0.0) + COMPILING * name.endswith("-compiled")
-            if provider.is_extra and left() - 2 * sum(took.values()) < expected:
+            left = share - (time.perf_counter() - start)
+            if provider.is_extra and left < _still_to_come(right, provider):
                 yield Refused(workload, provider, timing, "too slow for the time that there is", False)
                 continue
-            try:
-                prepared: list[Call] = []
-                for sample in samples:
-                    bound = provider.bind(sample)
-                    prepared.append(timer.prepare(bound.call, timing))
-                if name.endswith("-compiled"):
-                    prepared[0]()
-                begun = time.perf_counter()
-                results = prepared[0]()
-                took[name] = time.perf_counter() - begun
-            except RuntimeError as error:
-                cannot = isinstance(error, (NotImplementedError, torch.OutOfMemoryError))
-                yield Refused(workload, provider, timing, str(error).splitlines()[0], not cannot)
+            checked = check(workload, provider, samples, timer, timing, exact, plain)
+            if isinstance(checked, Refused):
+                yield checked
                 continue
-            notes[name] = bound.note
-            if not provider.is_floor:
-                plain = results if name == PLAIN else plain
-                found = verdicts(workload, results, exact, plain or results)
-                wrong = [verdict for verdict in found if not verdict.ok]
-                if wrong:
-                    yield Refused(workload, provider, timing, str(wrong[0]), True)
-                    continue
-                worst[name] = max(
-                    (v for v in found if v.name != MIX_WEIGHTS_GRAD), key=lambda verdict: verdict.error / verdict.budget
-                )
-            calls[name] = prepared
-        if PLAIN not in calls:
+            if name == PLAIN:
+                plain = checked.results
+            right[name] = checked._replace(results={})
+            del checked
+        if PLAIN not in right:
             continue
-        results = plain = {}  # not alive while memory is counted
-        calls = {name: calls[name] for name in chosen if name in calls}
-        notes[PLAIN] = workload.note
-        took = {name: seconds for name, seconds in took.items() if name in calls}
-        slowest = max(took.values())
-        twice = [name for name, seconds in took.items() if slowest > SLOW and seconds < slowest / 4]
-        least = 3 if 3 * sum(took.values()) < left() else 2
-        times = timer.in_turn(calls, min(budget, left()), least, twice=twice,
-                              beside=machine.calls(workload.torch_dtype))  # fmt: skip
+        plain = {}  # not alive while memory is counted
+        right = {name: right[name] for name in chosen if name in right}
+        turn = sum(one.seconds for one in right.values())
+        slowest = max(one.seconds for one in right.values())
+        left = share - (time.perf_counter() - start) - turn  # the last for memory
+        times = timer.in_turn(
+            {name: one.calls for name, one in right.items()}, min(budget, left), 3 if 3 * turn < left else 2,
+            twice=[name for name, one in right.items() if slowest > SLOW and one.seconds < slowest / 4],
+            beside=machine.calls(workload.torch_dtype),
+        )  # fmt: skip
         ceilings = machine.ceilings(times)
-        peaks: dict[str, int] = {}
-        if timing == "eager" and _needs_a_fresh_process(workload, machine.device):
-            assert isinstance(workload, Model)
-            peaks = fresh_peaks(workload, list(calls))
-        for name in calls:
-            memory: tuple[int | None, int | None] = (peaks.get(name), None)
-            if timing == "eager" and not peaks and (workload.is_model or not chosen[name].is_floor):
-                memory = _memory(workload, chosen[name], inputs, machine.device)
-            yield _figures(workload, chosen[name], timing, times[name], times[PLAIN], ceilings, memory,
-                           worst.get(name), notes[name])  # fmt: skip
-        del calls
+        memory = (
+            memories(workload, [chosen[name] for name in right], inputs, machine.device) if timing == "eager" else {}
+        )
+        for name, one in right.items():
+            note = workload.note if name == PLAIN else one.note
+            yield _figures(workload, chosen[name], timing, times[name], times[PLAIN], ceilings,
+                           memory.get(name, (None, None)), one.verdict, note)  # fmt: skip
+        del right
         gc.collect()
+
+
+def _still_to_come(right: Mapping[str, Checked], provider: Provider) -> float:
+    """Seconds that those which were checked need yet, and those of one more that is as slow as plain torch."""
+    compiling = COMPILING if provider.is_compiled else 0.0
+    plain = right[PLAIN].seconds if PLAIN in right else 0.0
+    return (CALLS - 1) * sum(one.seconds for one in right.values()) + CALLS * plain + compiling
+
+
+class Checked(NamedTuple):
+    """A provider that is right."""
+
+    calls: Sequence[Call]
+    """On each draw."""
+    seconds: float
+    """Of a call."""
+    results: Mapping[str, Tensor]
+    verdict: Verdict | None
+    """On the result nearest to its budget; None for a floor."""
+    note: str
+
+
+def check(
+    workload: Workload, provider: Provider, samples: Sequence[Any], timer: Timer, timing: str,
+    exact: Mapping[str, Tensor], plain: Mapping[str, Tensor],
+) -> Checked | Refused:  # fmt: skip
+    """Calls a provider for the first time and judges what it returns; ``plain`` is empty for plain torch itself."""
+    try:
+        calls: list[Call] = []
+        for sample in samples:
+            bound = provider.bind(sample)
+            calls.append(timer.prepare(bound.call, timing))
+        if provider.is_compiled or timer.compiles:
+            calls[0]()
+        start = time.perf_counter()
+        results = calls[0]()
+        seconds = time.perf_counter() - start
+    except RuntimeError as error:
+        cannot = isinstance(error, (NotImplementedError, torch.OutOfMemoryError))
+        return Refused(workload, provider, timing, str(error).splitlines()[0], not cannot)
+    if provider.is_floor:
+        return Checked(calls, seconds, {}, None, bound.note)
+    found = verdicts(workload, results, exact, plain or results)
+    for verdict in found:
+        if not verdict.ok:
+            return Refused(workload, provider, timing, str(verdict), True)
+    worst = max((v for v in found if v.name != MIX_WEIGHTS_GRAD), key=lambda verdict: verdict.error / verdict.budget)
+    return Checked(calls, seconds, results, worst, bound.note)
 
 
 def _figures(
@@ -407,23 +454,6 @@ def paired(plain: Sequence[float], times: Sequence[float]) -> list[float]:
     """Plain / this one's seconds, round by round, where either may have had more turns in a round."""
     pairs = max(len(plain), len(times))
     return [plain[i * len(plain) // pairs] / times[i * len(times) // pairs] for i in range(pairs)]
-
-
-def _needs_a_fresh_process(workload: Workload, device: str) -> bool:
-    return isinstance(workload, Model) and workload.task == "tower" and device == "cpu"
-
-
-def _memory(workload: Workload, provider: Provider, inputs: Any, device: str) -> tuple[int, int | None]:
-    bound = provider.bind(inputs)
-    if workload.mode == "backward":
-        bound.call()
-    results, memory = memory_of(bound.call, device)
-    peak = memory.peak - (0 if workload.is_model else sum(result.nbytes for result in results.values()))
-    del results
-    if bound.keeps is None:
-        return peak, None
-    out, memory = memory_of(bound.keeps, device)
-    return peak, memory.kept - out.nbytes
 
 
 def draw(workload: Workload, device: str) -> Any:

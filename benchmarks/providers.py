@@ -57,6 +57,11 @@ class Provider:
     """Whether a CUDA graph can hold it."""
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether torch.compile does it, in its first call."""
+        return self.name.endswith("-compiled")
+
+    @property
     def is_extra(self) -> bool:
         """Whether it is left out where time is short: neither plain torch nor a backend nor a floor."""
         return not (self.is_floor or self.name == PLAIN or self.name in KERNEL_BACKENDS)

@@ -1,4 +1,4 @@
-"""RESULTS.md, the table in README.md and the pictures: all made from the CSV files, nothing else."""
+"""RESULTS.md, the tables in README.md and the pictures: all made from the files in results/, nothing else."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 HEAD = """\
 # Results
 
-Made by `python -m benchmarks --suite none --plots` from the CSV files in `results/`; do not edit. Everything here was
-measured, nothing is modelled. Of every measurement the newest row counts.
+Made by `python -m benchmarks --suite none --plots` from the files in `results/`; do not edit. Everything here was
+measured, nothing is modelled. Of every measurement the newest row counts. A section, a table and a picture belong to
+one machine; times of two machines are not comparable.
 
 * **ms**: median of the rounds and, in brackets, the quantiles that hold the middle 60 %. The providers of a workload
   take turns round by round in one run. "graph": replays of a CUDA graph; "eager": calls from Python.
