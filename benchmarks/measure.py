@@ -40,6 +40,7 @@ luck. Here only a gross mistake is caught; ``igva-kernels verify`` judges it by 
 class Timer(ABC):
     """Seconds of calls, in rounds."""
 
+    device: ClassVar[str] = "cpu"
     timings: ClassVar[tuple[str, ...]] = ("eager",)
     """How calls can run: "eager", and on a GPU as replays of a "graph"."""
     compiles = False
@@ -122,6 +123,7 @@ class CudaTimer(Timer):
     that head start.
     """
 
+    device = "cuda"
     timings = ("eager", "graph")
     compiles = True
 
@@ -190,28 +192,13 @@ def memory_of(call: Callable[[], Any], device: str) -> tuple[Any, Memory]:
     return result, Memory(torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before)
 
 
-def memories(
-    workload: Workload, found: Sequence[Provider], inputs: Any, device: str
-) -> dict[str, tuple[int, int | None]]:
-    """Peak and kept bytes by provider; nothing of a connector's floors."""
-    if isinstance(workload, Model) and workload.task == "tower" and device == "cpu":
-        return {name: (peak, None) for name, peak in fresh_peaks(workload, [one.name for one in found]).items()}
-    return {
-        one.name: _memory(workload, one, inputs, device) for one in found if workload.is_model or not one.is_floor
-    }  # fmt: skip
+class Used(NamedTuple):
+    """Memory of a provider."""
 
-
-def _memory(workload: Workload, provider: Provider, inputs: Any, device: str) -> tuple[int, int | None]:
-    bound = provider.bind(inputs)
-    if workload.mode == "backward":
-        bound.call()
-    results, memory = memory_of(bound.call, device)
-    peak = memory.peak - (0 if workload.is_model else sum(result.nbytes for result in results.values()))
-    del results
-    if bound.keeps is None:
-        return peak, None
-    out, memory = memory_of(bound.keeps, device)
-    return peak, memory.kept - out.nbytes
+    peak: int | None = None
+    """Most bytes that a call holds beyond inputs and results."""
+    kept: int | None = None
+    """Bytes for the backward beyond the output."""
 
 
 def fresh_peaks(workload: Model, names: Sequence[str]) -> dict[str, int]:
@@ -321,8 +308,8 @@ class Refused:
 
 SLOW = 0.5
 """Seconds of a call above which the calls that take under a quarter of it have two turns a round."""
-CALLS = 4
-"""Of a provider whose call is slow: its check, two rounds, its memory."""
+CALLS = 3
+"""Of a provider whose call is slow: its check, in which its memory is counted, and two rounds."""
 COMPILING = 15.0
 """Seconds that a compiled form takes to compile, roughly, on a CPU."""
 
@@ -365,26 +352,31 @@ def measure(
             del checked
         if PLAIN not in right:
             continue
-        plain = {}  # not alive while memory is counted
+        plain = {}
         right = {name: right[name] for name in chosen if name in right}
         turn = sum(one.seconds for one in right.values())
         slowest = max(one.seconds for one in right.values())
-        left = share - (time.perf_counter() - start) - turn  # the last for memory
+        left = share - (time.perf_counter() - start)
         times = timer.in_turn(
             {name: one.calls for name, one in right.items()}, min(budget, left), 3 if 3 * turn < left else 2,
             twice=[name for name, one in right.items() if slowest > SLOW and one.seconds < slowest / 4],
             beside=machine.calls(workload.torch_dtype),
         )  # fmt: skip
         ceilings = machine.ceilings(times)
-        memory = (
-            memories(workload, [chosen[name] for name in right], inputs, machine.device) if timing == "eager" else {}
-        )
+        peaks: Mapping[str, int] = {}
+        if _needs_a_fresh_process(workload, machine.device):
+            assert isinstance(workload, Model)
+            peaks = fresh_peaks(workload, [name for name in right if not chosen[name].is_floor])
         for name, one in right.items():
             note = workload.note if name == PLAIN else one.note
-            yield _figures(workload, chosen[name], timing, times[name], times[PLAIN], ceilings,
-                           memory.get(name, (None, None)), one.verdict, note)  # fmt: skip
+            used = Used(peaks[name]) if name in peaks else one.used
+            yield _figures(workload, chosen[name], timing, times[name], times[PLAIN], ceilings, used, one.verdict, note)
         del right
         gc.collect()
+
+
+def _needs_a_fresh_process(workload: Workload, device: str) -> bool:
+    return isinstance(workload, Model) and workload.task == "tower" and device == "cpu"
 
 
 def _still_to_come(right: Mapping[str, Checked], provider: Provider) -> float:
@@ -402,6 +394,7 @@ class Checked(NamedTuple):
     seconds: float
     """Of a call."""
     results: Mapping[str, Tensor]
+    used: Used
     verdict: Verdict | None
     """On the result nearest to its budget; None for a floor."""
     note: str
@@ -411,33 +404,41 @@ def check(
     workload: Workload, provider: Provider, samples: Sequence[Any], timer: Timer, timing: str,
     exact: Mapping[str, Tensor], plain: Mapping[str, Tensor],
 ) -> Checked | Refused:  # fmt: skip
-    """Calls a provider for the first time and judges what it returns; ``plain`` is empty for plain torch itself."""
+    """Calls a provider, counts its memory and judges what it returns; ``plain`` is empty for plain torch itself."""
+    used = Used()
     try:
         calls: list[Call] = []
         for sample in samples:
             bound = provider.bind(sample)
             calls.append(timer.prepare(bound.call, timing))
-        if provider.is_compiled or timer.compiles:
+        if provider.is_compiled or timer.compiles or workload.first_differs:
             calls[0]()
         start = time.perf_counter()
-        results = calls[0]()
+        results, memory = memory_of(calls[0], timer.device)
         seconds = time.perf_counter() - start
+        if timing == "eager" and (workload.is_model or not provider.is_floor):
+            returned = 0 if workload.is_model else sum(result.nbytes for result in results.values())
+            used = Used(memory.peak - returned)
+        if timing == "eager" and bound.keeps is not None and not provider.is_floor:
+            out, memory = memory_of(bound.keeps, timer.device)
+            used = used._replace(kept=memory.kept - out.nbytes)
+            del out
     except RuntimeError as error:
         cannot = isinstance(error, (NotImplementedError, torch.OutOfMemoryError))
         return Refused(workload, provider, timing, str(error).splitlines()[0], not cannot)
     if provider.is_floor:
-        return Checked(calls, seconds, {}, None, bound.note)
+        return Checked(calls, seconds, {}, used, None, bound.note)
     found = verdicts(workload, results, exact, plain or results)
     for verdict in found:
         if not verdict.ok:
             return Refused(workload, provider, timing, str(verdict), True)
     worst = max((v for v in found if v.name != MIX_WEIGHTS_GRAD), key=lambda verdict: verdict.error / verdict.budget)
-    return Checked(calls, seconds, results, worst, bound.note)
+    return Checked(calls, seconds, results, used, worst, bound.note)
 
 
 def _figures(
     workload: Workload, provider: Provider, timing: str, times: Sequence[float], plain: Sequence[float],
-    ceilings: Ceilings, memory: tuple[int | None, int | None], verdict: Verdict | None, note: str,
+    ceilings: Ceilings, used: Used, verdict: Verdict | None, note: str,
 ) -> Figures:  # fmt: skip
     spread = Spread.of([1e3 * value for value in times])
     speedup = Spread.of(paired(plain, times))
@@ -446,7 +447,7 @@ def _figures(
         workload, provider, timing, len(times), spread, speedup,
         None if moved is None else moved / spread.p50 / 1e6,
         None if work is None else work / spread.p50 / 1e9,
-        ceilings, *memory, verdict, note,
+        ceilings, used.peak, used.kept, verdict, note,
     )  # fmt: skip
 
 

@@ -62,6 +62,11 @@ class Workload:
         return f"{self.name} {self.mode} {self.dtype} B {self.batch}"
 
     @property
+    def first_differs(self) -> bool:
+        """Whether the first call leaves something to those that follow: its forward, or the state of an optimizer."""
+        return self.mode == "backward" or (self.is_model and self.mode == "both")
+
+    @property
     def flops(self) -> float | None:
         """Multiplications and additions that cannot be avoided; None where they are not counted."""
         return None
@@ -293,8 +298,9 @@ def gpu_suite() -> list[Workload]:
 def affordable(workloads: Sequence[Workload], rates: Mapping[str, float]) -> list[Workload]:
     """The workloads as a machine can measure them whose plain torch multiplies slowly in some dtypes.
 
-    There the block keeps its dtype at B 1 and, forward, 2; everything else with products is measured in fp32, and eight
-    questions become three. What is changed says so in its note; what is there already does not come twice.
+    There the block keeps its dtype at B 1 and, forward, 2; everything else with products is measured in fp32, the block
+    at B 4 at most, and eight questions become three. What is changed says so in its note; what is there already does
+    not come twice.
 
     Args:
         workloads: as they are listed.
@@ -322,6 +328,8 @@ def _is_small_block(workload: Workload) -> bool:
 def _cheaper(workload: Workload, why: str) -> Workload:
     if workload.name == "igva-2" and workload.mode == "both":
         return replace(igva(1, workload.dtype, "both"), note=f"B 1 for {workload.batch}: {why}")
+    if workload.name == "igva-2" and workload.mode == "forward":
+        return replace(igva(min(workload.batch, 4), "fp32"), note=f"fp32: {why}")
     if isinstance(workload, Model) and workload.questions > 3:
         return replace(workload, name="3-questions", questions=3, dtype="fp32", note=f"fp32, 3 for 8 questions: {why}")
     return replace(workload, dtype="fp32", note=f"fp32: {why}")

@@ -188,7 +188,7 @@ def test_where_a_dtype_is_slow_every_workload_stays_and_says_what_was_changed():
     block = {(w.mode, w.dtype): {v.batch for v in slow if (v.name, v.mode, v.dtype) == ("igva-2", w.mode, w.dtype)}
              for w in slow if w.name == "igva-2"}  # fmt: skip
     assert block["forward", "bf16"] == {1, 2}
-    assert block["forward", "fp32"] == {1, 2, 4, 8}
+    assert block["forward", "fp32"] == {1, 2, 4}
     assert block["both", "bf16"] == {1}
     by_key = {replace(w, note=""): w for w in slow}
     assert all(by_key[w].note == "" for w in listed if w in by_key)
@@ -625,10 +625,12 @@ def test_the_time_is_shared_out_and_what_is_left_goes_on(monkeypatch, capsys):
 
     monkeypatch.setattr(bench, "measure", spends)
     monkeypatch.setattr(bench, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    listed, costs, spent = [tiny(1), tiny(2), tiny(3)], [1.0, 2.0, 1.0], [10.0, 70.0, 0.0]
-    bench.run(listed, [], "cpu", 0.01, 100.0, ENV, None, Console(), costs)
-    assert shares == [25.0, 60.0, 20.0]
-    assert "2 of 3, 1:30 left: igva-2 forward fp32 B 2" in capsys.readouterr().out
+    listed, costs, spent = [tiny(b) for b in (1, 2, 3, 4)], [10.0, 20.0, 60.0, 10.0], [20.0, 70.0, 0.0]
+    bench.run(listed, [], "cpu", 0.01, 100.0, ENV, None, Console(width=200), costs)
+    assert shares == [10.0, 80.0 * 20 / 90, 10.0]
+    told = capsys.readouterr().out
+    assert "2 of 4, 1:20 left: igva-2 forward fp32 B 2" in told
+    assert "out of time, left out: igva-2 forward fp32 B 3\n" in told  # what costs less goes on
 
 
 def test_a_workload_that_breaks_does_not_end_the_run(monkeypatch, capsys):
