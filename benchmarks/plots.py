@@ -1,4 +1,4 @@
-"""Pictures of the results: PNG and SVG, drawn from the rows of one device."""
+"""Pictures of the results: PNG and SVG, drawn from the rows of one machine."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
+from benchmarks.markdown import digits
 from benchmarks.providers import PLAIN
 from benchmarks.results import Row
 
@@ -44,10 +45,9 @@ def draw_all(rows: Sequence[Row], folder: Path, name: str) -> list[Path]:
 
 
 def where(rows: Sequence[Row]) -> str:
-    """The line under every picture: device, threads, torch, when."""
+    """The line above every picture: machine, torch, when."""
     last = max(rows, key=lambda row: row.date)
-    threads = f", {last.threads} threads" if last.timing == "eager" and not last.device.startswith("NVIDIA") else ""
-    return f"{last.device}{threads}, torch {last.torch}, {last.date[:10]}, revision {last.revision}"
+    return f"{last.machine}, torch {last.torch}, {last.date[:10]}, revision {last.revision}"
 
 
 def draw_time(rows: Sequence[Row]) -> Figure | None:
@@ -247,11 +247,6 @@ def _plain_numbers(axis: Axes) -> None:
 
 def _line(row: Row) -> tuple[str, str, str, int]:
     return row.workload, row.mode, row.dtype, row.batch
-
-
-def digits(value: float) -> str:
-    """Three digits, or a whole number."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _shade(speedup: float) -> str:
