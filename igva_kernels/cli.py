@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--backend", action="append", choices=KERNEL_BACKENDS, help="only this one (repeatable)")
     verify.add_argument("--dtype", action="append", choices=("fp32", "bf16", "fp16"), help="only this one (repeatable)")
     verify.add_argument("--quick", action="store_true", help="leave out the real shapes")
+    verify.add_argument("--seed", type=int, default=0, metavar="N", help="of the random inputs (default: %(default)s)")
     verify.add_argument("--verbose", action="store_true", help="print every result, not the worst one of a case")
     verify.set_defaults(run=_verify)
 
@@ -93,7 +94,7 @@ def _verify(args: argparse.Namespace) -> int:
     cases = failed = 0
     devices = set()
     try:
-        for row in verify(args.backend or (), args.dtype or (), args.quick):
+        for row in verify(args.backend or (), args.dtype or (), args.quick, args.seed):
             cases += 1
             failed += not row.ok
             devices.add(row.device)
