@@ -101,6 +101,8 @@ def _verify(args: argparse.Namespace) -> int:
             for verdict in row.verdicts if args.verbose else [row.worst]:
                 numbers = (f"{x:.2e}" for x in (verdict.error, verdict.plain, verdict.budget))
                 backend, answer = f"{row.backend} on {row.device}", "ok" if verdict.ok else "WRONG"
+                if verdict.worst_entry > 1:
+                    answer += f": an entry is off by {verdict.worst_entry:.2g} x what is allowed"
                 print(line.format(row.case, row.dtype, backend, verdict.name, *numbers, answer), flush=True)
     except NotImplementedError as error:
         print(error, file=sys.stderr)

@@ -150,7 +150,7 @@ def within_rule(dtype: torch.dtype) -> Iterator[Judge]:
     assert not wrong, "\n".join(wrong)
 
 
-def judge_once(actual: Tensor, oracle: Tensor, plain: Tensor, dtype: torch.dtype, name: str = "result") -> Verdict:
+def judge(actual: Tensor, oracle: Tensor, plain: Tensor, dtype: torch.dtype, name: str = "result") -> Verdict:
     """The verdict on a result that is too large, or too dear, to be drawn again. Arguments as in ``Judge``.
 
     Raises:
