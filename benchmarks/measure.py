@@ -24,14 +24,22 @@ from torch import Tensor
 
 from benchmarks.providers import PLAIN, Call, Provider, bind, products, providers
 from benchmarks.workloads import Connector, Model, Workload, clones
-from igva_kernels.testing import Memory, Verdict, capture, judge, measure_memory
+from igva_kernels.testing import (
+    ENOUGH_ELEMENTS,
+    Memory,
+    Verdict,
+    capture,
+    judge,
+    measure_memory,
+    relative_error,
+)
 from igva_kernels.verify import MIX_WEIGHTS_GRAD, Inputs
 
 ROOT = Path(__file__).parent.parent
 
 GROSS_ERROR = 0.25
-"""Of the gradient of mix_weights: a few numbers from millions of cancelling products, whose error in one draw is mostly
-luck. Here only a gross mistake is caught; ``igva-kernels verify`` judges it by the rule, on several draws."""
+"""Of a result of few numbers, as the gradient of mix_weights: the error of one draw is mostly luck, so that here only a
+gross mistake is caught. ``igva-kernels verify`` judges it by the rule, on several draws."""
 
 
 # ---- time ------------------------------------------------------------------------------------------------------------
@@ -497,12 +505,16 @@ def _ends(tensor: Tensor) -> Tensor:
 def verdicts(
     workload: Workload, results: Mapping[str, Tensor], exact: Mapping[str, Tensor], plain: Mapping[str, Tensor]
 ) -> list[Verdict]:
-    """The rule on every result; on the gradient of mix_weights only ``GROSS_ERROR``."""
+    """The rule on every result that is large enough for one draw, and ``GROSS_ERROR`` on the others."""
     pick = _ends if _only_ends(workload) else torch.Tensor.detach
     found = []
     for name, oracle in exact.items():
-        verdict = judge(pick(results[name]), oracle, pick(plain[name]), workload.torch_dtype, name)
-        found.append(verdict._replace(budget=GROSS_ERROR) if name == MIX_WEIGHTS_GRAD else verdict)
+        triple = pick(results[name]), oracle, pick(plain[name])
+        if oracle.numel() < ENOUGH_ELEMENTS or name == MIX_WEIGHTS_GRAD:
+            error, plain_error = (relative_error(side, oracle) for side in triple[::2])
+            found.append(Verdict(name, error, plain_error, GROSS_ERROR))
+        else:
+            found.append(judge(*triple, workload.torch_dtype, name))
     return found
 
 

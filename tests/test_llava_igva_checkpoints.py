@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from seeds import seeded
 
 pytest.importorskip("transformers")
 
@@ -25,7 +26,7 @@ def same_weights(a, b):
 
 
 def llava(**overrides):
-    torch.manual_seed(3)
+    torch.manual_seed(seeded(3))
     return liven(LlavaForConditionalGeneration(llava_config(**overrides)).eval())
 
 

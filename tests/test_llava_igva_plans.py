@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from seeds import seeded
 
 pytest.importorskip("transformers")
 
@@ -21,7 +22,7 @@ SMALL = {"sentence_embed_dim": EMBED, "allocator_hidden_dim": 16, "allocator_num
 
 
 def system(name, impl="reference"):
-    torch.manual_seed(0)
+    torch.manual_seed(seeded())
     return liven(LlavaIgvaForConditionalGeneration(make_config(name, impl=impl, **SMALL)).eval())
 
 
@@ -140,7 +141,7 @@ def test_a_saved_system_loads_as_it_was(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["IGVA", "IGVA, stage 1", "DenseConnector DCI", "Layer_Select_Fuse all"])
 def test_a_llava_becomes_any_system_that_reads_its_layer_and_answers_as_before(name):
-    torch.manual_seed(0)
+    torch.manual_seed(seeded())
     vision = make_config("LLaVA-1.5").vision_config
     config = LlavaConfig(vision_config=vision, text_config=text_config(), image_token_index=IMAGE)
     llava = liven(LlavaForConditionalGeneration(config).eval())

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from seeds import seeded
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
@@ -520,10 +521,10 @@ def test_lora(name, first, options, record_property):
     def adapted(patch):
         model, inputs = llava(name=name, labels=True)
         handle = ik.patch(model, impl=IMPL) if patch and first == "patch" else None
-        torch.manual_seed(1)
+        torch.manual_seed(seeded(1))
         model = peft.get_peft_model(model, peft.LoraConfig(init_lora_weights=False, r=2, **options))
         handle = handle or (ik.patch(model, impl=IMPL) if patch else None)
-        torch.manual_seed(2)  # of the dropout
+        torch.manual_seed(seeded(2))  # of the dropout
         loss, grads = step(model.train(), inputs)
         logits = model.eval().merge_and_unload()(**inputs).logits
         return loss, grads, logits, handle

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import igva_kernels as ik
 from igva_kernels import MixPlan, dispatch, reference
-from igva_kernels.testing import assert_within_rule
+from igva_kernels.testing import within_rule
 
 BACKENDS = [s.name for s in dispatch.backends() if s.name in ("cpu", "cuda") and "cpu" in s.devices]
 IGVA = MixPlan.igva(6, 3)
@@ -155,24 +155,24 @@ def test_a_new_batch_size_does_not_recompile_once_it_is_dynamic(impl):
 
 
 def test_autocast_casts_weights_and_the_row_but_never_the_layers(impl):
-    states, weights, params = make(tokens=33, width=64, hidden=48)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = ik.layer_mix_mlp(states, IGVA, weights, *params, impl=impl)
-        plain = reference.layer_mix_mlp(states, IGVA, weights, *params)
-        assert ik.layer_mix(states, IGVA, weights, impl=impl).dtype == torch.float32
-    assert out.dtype == plain.dtype == torch.bfloat16
-    leaves = [weights, *params]
-    grads = torch.autograd.grad(out.float().square().sum(), leaves)
-    plain_grads = torch.autograd.grad(plain.float().square().sum(), leaves)
-    exact_inputs = [[h.double() for h in states], weights.detach().double(), [p.detach().double() for p in params]]
-    exact_leaves = [t.requires_grad_() for t in (exact_inputs[1], *exact_inputs[2])]
-    exact = reference.layer_mix_mlp(exact_inputs[0], IGVA, exact_inputs[1], *exact_inputs[2])
-    exact_grads = torch.autograd.grad(exact.square().sum(), exact_leaves)
-    assert_within_rule(out, exact, plain, torch.bfloat16, "output")
-    for leaf, grad, exact_grad, plain_grad in zip(leaves[1:], grads[1:], exact_grads[1:], plain_grads[1:], strict=True):
-        assert grad.dtype == leaf.dtype
-        assert_within_rule(grad, exact_grad, plain_grad, torch.bfloat16)
-    assert grads[0].dtype == torch.float32
+    for judge in within_rule(torch.bfloat16):
+        states, weights, params = make(tokens=33, width=64, hidden=48)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = ik.layer_mix_mlp(states, IGVA, weights, *params, impl=impl)
+            plain = reference.layer_mix_mlp(states, IGVA, weights, *params)
+            assert ik.layer_mix(states, IGVA, weights, impl=impl).dtype == torch.float32
+        assert out.dtype == plain.dtype == torch.bfloat16
+        leaves = [weights, *params]
+        grads = torch.autograd.grad(out.float().square().sum(), leaves)
+        plain_grads = torch.autograd.grad(plain.float().square().sum(), leaves)
+        exact_weights, *exact_params = (leaf.detach().double().requires_grad_() for leaf in leaves)
+        exact = reference.layer_mix_mlp([h.double() for h in states], IGVA, exact_weights, *exact_params)
+        exact_grads = torch.autograd.grad(exact.square().sum(), [exact_weights, *exact_params])
+        judge.add(out, exact, plain, "output")
+        names = ("mix_weights", "weight1", "bias1", "weight2", "bias2")
+        for name, leaf, *results in zip(names, leaves, grads, exact_grads, plain_grads, strict=True):
+            assert results[0].dtype == leaf.dtype
+            judge.add(*results, f"grad {name}")
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

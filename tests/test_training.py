@@ -25,6 +25,7 @@ from recipe import (
     weights,
 )
 from safetensors.torch import load_file
+from seeds import seeded
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoProcessor, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
@@ -69,7 +70,7 @@ def load(folder, **options):
 def some_batch(inputs):
     dataset = LlavaDataset(inputs / "train.json", inputs / "images", sentence_embeds=None)
     batch = LlavaCollator(AutoProcessor.from_pretrained(inputs / "base"))([dataset[i] for i in range(4)])
-    return {**batch, "sentence_embeds": torch.randn(4, 384, generator=torch.Generator().manual_seed(0))}
+    return {**batch, "sentence_embeds": torch.randn(4, 384, generator=torch.Generator().manual_seed(seeded()))}
 
 
 class TestData:
