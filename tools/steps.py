@@ -106,8 +106,8 @@ def announce(folder: Path, sizes: tuple[int, int]) -> None:
     download, disk = sizes
     say(
         f"==> {folder}: an environment of its own, with torch, triton, transformers and what they need.\n"
-        f"    About {download} MB to download, less what pip's cache has; {disk / 1000:.1f} GB on disk; a few minutes.\n"
-        f"    `make clean` removes it."
+        f"    About {download} MB to download, less what pip's cache has, and {disk / 1000:.1f} GB on disk;\n"
+        f"    a few minutes. `make clean` removes it."
     )
     if platform.system() != "Linux" or torch_for_cpus():
         return
