@@ -33,7 +33,6 @@ export MAKE_STARTED := $(shell date +%s)
 export MAKE_GOAL := $(MAKECMDGOALS)
 STEPS := @$(PYTHON) tools/steps.py
 RUN := $(STEPS) run
-INSTALL := @$(NO_CUDA) $(PYTHON) tools/steps.py install
 
 .PHONY: demo test test-all isas compatibility lint bench plots learn clean
 
@@ -42,15 +41,19 @@ demo: .venv-demo/installed
 	$(STEPS) summary
 
 test: lint
-	$(RUN) "Triton kernels, interpreted" -- env TRITON_INTERPRET=1 $(TEST)/pytest $(PARALLEL) tests/triton_interpreter $(ARGS)
+	$(RUN) "Triton kernels, interpreted" -- env TRITON_INTERPRET=1 $(TEST)/pytest $(PARALLEL) -m "not slow" \
+		tests/triton_interpreter $(ARGS)
 	$(RUN) "tests" -- $(TEST)/pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 	$(STEPS) summary
 
 test-all: test isas .venv-oldest/installed .venv-transformers4/installed
+	$(RUN) "Triton kernels, interpreted, slow" -- env TRITON_INTERPRET=1 $(TEST)/pytest $(PARALLEL) -m slow \
+		tests/triton_interpreter $(ARGS)
 	$(RUN) "slow tests" -- $(TEST)/pytest $(PARALLEL) -m "slow and not gpu" $(ARGS)
-	$(RUN) "transformers $(OLDEST_TRANSFORMERS)" -- .venv-oldest/bin/pytest $(PARALLEL) -m "not gpu" \
+	$(RUN) "transformers $(OLDEST_TRANSFORMERS)" -- .venv-oldest/bin/python -m pytest $(PARALLEL) -m "not slow and not gpu" \
 		-k "model or patch or demo or training" $(ARGS)
-	$(RUN) "transformers $(TRANSFORMERS_4)" -- .venv-transformers4/bin/pytest tests/test_patch_transformers.py $(ARGS)
+	$(RUN) "transformers $(TRANSFORMERS_4)" -- .venv-transformers4/bin/python -m pytest $(PARALLEL) \
+		tests/test_patch_transformers.py $(ARGS)
 	$(STEPS) summary
 
 # Every instruction set of this CPU below the best one, which `make test` took; torch's libraries are held to the same.
@@ -87,20 +90,20 @@ clean:
 
 # The sizes are those of torch for CPUs.
 .venv-test/installed: constraints.txt $(BUILD)
-	$(INSTALL) --megabytes 700 2400 --editable -- .venv-test "igva-kernels[test]"
+	@$(NO_CUDA) $(PYTHON) tools/steps.py install .venv-test test --editable --megabytes 700 2400
 	@touch $@
 
 .venv-demo/installed: constraints.txt $(BUILD) $(PYTHON_FILES)
-	$(INSTALL) --megabytes 600 2200 -- .venv-demo "igva-kernels[demo]"
+	@$(NO_CUDA) $(PYTHON) tools/steps.py install .venv-demo demo --megabytes 600 2200
 	@touch $@
 
-.venv-oldest/installed: constraints.txt $(BUILD) $(PYTHON_FILES)
-	$(INSTALL) --megabytes 700 2400 --free transformers huggingface_hub -- .venv-oldest \
-		"igva-kernels[test]" transformers==$(OLDEST_TRANSFORMERS)
+# These have all of .venv-test below them, the kernels too.
+.venv-oldest/installed: .venv-test/installed
+	$(STEPS) layer .venv-oldest .venv-test transformers==$(OLDEST_TRANSFORMERS) --free transformers huggingface_hub
 	@touch $@
 
 # The reference model needs transformers 5; patching does not.
-.venv-transformers4/installed: constraints.txt $(BUILD) $(PYTHON_FILES)
-	$(INSTALL) --megabytes 500 2000 --free transformers huggingface_hub tokenizers -- .venv-transformers4 \
-		igva-kernels transformers==$(TRANSFORMERS_4) accelerate peft pytest pillow
+.venv-transformers4/installed: .venv-test/installed
+	$(STEPS) layer .venv-transformers4 .venv-test transformers==$(TRANSFORMERS_4) \
+		--free transformers huggingface_hub tokenizers
 	@touch $@

@@ -1,7 +1,8 @@
 """What the Makefile's targets print: what happens now, how large it is, and in the end how long each step took.
 
     steps.py run "tests" -- pytest tests                    a command, timed
-    steps.py install .venv-test "igva-kernels[test]" ...    a virtual environment, announced before it is filled
+    steps.py install .venv-test test ...                    a virtual environment, announced before it is filled
+    steps.py layer .venv-oldest .venv-test ...              one that differs from another in some packages
     steps.py summary                                        the steps of this call of make
 
 Standard library only: it runs before anything is installed.
@@ -76,29 +77,54 @@ def duration(seconds: float) -> str:
 # ---- virtual environments ----
 
 
-def install(folder: Path, packages: Sequence[str], editable: bool, free: Sequence[str], sizes: tuple[int, int]) -> None:
+def install(folder: Path, extra: str, editable: bool, sizes: tuple[int, int]) -> None:
     """Fills a virtual environment: the kernels first, which is where a build goes wrong, then what they need.
 
     Args:
         folder: of the environment.
-        packages: requirements; igva-kernels itself is installed from the source tree, an extra of it names the rest.
+        extra: of igva-kernels, which is installed from the source tree.
         editable: install the source tree as it lies.
-        free: names that constraints.txt does not hold to a version here.
         sizes: MB to download and MB on disk, as measured on Linux x86-64 with torch for CPUs.
     """
     announce(folder, sizes)
-    python = str(folder / "bin" / "python")
-    timed(f"{folder.name}, Python", lambda: subprocess.run([sys.executable, "-m", "venv", str(folder)]).returncode)
-    constraints = folder / "constraints.txt"
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    constraints.write_text("\n".join(line for line in lines if re.split("[=<>;]", line)[0] not in free) + "\n")
-    pip = [python, "-m", "pip", "--disable-pip-version-check", "install"]
+    make(folder)
     say("==> compiling the kernels (40 MB of cmake and ninja, then a quiet minute)")
-    timed(f"{folder.name}, kernels", lambda: run_pip([*pip, "--no-deps", *(["-e"] if editable else []), str(ROOT)]))
+    source = ["-e", str(ROOT)] if editable else [str(ROOT)]
+    timed(f"{folder.name}, kernels", lambda: run_pip(folder, "--no-deps", *source))
     say("==> packages")
-    timed(f"{folder.name}, packages", lambda: run_pip([*pip, "-c", str(constraints), *packages]))
+    packages = ["-c", str(ROOT / "constraints.txt"), f"igva-kernels[{extra}]"]
+    timed(f"{folder.name}, packages", lambda: run_pip(folder, *packages))
     size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
-    say(f"{folder.name}: {size / 1e6:.0f} MB on disk")
+    say(f"    {folder} has {size / 1e9:.1f} GB")
+
+
+def layer(folder: Path, base: Path, packages: Sequence[str], free: Sequence[str]) -> None:
+    """Makes a virtual environment that has all of another one, and some packages in other versions.
+
+    Args:
+        folder: of the new environment.
+        base: the environment below, which is read and not changed.
+        packages: requirements that win over those of the base.
+        free: names that constraints.txt does not hold to a version here.
+    """
+    say(f"==> {folder}: {base} with {', '.join(packages)}; about 150 MB on disk")
+    make(folder)
+    below, own = (site_packages(environment) for environment in (base, folder))
+    # addsitedir and not a bare path, because the editable installation is a .pth file itself.
+    (own / "base.pth").write_text(f"import site; site.addsitedir({str(below)!r})\n")
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    constraints = folder / "constraints.txt"
+    constraints.write_text("\n".join(line for line in lines if re.split("[=<>;]", line)[0] not in free) + "\n")
+    timed(f"{folder.name}, packages", lambda: run_pip(folder, "-c", str(constraints), *packages))
+
+
+def make(folder: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+
+
+def site_packages(folder: Path) -> Path:
+    command = [str(folder / "bin" / "python"), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    return Path(subprocess.check_output(command, text=True).strip())
 
 
 def announce(folder: Path, sizes: tuple[int, int]) -> None:
@@ -128,8 +154,10 @@ def torch_for_cpus() -> bool:
     return "/whl/cpu" in told
 
 
-def run_pip(command: Sequence[str]) -> int:
-    """pip with its own progress bars in a terminal; elsewhere a line a package, and all it said where it fails."""
+def run_pip(folder: Path, *arguments: str) -> int:
+    """``pip install`` with its own progress bars in a terminal; elsewhere a line a package, and all it said where it
+    fails."""
+    command = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", *arguments]
     if sys.stdout.isatty():
         return subprocess.run(command).returncode
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -152,18 +180,24 @@ def main() -> None:
     one = commands.add_parser("run")
     one.add_argument("what")
     one.add_argument("words", nargs=argparse.REMAINDER)
-    environment = commands.add_parser("install")
-    environment.add_argument("folder", type=Path)
-    environment.add_argument("packages", nargs="+")
-    environment.add_argument("--editable", action="store_true")
-    environment.add_argument("--free", nargs="*", default=[])
-    environment.add_argument("--megabytes", type=int, nargs=2, required=True, metavar=("DOWNLOAD", "DISK"))
+    whole = commands.add_parser("install")
+    whole.add_argument("folder", type=Path)
+    whole.add_argument("extra")
+    whole.add_argument("--editable", action="store_true")
+    whole.add_argument("--megabytes", type=int, nargs=2, required=True, metavar=("DOWNLOAD", "DISK"))
+    other = commands.add_parser("layer")
+    other.add_argument("folder", type=Path)
+    other.add_argument("base", type=Path)
+    other.add_argument("packages", nargs="+")
+    other.add_argument("--free", nargs="+", default=[])
     commands.add_parser("summary")
     args = parser.parse_args()
     if args.command == "run":
         run(args.what, args.words[1:] if args.words[:1] == ["--"] else args.words)
     elif args.command == "install":
-        install(args.folder, args.packages, args.editable, args.free, tuple(args.megabytes))
+        install(args.folder, args.extra, args.editable, tuple(args.megabytes))
+    elif args.command == "layer":
+        layer(args.folder, args.base, args.packages, args.free)
     else:
         summary()
 
