@@ -1,5 +1,6 @@
 """The C++ kernels through the methods of the CPU backend, on every instruction set of this machine, against fp64."""
 
+import os
 import subprocess
 import sys
 
@@ -32,7 +33,11 @@ WIDTHS = [1, 7, 16, 67, 200]
 """Partial vectors, whole ones, and both with unrolled ones before them."""
 
 
-@pytest.fixture(params=MODULE.isas() if MODULE else ["none"])
+FORCED = os.environ.get("IGVA_KERNELS_CPU_ISA")
+"""``make test-all`` forces one instruction set a run; otherwise each has its turn."""
+
+
+@pytest.fixture(params=[FORCED] if FORCED else MODULE.isas() if MODULE else ["none"])
 def isa(request):
     best = MODULE.isa()
     MODULE.set_isa(request.param)

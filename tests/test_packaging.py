@@ -97,7 +97,7 @@ def test_the_sdist_holds_everything_that_builds_and_tests_it(sdist):
     source, archive = sdist
     with tarfile.open(archive) as tar:
         held = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
-    for folder in ("csrc", "docs", "igva_kernels", "tests", "benchmarks", "examples"):
+    for folder in ("csrc", "docs", "igva_kernels", "tests", "benchmarks", "examples", "tools"):
         files = {str(p.relative_to(source)) for p in (source / folder).rglob("*") if p.is_file()}
         assert not {name for name in files - held if "__pycache__" not in name}
     assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE"} <= held
