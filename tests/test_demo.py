@@ -1,6 +1,5 @@
 """The demo, with a small model in place of the full-size one."""
 
-import dataclasses
 from importlib.resources import files
 
 import pytest
@@ -68,7 +67,10 @@ def test_a_check_that_fails_is_named_with_what_to_do(tmp_path, capsys, monkeypat
 
     def another_answer(model, conversation, impl, steps, advance):
         run = run_model(model, conversation, impl, steps, advance)
-        return run if impl == "reference" else dataclasses.replace(run, answers=["tea", *run.answers[1:]])
+        if impl != "reference":
+            run.answers.texts[0] = "tea"
+            run.answers.tokens[0, 1] = run.answers.logits[0, 1].argmin()
+        return run
 
     def wrong_output(*args):
         figures = run_connector(*args)
@@ -84,6 +86,15 @@ def test_a_check_that_fails_is_named_with_what_to_do(tmp_path, capsys, monkeypat
     assert "output of the fused connector" in failures and "3.00 times as much" in failures
     assert "igva-kernels verify" in failures and "igva-kernels info" in failures
     assert failures.count("*") == 2
+
+
+def test_the_gap_of_answers_is_that_of_their_first_difference():
+    from igva_kernels.demo.compare import Answers
+
+    logits = torch.tensor([[[0.0, 1.0, 4.0], [3.0, 2.5, 0.0], [9.0, 0.0, 0.0]]])
+    plain, fused = (Answers([""], torch.tensor([tokens]), logits) for tokens in ([2, 0, 0], [2, 1]))
+    assert plain.gap(plain, 0) == 0
+    assert plain.gap(fused, 0) == pytest.approx(0.5 / logits[0, 1].std().item())
 
 
 def test_an_image_or_a_model_that_cannot_be_read_is_a_message(tmp_path, capsys):
