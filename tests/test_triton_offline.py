@@ -157,14 +157,14 @@ def test_one_build_serves_every_batch(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("batch", "dtype"),
+    ("capability", "batch", "dtype"),
     [
-        (64, torch.bfloat16),
-        pytest.param(1, torch.bfloat16, marks=pytest.mark.slow),
-        pytest.param(64, torch.float32, marks=pytest.mark.slow),
+        (90, 64, torch.bfloat16),
+        *(pytest.param(*others, marks=pytest.mark.slow) for others in (
+            (90, 1, torch.bfloat16), (90, 64, torch.float32), (80, 64, torch.bfloat16), (100, 64, torch.bfloat16),
+        )),
     ],
-)
-@pytest.mark.parametrize("capability", [90, *(pytest.param(c, marks=pytest.mark.slow) for c in (80, 100))])
+)  # fmt: skip
 def test_allocator(capability, batch, dtype, monkeypatch):
     with torch.device("meta"):
         weights = AllocatorWeights.of(list(WeightAllocator(768, D, 4).to(dtype).parameters()))
