@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMES = ROOT / "build" / "steps.txt"
 CPU_TORCH = "https://download.pytorch.org/whl/cpu"
 
-DOWNLOAD = re.compile(r"\s*(?:Downloading|Using cached|Processing) .*?([^/\s]+\.(?:whl|tar\.gz))(?: \(([^)]+)\))?$")
-WORTH_A_LINE = re.compile(r"\s*(?:WARNING|ERROR|error|Building \S+ for |Installing collected)")
+LARGE = re.compile(r"\s*(?:Downloading|Using cached) .*?([^/\s]+) \(([\d.]+ [MG]B)\)$")
+WORTH_A_LINE = re.compile(r"\s*(?:ERROR|error|Building \S+ for |Installing collected)")
 
 
 def say(text: str) -> None:
@@ -155,8 +155,8 @@ def torch_for_cpus() -> bool:
 
 
 def run_pip(folder: Path, *arguments: str) -> int:
-    """``pip install`` with its own progress bars in a terminal; elsewhere a line a package, and all it said where it
-    fails."""
+    """``pip install`` with its own progress bars in a terminal; elsewhere a line a package of a MB or more, and all that
+    it said where it fails."""
     command = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", *arguments]
     if sys.stdout.isatty():
         return subprocess.run(command).returncode
@@ -165,8 +165,8 @@ def run_pip(folder: Path, *arguments: str) -> int:
     last: deque[str] = deque(maxlen=100)
     for line in process.stdout:
         last.append(line)
-        if found := DOWNLOAD.match(line):
-            say(f"    {found[1]}" + (f" ({found[2]})" if found[2] else ""))
+        if found := LARGE.match(line):
+            say(f"    {found[1]} ({found[2]})")
         elif WORTH_A_LINE.match(line):
             say("    " + (line.strip() if len(line) < 120 else f"{line.strip()[:110]} ..."))
     if process.wait():
