@@ -155,8 +155,10 @@ def torch_for_cpus() -> bool:
 
 
 def run_pip(folder: Path, *arguments: str) -> int:
-    """``pip install`` with its own progress bars in a terminal; elsewhere a line a package of a MB or more, and all that
-    it said where it fails."""
+    """``pip install``, with its own progress bars in a terminal; elsewhere the large packages have a line each.
+
+    Where it fails, the end of all that it said is shown.
+    """
     command = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", *arguments]
     if sys.stdout.isatty():
         return subprocess.run(command).returncode
