@@ -102,7 +102,7 @@ clean:
 	$(STEPS) layer .venv-oldest .venv-test transformers==$(OLDEST_TRANSFORMERS) --free transformers huggingface_hub
 	@touch $@
 
-# The reference model needs transformers 5; patching does not.
+# The reference model needs transformers 5; patching does not. Nor does it need sentence-transformers, which pip misses.
 .venv-transformers4/installed: .venv-test/installed
 	$(STEPS) layer .venv-transformers4 .venv-test transformers==$(TRANSFORMERS_4) \
 		--free transformers huggingface_hub tokenizers

@@ -27,7 +27,7 @@ TIMES = ROOT / "build" / "steps.txt"
 CPU_TORCH = "https://download.pytorch.org/whl/cpu"
 
 LARGE = re.compile(r"\s*(?:Downloading|Using cached) .*?([^/\s]+) \(([\d.]+ [MG]B)\)$")
-WORTH_A_LINE = re.compile(r"\s*(?:ERROR|error|Building \S+ for |Installing collected)")
+WORTH_A_LINE = re.compile(r"\s*(?:Building \S+ for |Installing collected)")
 
 
 def say(text: str) -> None:
@@ -108,7 +108,7 @@ def layer(folder: Path, base: Path, packages: Sequence[str], free: Sequence[str]
         free: names that constraints.txt does not hold to a version here.
     """
     say(f"==> {folder}: {base} with {', '.join(packages)}; about 150 MB on disk")
-    make(folder)
+    make(folder, "--without-pip")  # pip too is in the base
     below, own = (site_packages(environment) for environment in (base, folder))
     # addsitedir and not a bare path, because the editable installation is a .pth file itself.
     (own / "base.pth").write_text(f"import site; site.addsitedir({str(below)!r})\n")
@@ -118,8 +118,8 @@ def layer(folder: Path, base: Path, packages: Sequence[str], free: Sequence[str]
     timed(f"{folder.name}, packages", lambda: run_pip(folder, "-c", str(constraints), *packages))
 
 
-def make(folder: Path) -> None:
-    subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+def make(folder: Path, *options: str) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--clear", *options, str(folder)], check=True)
 
 
 def site_packages(folder: Path) -> Path:
