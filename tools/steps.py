@@ -86,7 +86,10 @@ def install(folder: Path, extra: str, editable: bool, sizes: tuple[int, int]) ->
         editable: install the source tree as it lies.
         sizes: MB to download and MB on disk, as measured on Linux x86-64 with torch for CPUs.
     """
-    announce(folder, sizes)
+    if (folder / "installed").exists():
+        say(f"==> {folder}: brought up to date, because something that it was made from has changed")
+    else:
+        announce(folder, sizes)
     make(folder)
     say("==> compiling the kernels (40 MB of cmake and ninja, then a quiet minute)")
     source = ["-e", str(ROOT)] if editable else [str(ROOT)]
@@ -108,7 +111,7 @@ def layer(folder: Path, base: Path, packages: Sequence[str], free: Sequence[str]
         free: names that constraints.txt does not hold to a version here.
     """
     say(f"==> {folder}: {base} with {', '.join(packages)}; about 150 MB on disk")
-    make(folder, "--without-pip")  # pip too is in the base
+    make(folder, "--clear", "--without-pip")  # pip too is in the base
     below, own = (site_packages(environment) for environment in (base, folder))
     # addsitedir and not a bare path, because the editable installation is a .pth file itself.
     (own / "base.pth").write_text(f"import site; site.addsitedir({str(below)!r})\n")
@@ -119,7 +122,7 @@ def layer(folder: Path, base: Path, packages: Sequence[str], free: Sequence[str]
 
 
 def make(folder: Path, *options: str) -> None:
-    subprocess.run([sys.executable, "-m", "venv", "--clear", *options, str(folder)], check=True)
+    subprocess.run([sys.executable, "-m", "venv", *options, str(folder)], check=True)
 
 
 def site_packages(folder: Path) -> Path:
