@@ -91,7 +91,8 @@ def install(folder: Path, extra: str, editable: bool, sizes: tuple[int, int]) ->
     else:
         announce(folder, sizes)
     make(folder)
-    say("==> compiling the kernels (40 MB of cmake and ninja, then a quiet minute)")
+    quiet = "a quiet minute" if os.environ.get("IGVA_KERNELS_SKIP_CUDA") == "1" else "quiet minutes, if nvcc is there"
+    say(f"==> compiling the kernels (40 MB of cmake and ninja, then {quiet})")
     source = ["-e", str(ROOT)] if editable else [str(ROOT)]
     timed(f"{folder.name}, kernels", lambda: run_pip(folder, "--no-deps", *source))
     say("==> packages")
