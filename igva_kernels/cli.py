@@ -121,6 +121,7 @@ def _verify(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     if args.model is None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all that it needs is installed
+    print("importing torch and transformers ...", flush=True)  # 10 seconds and more where nothing is cached
     try:
         from igva_kernels.demo import run
     except ModuleNotFoundError as error:

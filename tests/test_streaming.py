@@ -80,6 +80,15 @@ def test_low_precision_sums_are_accumulated_in_fp32_and_rounded_once(pixels, mod
     torch.testing.assert_close(stream.sources[1], exact.bfloat16(), rtol=2**-7, atol=1e-6)
 
 
+@pytest.fixture
+def quick_collections():
+    """What is alive already is left out of collections, which takes most of their time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("quick_collections")
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "frozen training"])
 @pytest.mark.parametrize("mode", ["group", "layer"])
 def test_no_state_is_alive_after_its_group_is_folded(tower, pixels, mode, grad):

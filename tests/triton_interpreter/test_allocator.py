@@ -12,7 +12,7 @@ from igva_kernels.nn import WeightAllocator
 from igva_kernels.testing import within_rule
 
 OPS = torch.ops.igva_kernels
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
 
 
 def make(columns=4, width=32, heads=2, blocks=2, dtype=torch.float32):
