@@ -7,7 +7,7 @@ import torch
 from seeds import seeded
 
 from igva_kernels import dispatch, ops, testing, verify
-from igva_kernels.testing import Judge, draws, judge, measure_memory, relative_error, within_rule
+from igva_kernels.testing import Judge, draws, measure_memory, relative_error, within_rule
 
 CASE = verify.SMALL_CASES[0]
 
@@ -80,9 +80,9 @@ def test_luck_decides_nothing(elements, tail):
 def test_one_entry_among_a_million_is_seen(dtype):
     oracle = torch.randn(2**20, dtype=torch.float64)
     plain, actual = oracle.to(dtype), oracle.to(dtype)
-    assert judge(actual, oracle, plain, dtype).ok
+    assert testing.judge(actual, oracle, plain, dtype).ok
     actual[12345] += 1
-    verdict = judge(actual, oracle, plain, dtype)
+    verdict = testing.judge(actual, oracle, plain, dtype)
     assert not verdict.ok
     assert "an entry is off by" in str(verdict)
 
@@ -100,7 +100,7 @@ def test_what_was_rounded_on_the_way_is_not_rounded_once():
 def test_one_draw_of_a_few_numbers_is_refused():
     oracle = torch.ones(1023, dtype=torch.float64)
     with pytest.raises(ValueError, match="output: 1023 elements of one draw are judged by luck; need 1024"):
-        judge(oracle, oracle, oracle, torch.float32, "output")
+        testing.judge(oracle, oracle, oracle, torch.float32, "output")
 
 
 def test_a_loop_over_draws_fails_where_something_is_wrong_or_nothing_was_judged():
