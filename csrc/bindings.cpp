@@ -347,6 +347,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("isas", isas, "Instruction sets that this CPU and this build share, best last.");
   m.def("isa", [] { return chosen->isa; });
   m.def("set_isa", set_isa);
+  m.def("granted_threads", cpu::granted_threads, "Threads that OpenMP is sure to grant the caller of so many.");
   m.def("mix_scratch", mix_scratch, "Elements of scratch a thread that `mix` needs for rows of this width.");
   m.def("mix", mix);
   m.def("epilogue", epilogue);

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from igva_kernels import native
+from igva_kernels.backends.cpu.gemm import describe
 from igva_kernels.backends.cuda import gemm, launch
 from igva_kernels.dispatch import backends
 from igva_kernels.version import __version__
@@ -24,6 +25,9 @@ PACKAGES = (
     "flash-attn",
     "numpy",
 )
+
+PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The dtypes of which it is said which library multiplies them on the CPU."""
 
 # What decides which CPU kernels and which GEMMs run; the rest of the flags would only be noise.
 CPU_FEATURES = ("avx2", "fma3", "f16c", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16")
@@ -55,6 +59,7 @@ def render(report: dict[str, Any]) -> str:
         ("cpu features", " ".join(cpu["features"]) or "unknown"),
         *((f"gpu {i}", gpu) for i, gpu in enumerate(report["gpus"])),
         *([] if report["gpus"] else [("gpu", "none")]),
+        *((f"products in {name}", text) for name, text in cpu["products"].items()),
         ("compiled module", _describe(built)),
         ("CUDA module", _describe_cuda(report["cuda"])),
         ("fused GEMMs", f"no: {report['cuda']['why_not_fused']}" if report["cuda"]["why_not_fused"] else "yes"),
@@ -71,9 +76,10 @@ def _describe(built: dict[str, Any]) -> str:
     if not built["loaded"]:
         return f"no: {built['reason']}"
     build = built["build"]
+    forced = f", as {native.ISA_VARIABLE} says" if native.forced_isa() else ""
     return (
         f"built by {build.get('compiler', 'an unknown compiler')} for {', '.join(build.get('cpu_isas', []))}, "
-        f"OpenMP {build.get('openmp', 'unknown')}; uses {built['isa']}"
+        f"OpenMP {build.get('openmp', 'unknown')}; uses {built['isa']}{forced}"
     )
 
 
@@ -102,6 +108,7 @@ def _cpu() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "features": [name for name in CPU_FEATURES if known.get(name)],
+        "products": {name: describe(dtype) for name, dtype in PRODUCTS.items()},
     }
 
 

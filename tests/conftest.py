@@ -1,12 +1,25 @@
 """Every test draws from a seed of the command line and finds NaN in memory that nobody has written."""
 
 import os
+import sys
 
 import pytest
-import torch
-from seeds import VARIABLE, seeded
 
+# The variable that holds our kernels to an instruction set holds the libraries to it as well, which read theirs when
+# torch is loaded: plain torch, too, is then what it would be on such a CPU.
+LIBRARY_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")
+LIBRARY_ISAS = {
+    "scalar": ("SSE41", "SSE4_2", "default"),
+    "avx2": ("AVX2", "AVX2", "avx2"),
+    "avx512": ("AVX512_CORE", "AVX512", "avx512"),
+}
+if isa := os.environ.get("IGVA_KERNELS_CPU_ISA", "").strip().lower():
+    assert "torch" not in sys.modules, "torch was loaded before IGVA_KERNELS_CPU_ISA could hold its libraries to a set"
+    os.environ.update(zip(LIBRARY_VARIABLES, LIBRARY_ISAS[isa], strict=True))
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch  # noqa: E402  (after the variables that it reads)
+from seeds import VARIABLE, seeded  # noqa: E402
 
 
 def pytest_addoption(parser):

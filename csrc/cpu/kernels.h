@@ -21,4 +21,8 @@ extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 #endif
 
+// How many threads a parallel region that asks for `threads` is sure to get from here: fewer under OMP_THREAD_LIMIT,
+// OMP_DYNAMIC or OMP_MAX_ACTIVE_LEVELS, and inside another region.
+int granted_threads(int threads);
+
 } // namespace igva::cpu

@@ -27,7 +27,8 @@ from igva_kernels.reference import Norm
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}
 
 SCRATCH_BYTES = 40 << 20
-"""Of the row blocks of ``project``; with the converted tiles of the weights, its scratch stays below 64 MiB."""
+"""Of the row blocks of ``project``; with the copied tiles of the weights, its scratch stays below 64 MiB. Blocks are as
+large as that allows: libraries pack the weight again for every one of them, which takes the time of a hundred rows."""
 
 STREAM_BYTES = 4 << 20
 """Rows that take more are written around the cache: nobody finds them there later."""
@@ -67,11 +68,15 @@ class CpuBackend(Backend):
     ) -> tuple[Tensor, Tensor | None]:
         """``y = act(z)`` and, if asked for and not ``y`` itself, ``z = x @ weight.T + bias``; x is ``[M, K]``."""
         z = x.new_empty((x.shape[0], weight.shape[0])) if keep_z and activation is not None else None
-        return _linear(x, weight, bias, activation, weight.dtype, z=z), z
+        y = x.new_empty((x.shape[0], weight.shape[0]), dtype=weight.dtype)
+        _linear(x, weight, bias, activation, y, z)
+        return y, z
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         """``a @ b`` in the dtype of both, accumulated in fp32; either may be a transposed view."""
-        return _linear(a, b.t(), None, None, b.dtype, limit=gemm.whole_rows(a))
+        product = b.new_empty((a.shape[0], b.shape[1]))
+        _linear(a, b.t(), None, None, product)
+        return product
 
     def linear_grad_input(
         self,
@@ -91,7 +96,7 @@ class CpuBackend(Backend):
         if weight is None:
             _activation_grad(grad_out, z, activation, grad_z, y)
         else:
-            for rows, columns, grad_y in gemm.products(grad_out, weight.t()):
+            for rows, columns, grad_y in gemm.products(grad_out, weight.t(), out=grad_z):
                 at = (rows, columns)
                 _activation_grad(grad_y, z[at], activation, grad_z[at], None if y is None else y[at])
         return grad_z, y, grad_z.sum(0) if need_bias else None
@@ -167,24 +172,28 @@ class CpuBackend(Backend):
 
         # Where products are emulated, a block of inference stays in fp32 from the mix to the output.
         block_dtype = torch.float32 if gemm.is_emulated(dtype) and keep == Keep.NOTHING and not keep_z else dtype
-        limit = SCRATCH_BYTES // (4 * (row_width + hidden + width))
-        step = gemm.block_rows(total, max(16, min(limit, gemm.BLOCK_ROWS)))
-        scratch = None
-        if kept_rows is None or norm is not None:
-            scratch = weight1.new_empty((min(step, total), row_width), dtype=block_dtype)
+        size, own = block_dtype.itemsize, kept_rows is None or norm is not None
+        # Mixed rows that are not kept lie where the output of their block will, if it is as large: nobody reads them
+        # any more when it is written, and every page of fresh memory takes time.
+        lent = own and weight2 is not None and row_width * size <= width * dtype.itemsize
+        limit = SCRATCH_BYTES // (size * (hidden + (0 if lent else row_width)))
+        step = gemm.block_rows(total, max(16, limit))
+        x_rows = weight1.new_empty((min(step, total), row_width), dtype=block_dtype) if own and not lent else None
+        y_rows = None if weight2 is None else weight1.new_empty((min(step, total), hidden), dtype=block_dtype)
         for start in range(0, total, step):
             rows = slice(start, min(start + step, total))
-            kept = None if kept_rows is None else kept_rows[rows]
-            x = kept if scratch is None else scratch[: rows.stop - start]
-            assert x is not None
-            _mix_rows(args, rows, x, sums, norm, None if x is kept else kept, stats)
-            z_block = None if z is None else z[rows]
-            if weight2 is None:
-                _linear(x, weight1, bias1, activation, dtype, out[rows], z_block)
+            count, kept = rows.stop - start, None if kept_rows is None else kept_rows[rows]
+            if lent:
+                memory = out[rows].view(-1)[: count * row_width * size // dtype.itemsize]
+                x = memory.view(block_dtype).view(count, row_width)
             else:
-                y = _linear(x, weight1, bias1, activation, block_dtype, z=z_block)
-                _linear(y, weight2, bias2, None, dtype, out[rows])
-                del y  # before the next block makes another
+                x = kept if x_rows is None else x_rows[:count]
+            assert x is not None
+            _mix_rows(args, rows, x, sums, norm, kept if own else None, stats)
+            y = out[rows] if y_rows is None else y_rows[:count]
+            _linear(x, weight1, bias1, activation, y, None if z is None else z[rows])
+            if weight2 is not None:
+                _linear(y, weight2, bias2, None, out[rows])
         whole = None if kept_rows is None else kept_rows.view(batch, patches, row_width)
         raw = [whole] if whole is not None and norm is not None else sums
         return out.view(batch, patches, width), Mixed(whole if norm is None else None, raw, *stats), z
@@ -222,21 +231,15 @@ def _mix_rows(
 
 
 def _linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, dtype: torch.dtype,
-    out: Tensor | None = None, z: Tensor | None = None, limit: int | None = None,
-) -> Tensor:  # fmt: skip
-    """``act(x @ weight.T + bias)`` into ``out`` or a new tensor of ``dtype``, and before the activation into ``z``."""
-    shape = (x.shape[0], weight.shape[0])
-    fused = activation if z is None and gemm.fuses_activation(weight.dtype) else None
-    for rows, columns, block in gemm.products(x, weight, bias, fused, limit):
-        if out is None:
-            out = block if block.shape == shape and block.dtype == dtype else x.new_empty(shape, dtype=dtype)
-        rest = None if fused else activation
-        if rest is not None or z is not None:
-            _epilogue(block, rest, out[rows, columns], None if z is None else z[rows, columns])
-        elif out is not block:
-            out[rows, columns] = block
-    return x.new_empty(shape, dtype=dtype) if out is None else out
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, y: Tensor, z: Tensor | None = None
+) -> None:
+    """``act(x @ weight.T + bias)`` into ``y``, and before the activation into ``z``."""
+    for rows, columns, block in gemm.products(x, weight, bias, out=y if z is None else z):
+        y_block, z_block = y[rows, columns], None if z is None else z[rows, columns]
+        if z_block is not None and z_block.data_ptr() == block.data_ptr():
+            z_block = None
+        if activation is not None or z_block is not None or y_block.data_ptr() != block.data_ptr():
+            _epilogue(block, activation, y_block, z_block)
 
 
 def _epilogue(x: Tensor, activation: str | None, y: Tensor, z: Tensor | None) -> None:
