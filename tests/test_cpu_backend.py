@@ -146,7 +146,7 @@ def test_mix_reads_any_layout_rows_and_tokens(isa, layout, skip, index):
     args, exact = make(PLANS["igva"], torch.float32, skip=skip, index=index, layout=layout)
     rows = CPU.mix(args, torch.float32).rows
     assert rows.shape == (5 if index and len(index) > 1 else 1 if index else 3, 6 - skip, 32)
-    torch.testing.assert_close(rows.double(), plain_mix(exact), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rows.double(), plain_mix(exact), rtol=1e-6, atol=3e-6)
 
 
 @pytest.mark.parametrize("out", DTYPES)
@@ -155,8 +155,9 @@ def test_mix_rounds_to_another_dtype(isa, dtype, out):
     args, exact = make(PLANS["igva"], dtype, width=20)
     actual = CPU.mix(args, out).rows
     assert actual.dtype == out
-    widest = max(torch.finfo(out).eps, torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps)
-    torch.testing.assert_close(actual.double(), plain_mix(exact), rtol=widest, atol=2 * widest)
+    # Sums in fp32 are off by a few of its roundings, where terms cancel by more than the result's own.
+    summed = torch.finfo(torch.float64 if dtype == out == torch.float64 else torch.float32).eps
+    torch.testing.assert_close(actual.double(), plain_mix(exact), rtol=0.51 * torch.finfo(out).eps, atol=16 * summed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -544,7 +545,7 @@ def test_gradients_cross_dtypes(isa, layer_dtype):
     sources = [*CPU.mix(args, layer_dtype, None, Keep.SOURCES).kept]
     sources.insert(0, args.layers[PLANS["igva"].blocks[0][0].layer])
     actual = CPU.mix_weights_grad(grad_rows[..., 16:], [1], args.over_sources(sources))
-    torch.testing.assert_close(actual.double(), exact_weights, rtol=0.02, atol=0.02)
+    assert relative_error(actual, exact_weights) < 0.02
     signature = ((0, None, 1.0),)
     shape = LayerShape(3, 6, 16, layer_dtype)
     (actual,) = CPU.layer_grads(grad_rows, [signature], None, None, 0, shape)
@@ -641,7 +642,7 @@ def test_project_of_nothing_and_of_one_row(images, skip, products):
         out, _, z = CPU.project(args, None, weights, "gelu", keep, True)
         assert out.shape == (images, 6 - skip, 20)
         assert z.shape == (images * (6 - skip), 24)
-        torch.testing.assert_close(out.double(), plain_project(exact, None, weights, "gelu"), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(out.double(), plain_project(exact, None, weights, "gelu"), rtol=1e-5, atol=1e-5)
 
 
 CLIP = MixPlan.igva(24, 4, -2).compact()[1]
