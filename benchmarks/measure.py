@@ -85,7 +85,7 @@ class Timer(ABC):
             least: rounds, however long they take.
             most: rounds.
             twice: those that take a second turn at the end of each round; their times of a round follow one another.
-            beside: calls that take a turn in every other round only.
+            beside: calls that take a turn in the first two rounds and in every other one of the rest.
         """
         beside = beside or {}
         for copies in calls.values():
@@ -98,7 +98,7 @@ class Timer(ABC):
         while rounds < least or (rounds < most and time.perf_counter() - start < budget):
             for name in order if rounds % 2 == 0 else reversed(order):
                 marks[name].append(self.once(calls[name][rounds % len(calls[name])]))
-            for name, call in beside.items() if rounds % 2 == 0 else ():
+            for name, call in beside.items() if rounds < 2 or rounds % 2 == 0 else ():
                 marks[name].append(self.once(call))
             self.end_round()
             rounds += 1

@@ -111,7 +111,8 @@ def draw_roofline(rows: Sequence[Row]) -> Figure | None:
     figure, axes = _grid(len(dtypes))
     for axis, dtype in zip(axes, dtypes, strict=False):
         points = [r for r in found if r.dtype == dtype]
-        gbps, tflops = max(r.ceiling_gbps for r in points), max(r.ceiling_tflops for r in points)
+        gbps = max(r.ceiling_gbps for r in points)
+        tflops = max(max(r.ceiling_tflops, r.tflops or 0.0) for r in points)  # a provider's product may be the faster
         work = sorted({1e3 * r.tflops / r.gbps for r in points if r.tflops and r.gbps})
         xs = [work[0] / 2, 1e3 * tflops / gbps, work[-1] * 2]
         axis.plot(xs, [min(tflops, x * gbps / 1e3) for x in xs], color="black", linewidth=1.2)
@@ -162,7 +163,7 @@ def draw_speedups(rows: Sequence[Row]) -> Figure | None:
             colors.append("white" if row is None else _shade(row.speedup))
         cells.append(texts)
         shades.append(colors)
-    figure = Figure(figsize=(4.6 + 1.2 * len(providers), 0.6 + 0.25 * (len(lines) + 2)), layout="constrained")
+    figure = Figure(figsize=(max(4.6 + 1.2 * len(providers), 9.0), 0.6 + 0.25 * (len(lines) + 2)), layout="constrained")
     axis = figure.subplots()
     axis.axis("off")
     heads = [provider.replace("-", "\n", 1).replace("+", "\n+ ") for provider in providers]

@@ -312,8 +312,9 @@ def affordable(workloads: Sequence[Workload], rates: Mapping[str, float]) -> lis
         if slower > SLOWER and workload.has_products and not _is_small_block(workload):
             workload = _cheaper(workload, f"{workload.dtype} products of plain torch are {slower:.1f} x slower here")
         known = replace(workload, note="")
-        if known not in found or not workload.note:
-            found[known] = workload
+        if not workload.note:
+            found.pop(known, None)
+        found.setdefault(known, workload)
     return list(found.values())
 
 
