@@ -73,7 +73,7 @@ SANITIZE = LD_PRELOAD="$$(ldd $(SANITIZED)/igva_kernels/_native*.so | grep -oE '
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 IGVA_KERNELS_SANITIZE=1 PYTHONPATH=$(SANITIZED)
 
 sanitize: .venv-test/installed $(SANITIZED)/installed
-	$(RUN) "random calls, sanitized" -- env $(SANITIZE) $(TEST)/python tests/fuzz_cpu.py --calls 10000
+	$(RUN) "random calls, sanitized" -- env $(SANITIZE) $(TEST)/python tests/fuzz_cpu.py --calls 10000 --processes 2
 	$(RUN) "CPU tests, sanitized" -- env $(SANITIZE) $(TEST)/pytest $(PARALLEL) -o pythonpath= --capture=sys \
 		-m "not plain_memory and not slow" tests/test_cpu_backend.py tests/test_strides.py
 

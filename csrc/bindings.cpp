@@ -152,6 +152,10 @@ struct RowsByImage {
 };
 
 void check_image_index(const int64_t* image_index, int64_t batch, int64_t images) {
+  if (!image_index && batch > images) {
+    throw py::value_error("image_index: need one for " + std::to_string(batch) + " rows of " + std::to_string(images) +
+                          " images, got None");
+  }
   for (int64_t b = 0; image_index && b < batch; ++b) {
     if (image_index[b] < 0 || image_index[b] >= images) {
       throw py::value_error("image_index: need values from 0 to " + std::to_string(images - 1) +

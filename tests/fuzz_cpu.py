@@ -1,15 +1,18 @@
 """Random calls of the CPU operators, forward and backward, beside the reference in fp64; `make sanitize` runs 10,000.
 
-    python tests/fuzz_cpu.py --calls 1000 --seed 0 [--verbose]
+    python tests/fuzz_cpu.py --calls 1000 --seed 0 [--processes 2] [--verbose]
 
-A seed draws the same calls on every machine (but for its instruction sets), so that ``--verbose``, which prints a call
-before it runs, names the one that a sanitizer has ended. A wrong result is shrunk to a small call and printed.
+A seed, of which every process has its own, draws the same calls on every machine (but for its instruction sets):
+``--verbose``, which prints a call before it runs, names the one that a sanitizer has ended. A wrong result is shrunk
+to a small call and printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, replace
 from itertools import product
@@ -258,7 +261,7 @@ def fuzz(count: int, number: int, verbose: bool = False, progress: bool = False)
         check(call)
         done += times
         if progress and done % 1000 < times:
-            print(f"{done} calls in {time.perf_counter() - start:.0f} s", flush=True)
+            print(f"seed {number}: {done} calls in {time.perf_counter() - start:.0f} s", flush=True)
 
     try:
         one()
@@ -272,15 +275,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="random calls of the CPU operators beside the reference in fp64")
     parser.add_argument("--calls", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1, help="share the calls; the seeds are SEED, SEED + 1, ...")
     parser.add_argument("--verbose", action="store_true", help="print every call before it runs")
     options = parser.parse_args()
+    if options.processes > 1:
+        share = -(-options.calls // options.processes)
+        command = [sys.executable, __file__, "--calls", str(share), *["--verbose"] * options.verbose]
+        numbers = range(options.seed, options.seed + options.processes)
+        running = [subprocess.Popen([*command, "--seed", str(number)]) for number in numbers]
+        raise SystemExit(max(abs(process.wait()) for process in running))
     sanitizers = native.build_info().get("sanitizers") or "none"
     if os.environ.get("IGVA_KERNELS_SANITIZE") == "1" and sanitizers == "none":
         raise SystemExit(f"IGVA_KERNELS_SANITIZE=1, but {native.load()[0].__file__} was built without sanitizers")
     isas = ", ".join(native.load()[0].isas())
     print(f"{options.calls} calls, seed {options.seed}; {isas}; sanitizers: {sanitizers}", flush=True)
     fuzz(options.calls, options.seed, options.verbose, progress=True)
-    print("all right")
+    print(f"seed {options.seed}: all right")
 
 
 if __name__ == "__main__":

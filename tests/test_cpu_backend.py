@@ -231,6 +231,8 @@ def test_what_a_plan_names_must_have_been_handed_in():
             torch.ops.igva_kernels.layer_mix(states, weights, None, plan.code, 0, "nothing", "cpu")
     with pytest.raises(ValueError, match="plan: it names weight column 1, got 1"):
         CPU.layer_grads(torch.ones(1, 2, 8), [((0, 1, 1.0),)], weights, None, 0, LayerShape(1, 2, 8, torch.float32))
+    with pytest.raises(ValueError, match="image_index: need one for 3 rows of 1 images, got None"):
+        CPU.layer_grads(torch.ones(3, 2, 8), [((0, None, 1.0),)], None, None, 0, LayerShape(1, 2, 8, torch.float32))
 
 
 # ---- activations ---------------------------------------------------------------------------------------------------
@@ -660,6 +662,21 @@ def test_inference_at_real_widths_needs_less_than_64_mib_beside_the_output(dtype
     (out, _, _), memory = measure_memory(lambda: CPU.project(args, None, weights, "gelu", Keep.NOTHING, False))
     assert memory.kept <= out.nbytes + 4096
     assert memory.peak <= out.nbytes + (64 << 20)
+
+
+# ---- anything ------------------------------------------------------------------------------------------------------
+
+
+def test_random_calls_agree_with_the_reference_in_fp64():
+    """A few; `make sanitize` runs 10,000 under AddressSanitizer and UBSan."""
+    from fuzz_cpu import fuzz
+
+    fuzz(200, number=1)
+
+
+@pytest.mark.skipif(os.environ.get("IGVA_KERNELS_SANITIZE") != "1", reason="not `make sanitize`")
+def test_the_sanitizers_are_in_the_module_that_is_tested():
+    assert native.build_info()["sanitizers"] == "address,undefined"
 
 
 # ---- OpenMP --------------------------------------------------------------------------------------------------------
