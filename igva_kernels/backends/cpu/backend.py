@@ -176,8 +176,8 @@ class CpuBackend(Backend):
         # Mixed rows that are not kept lie where the output of their block will, if it is as large: nobody reads them
         # any more when it is written, and every page of fresh memory takes time.
         lent = own and weight2 is not None and row_width * size <= width * dtype.itemsize
-        limit = SCRATCH_BYTES // max(1, size * (hidden + (0 if lent else row_width)))
-        step = gemm.block_rows(total, max(16, limit))
+        row_bytes = size * (hidden + (0 if lent else row_width))
+        step = gemm.block_rows(total, max(16, SCRATCH_BYTES // max(1, row_bytes)))
         x_rows = weight1.new_empty((min(step, total), row_width), dtype=block_dtype) if own and not lent else None
         y_rows = None if weight2 is None else weight1.new_empty((min(step, total), hidden), dtype=block_dtype)
         for start in range(0, total, step):
