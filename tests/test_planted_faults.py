@@ -33,7 +33,7 @@ def caught(monkeypatch, case, dtype, seed, run):
 
     with monkeypatch.context() as patch:
         patch.setattr(Case, "run", planted)
-        patch.setattr(testing, "MAX_DRAWS", 8)  # 128 would say the same, and take long
+        patch.setattr(testing, "MAX_DRAWS", 8)  # 256 would say the same, and take long
         (row,) = verify.judge(case, dtype, ["cpu"], "cpu", seed)
     wrong = {verdict.name for verdict in row.verdicts if not verdict.ok}
     assert row.ok == (not wrong)

@@ -141,8 +141,10 @@ def test_a_trainable_tower_gets_every_gradient_also_with_checkpointing(tower, pi
         row.square().sum().backward()
         grads.append({name: p.grad.clone() for name, p in tower.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
+    # Some, as those of the keys' biases, are zero but for rounding: that of what cancels in them.
+    largest = max(grad.abs().max().item() for grad in grads[0].values())
     for name in grads[0]:
-        torch.testing.assert_close(grads[1][name], grads[0][name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(grads[1][name], grads[0][name], rtol=1e-3, atol=5e-6 * largest)
 
 
 def test_checkpointed_layers_that_run_again_in_the_backward_are_not_counted(tower, pixels):

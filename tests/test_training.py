@@ -223,7 +223,7 @@ class TestAssembly:
         upgraded = load(tmp_path / "upgraded").eval()
         batch = some_batch(inputs)
         expected = llava(**{name: value for name, value in batch.items() if name != "sentence_embeds"})
-        torch.testing.assert_close(upgraded(**batch).logits, expected.logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(upgraded(**batch).logits, expected.logits, rtol=1e-4, atol=3e-5)
 
 
 class TestSameTraining:
@@ -281,7 +281,7 @@ class TestLora:
         batch = some_batch(inputs)
         adapted = model(**batch)
         merged = model.merge_and_unload()
-        torch.testing.assert_close(merged(**batch).logits, adapted.logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(merged(**batch).logits, adapted.logits, rtol=1e-4, atol=3e-5)
         merged.save_pretrained(tmp_path / "merged")
         torch.testing.assert_close(
             load(tmp_path / "merged").eval()(**batch).logits, adapted.logits, rtol=1e-4, atol=1e-5

@@ -50,7 +50,7 @@ def test_what_is_right_is_drawn_until_there_are_enough_numbers(elements, expecte
     assert count == expected
 
 
-@pytest.mark.parametrize(("elements", "expected"), [(4, 128), (2**17, 8)])
+@pytest.mark.parametrize(("elements", "expected"), [(4, 256), (2**17, 8)])
 def test_what_is_wrong_is_drawn_until_luck_is_ruled_out(elements, expected):
     oracle = torch.ones(elements, dtype=torch.float64)
     verdict, count = judge_all(oracle + 3e-3, oracle, oracle + 1e-3)
@@ -61,7 +61,7 @@ def test_what_is_wrong_is_drawn_until_luck_is_ruled_out(elements, expected):
 @pytest.mark.parametrize("tail", [0.0, 1.0], ids=["even", "heavy tails"])
 @pytest.mark.parametrize("elements", [1, 4, 96])
 def test_luck_decides_nothing(elements, tail):
-    """Kernels with 1.3 times the error of plain torch are right, those with 4 times are wrong, whatever the draws."""
+    """Kernels with 1.3 times the error of plain torch are right, those with ten times are wrong, whatever the draws."""
 
     def verdict(ratio):
         judge = Judge(torch.float32)
@@ -73,7 +73,7 @@ def test_luck_decides_nothing(elements, tail):
         return judge.verdicts[0].ok
 
     assert all(verdict(1.3) for _ in range(100))
-    assert not any(verdict(10.0) for _ in range(20))
+    assert not any(verdict(10.0) for _ in range(5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
