@@ -33,7 +33,7 @@ def small_cases():
             yield pytest.param(case, dtype, id=f"{case.name}-{dtype}", marks=marks)
 
 
-@pytest.mark.parametrize(("case", "dtype"), small_cases())
+@pytest.mark.parametrize(("case", "dtype"), [*small_cases()])
 def test_values_and_every_gradient_obey_the_error_rule(case, dtype, monkeypatch):
     # The interpreter is slow; the CPU and GPU tests judge the gradient of mix_weights on all draws.
     monkeypatch.setattr(verify, "MIX_WEIGHT_DRAWS", 2)
