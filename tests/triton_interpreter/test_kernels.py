@@ -21,8 +21,8 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 QUICK = {
     "fp32": {case.name for case in verify.SMALL_CASES},
-    "bf16": {"igva, trainable tower", "odd sizes", "several instructions an image", "concat + LayerNorm", "gelu_tanh"},
-    "fp16": {"weighted sum + norm", "relu", "mix alone"},
+    "bf16": {"igva, trainable tower", "several instructions an image", "gelu_tanh"},
+    "fp16": {"weighted sum + norm", "odd sizes", "mix alone"},
 }
 """What ``make test`` judges; the interpreter is slow, and slowest in bf16."""
 
@@ -34,7 +34,7 @@ def small_cases():
             yield pytest.param(case, dtype, id=f"{case.name}-{dtype}", marks=marks)
 
 
-@pytest.mark.parametrize(("case", "dtype"), small_cases())
+@pytest.mark.parametrize(("case", "dtype"), [*small_cases()])
 def test_values_and_every_gradient_obey_the_error_rule(case, dtype):
     for row in verify.judge(case, dtype, ["triton"], "cpu", seeded()):
         assert row.ok, str(row.worst)
