@@ -3,7 +3,8 @@
 #   make demo                           a LLaVA-IGVA model about a photograph, plain beside fused
 #   make demo ARGS="--image cat.jpg"    the same about yours; see: igva-kernels demo --help
 #   make test                           ruff, mypy and the tests
-#   make test-all                       the slow tests too, the oldest transformers that is supported, and patching on 4.x
+#   make test-all                       the slow tests too, every instruction set of this CPU, the sanitizers, the CUDA module
+#                                       for every architecture, the oldest transformers that is supported, and patching on 4.x
 #   make sanitize                       the CPU kernels under AddressSanitizer and UBSan: their tests, and 10,000 random calls
 #   make compatibility                  docs/compatibility.md: which transformers models can be patched, in three versions
 #   make bench                          the benchmark suite on this CPU, or on its GPU (8 to 10 minutes); pictures
@@ -20,25 +21,50 @@ TRANSFORMERS_4 := 4.57.6
 BUILD := pyproject.toml setup.py CMakeLists.txt igva_kernels/version.py $(shell find csrc -type f)
 PYTHON_FILES := $(shell find igva_kernels -name '*.py' -o -name '*.json' -not -name build_info.json)
 TEST := .venv-test/bin
-# The CUDA module compiles for minutes, which a machine without a GPU need not wait for.
+# The CUDA module compiles for minutes, which a machine without a GPU need not wait for: its sources are compiled by
+# their tests, for one architecture in `make test` and for all of them in `make test-all`.
 NO_CUDA := $(if $(shell command -v nvidia-smi),,IGVA_KERNELS_SKIP_CUDA=1)
 
-# Two processes: a test waits for compilers and for Python more than it computes.
-PARALLEL := -n 2 --dist loadfile
+# Two processes: a test waits for compilers and for Python more than it computes. Whoever is done takes over from the
+# other one's end, so that no long file is left to one of them.
+PARALLEL := -n 2 --dist worksteal
 
-.PHONY: demo test test-all sanitize compatibility lint bench plots learn clean
+# What runs says so, and how long it took; the summary knows its steps by the start of this make.
+export MAKE_STARTED := $(shell date +%s)
+export MAKE_GOAL := $(MAKECMDGOALS)
+STEPS := @$(PYTHON) tools/steps.py
+RUN := $(STEPS) run
+
+.PHONY: demo test test-all isas sanitize compatibility lint bench plots learn clean
 
 demo: .venv-demo/installed
-	.venv-demo/bin/igva-kernels demo $(ARGS)
+	$(RUN) "demo" -- .venv-demo/bin/igva-kernels demo $(ARGS)
+	$(STEPS) summary
 
 test: lint
-	TRITON_INTERPRET=1 $(TEST)/pytest $(PARALLEL) tests/triton_interpreter $(ARGS)
-	$(TEST)/pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
+	$(RUN) "Triton kernels, interpreted" -- env TRITON_INTERPRET=1 $(TEST)/pytest $(PARALLEL) -m "not slow" \
+		tests/triton_interpreter $(ARGS)
+	$(RUN) "tests" -- $(TEST)/pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
+	$(STEPS) summary
 
-test-all: test sanitize .venv-oldest/installed .venv-transformers4/installed
-	$(TEST)/pytest $(PARALLEL) -m "slow and not gpu" $(ARGS)
-	.venv-oldest/bin/pytest $(PARALLEL) -m "not gpu" -k "model or patch or demo or training" $(ARGS)
-	.venv-transformers4/bin/pytest tests/test_patch_transformers.py $(ARGS)
+test-all: test isas sanitize .venv-oldest/installed .venv-transformers4/installed
+	$(RUN) "Triton kernels, interpreted, slow" -- env TRITON_INTERPRET=1 $(TEST)/pytest $(PARALLEL) -m slow \
+		tests/triton_interpreter $(ARGS)
+	$(RUN) "slow tests" -- $(TEST)/pytest $(PARALLEL) -m "slow and not gpu" $(ARGS)
+	$(RUN) "transformers $(OLDEST_TRANSFORMERS)" -- .venv-oldest/bin/python -m pytest $(PARALLEL) -m "not slow and not gpu" \
+		-k "model or patch or demo or training" $(ARGS)
+	$(RUN) "transformers $(TRANSFORMERS_4)" -- .venv-transformers4/bin/python -m pytest $(PARALLEL) \
+		tests/test_patch_transformers.py $(ARGS)
+	$(STEPS) summary
+
+# Every instruction set of this CPU below the best one, which `make test` took; tests/conftest.py holds torch's libraries
+# to the same.
+CPU_TESTS := tests/test_cpu_backend.py tests/test_strides.py tests/test_ops.py tests/test_nn.py
+isas: .venv-test/installed
+	@for isa in $$($(TEST)/python -c "from igva_kernels import native; print(*native.load()[0].isas()[:-1])"); do \
+		$(PYTHON) tools/steps.py run "CPU tests on $$isa" -- env IGVA_KERNELS_CPU_ISA=$$isa \
+			$(TEST)/pytest $(PARALLEL) -m "not slow and not gpu" $(CPU_TESTS) $(ARGS) || exit; \
+	done
 
 # Python is not built for the sanitizers, so their runtimes come first; what it and torch never free is not ours. Tests of
 # time and memory measure the sanitizers.
@@ -47,20 +73,22 @@ SANITIZE = LD_PRELOAD="$$(ldd $(SANITIZED)/igva_kernels/_native*.so | grep -oE '
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 IGVA_KERNELS_SANITIZE=1 PYTHONPATH=$(CURDIR)/$(SANITIZED)
 
 sanitize: .venv-test/installed $(SANITIZED)/installed
-	$(SANITIZE) $(TEST)/python tests/fuzz_cpu.py --calls 10000 --processes 2
-	$(SANITIZE) $(TEST)/pytest $(PARALLEL) -o pythonpath= --capture=sys -m "not plain_memory" tests/test_cpu_backend.py tests/test_strides.py
+	$(RUN) "random calls, sanitized" -- env $(SANITIZE) $(TEST)/python tests/fuzz_cpu.py --calls 10000 --processes 2
+	$(RUN) "CPU tests, sanitized" -- env $(SANITIZE) $(TEST)/pytest $(PARALLEL) -o pythonpath= --capture=sys \
+		-m "not plain_memory and not slow" tests/test_cpu_backend.py tests/test_strides.py
 
 $(SANITIZED)/installed: $(BUILD) $(PYTHON_FILES) .venv-test/installed
-	IGVA_KERNELS_SANITIZE=1 $(TEST)/python -m pip install --quiet --no-deps --upgrade --target $(SANITIZED) .
+	$(RUN) "compiling with sanitizers" -- env IGVA_KERNELS_SANITIZE=1 \
+		$(TEST)/python -m pip install --quiet --no-deps --upgrade --target $(SANITIZED) .
 	touch $@
 
 compatibility: .venv-test/installed .venv-oldest/installed .venv-transformers4/installed
 	$(TEST)/python tests/compatibility.py $(TEST)/python .venv-oldest/bin/python .venv-transformers4/bin/python
 
 lint: .venv-test/installed
-	$(TEST)/ruff check .
-	$(TEST)/ruff format --check .
-	$(TEST)/mypy
+	$(RUN) "ruff" -- $(TEST)/ruff check .
+	$(RUN) "ruff format" -- $(TEST)/ruff format --check .
+	$(RUN) "mypy" -- $(TEST)/mypy
 
 bench: .venv-test/installed
 	$(TEST)/python -m benchmarks --plots $(ARGS)
@@ -74,27 +102,22 @@ learn: .venv-test/installed
 clean:
 	rm -rf .venv-demo .venv-test .venv-oldest .venv-transformers4
 
+# The sizes are those of torch for CPUs.
 .venv-test/installed: constraints.txt $(BUILD)
-	$(PYTHON) -m venv .venv-test
-	.venv-test/bin/python -m pip install --quiet -c constraints.txt -e ".[test]"
-	touch $@
+	@$(NO_CUDA) $(PYTHON) tools/steps.py install .venv-test test --editable --megabytes 670 2400
+	@touch $@
 
 .venv-demo/installed: constraints.txt $(BUILD) $(PYTHON_FILES)
-	$(PYTHON) -m venv .venv-demo
-	$(NO_CUDA) .venv-demo/bin/python -m pip install --quiet -c constraints.txt ".[demo]"
-	touch $@
+	@$(NO_CUDA) $(PYTHON) tools/steps.py install .venv-demo demo --megabytes 630 2200
+	@touch $@
 
-.venv-oldest/installed: constraints.txt $(BUILD) $(PYTHON_FILES)
-	$(PYTHON) -m venv .venv-oldest
-	grep -vE '^(transformers|huggingface_hub)==' constraints.txt > .venv-oldest/constraints.txt
-	$(NO_CUDA) .venv-oldest/bin/python -m pip install --quiet -c .venv-oldest/constraints.txt \
-		".[test]" transformers==$(OLDEST_TRANSFORMERS)
-	touch $@
+# These have all of .venv-test below them, the kernels too.
+.venv-oldest/installed: .venv-test/installed
+	$(STEPS) layer .venv-oldest .venv-test transformers==$(OLDEST_TRANSFORMERS) --free transformers huggingface_hub
+	@touch $@
 
-# The reference model needs transformers 5; patching does not.
-.venv-transformers4/installed: constraints.txt $(BUILD) $(PYTHON_FILES)
-	$(PYTHON) -m venv .venv-transformers4
-	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > .venv-transformers4/constraints.txt
-	$(NO_CUDA) .venv-transformers4/bin/python -m pip install --quiet -c .venv-transformers4/constraints.txt \
-		. transformers==$(TRANSFORMERS_4) accelerate peft pytest pillow
-	touch $@
+# The reference model needs transformers 5; patching does not. Nor does it need sentence-transformers, which pip misses.
+.venv-transformers4/installed: .venv-test/installed
+	$(STEPS) layer .venv-transformers4 .venv-test transformers==$(TRANSFORMERS_4) \
+		--free transformers huggingface_hub tokenizers
+	@touch $@

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import subprocess
 import sys
 import time
@@ -14,20 +15,33 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from benchmarks import report
-from benchmarks.measure import ROOT, Figures, Machine, Refused, measure, timer_for
-from benchmarks.providers import PLAIN, Provider, providers
-from benchmarks.results import RESULTS, Environment, Row, append, compare, default_path, environment, read, row_of
-from benchmarks.workloads import Workload, suite
+from benchmarks.measure import CALLS, COMPILING, ROOT, Figures, Machine, Refused, measure, timer_for
+from benchmarks.providers import PLAIN, Provider, plain_rate, providers
+from benchmarks.results import (
+    RESULTS,
+    Environment,
+    Row,
+    append,
+    check_machine,
+    compare,
+    default_path,
+    environment,
+    read,
+    row_of,
+)
+from benchmarks.workloads import Workload, affordable, suite
 from igva_kernels.verify import DTYPES
 
 SECONDS = {"cpu": 540, "cuda": 450}
-"""After which no further workload is begun; the last one may take half a minute."""
+"""Which are shared out over the workloads; one that no longer fits is not begun."""
+LEAST = 0.4
+"""Part of the time that a workload wants which it cannot do without."""
 BUDGETS = {"full": {"cpu": 1.5, "cuda": 0.5}, "quick": {"cpu": 1.0, "cuda": 0.3}, "shapes": {"cpu": 1.0, "cuda": 0.3}}
-"""Seconds of the rounds of a workload; slow ones take three rounds however long."""
+"""Seconds of the rounds of a workload; slow ones take two rounds however long."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,13 +55,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.suite != "none":
         env = environment(args.device)
         path = args.output or (None if args.suite == "quick" else default_path(env))
+        try:
+            if path:
+                check_machine(path, [env.machine])
+        except ValueError as error:
+            print(f"benchmarks: {error}", file=sys.stderr)
+            return 2
         earlier = read(path) if path else []
+        # A GPU multiplies fast in every dtype of the suite.
+        rates = {name: plain_rate("cpu", dtype) for name, dtype in DTYPES.items()} if args.device == "cpu" else {}
         chosen = [
             workload for workload in suite(args.suite, args.device)
             if _is_named(workload.name, args.workload) and (not args.dtype or workload.dtype in args.dtype)
         ]  # fmt: skip
+        if rates and not args.dtype:
+            chosen = affordable(chosen, rates)
+        costs = [_cost(workload, args.device, rates) for workload in chosen]
         budget, seconds = BUDGETS[args.suite][args.device], args.seconds or SECONDS[args.device]
-        rows, wrong = run(chosen, args.provider, args.device, budget, seconds, env, path, console)
+        rows, wrong = run(chosen, args.provider, args.device, budget, seconds, env, path, console, costs)
         console.print(f"written: {path}" if path else "nothing written; name a file with --output")
         if args.compare:
             try:
@@ -57,13 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 2
     if args.plots:
         for written in report.write(RESULTS, RESULTS.parent / "RESULTS.md", ROOT / "README.md"):
-            console.print(f"written: {written}", highlight=False)
+            console.print(f"written: {written}", highlight=False, soft_wrap=True)
     return 1 if wrong else 0
 
 
 def run(
     workloads: Sequence[Workload], names: Sequence[str], device: str, budget: float, seconds: float,
-    env: Environment, path: Path | None, console: Console,
+    env: Environment, path: Path | None, console: Console, costs: Sequence[float] | None = None,
 ) -> tuple[list[Row], int]:  # fmt: skip
     """Measures workloads and adds to the CSV as it goes.
 
@@ -76,34 +101,41 @@ def run(
         env: what goes into the rows.
         path: the CSV, or None.
         console: where progress and figures go.
+        costs: seconds that each workload wants; the time is shared out in proportion, and what one leaves of its share
+            is shared by those that follow. The same for all where it is not given.
 
     Returns:
         The rows, and how many providers failed their check.
     """
     deadline = time.monotonic() + seconds
+    costs = [1.0] * len(workloads) if costs is None else costs
     timer, machine = timer_for(device), Machine(device)
     rows: list[Row] = []
     wrong = 0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn())  # fmt: skip
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(workloads))
+        task = progress.add_task("", total=sum(costs))
         progress.console.print(
-            f"{env.device}, {env.threads} threads, torch {env.torch}, revision {env.revision}", highlight=False
-        )
+            f"{env.machine}, torch {env.torch}, revision {env.revision}; {len(workloads)} workloads in at most "
+            f"{_clock(seconds)}", highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        left_out = []
         for at, workload in enumerate(workloads):
-            if time.monotonic() > deadline:
-                left = ", ".join(workload.title for workload in workloads[at:])
-                progress.console.print(f"[bold]out of time, left out:[/] {left}", highlight=False)
-                break
-            progress.update(task, description=workload.title, completed=at)
+            left = deadline - time.monotonic()
+            if left < LEAST * costs[at]:
+                left_out.append(workload.title)
+                continue
+            what = f"{at + 1} of {len(workloads)}, {_clock(left)} left: {workload.title}"
+            progress.update(task, description=what, completed=sum(costs[:at]))
+            progress.console.print(f"[dim]{what}[/] {workload.note}", highlight=False, soft_wrap=True)
+            share = left * costs[at] / sum(costs[at:])
             torch.compiler.reset()  # each workload compiles anew; the compiler would give up after a few
             found: list[Row] = []
             try:
-                for result in measure(workload, _chosen(workload, names, device), timer, machine, budget):
+                for result in measure(workload, _chosen(workload, names, device), timer, machine, budget, share):
                     if isinstance(result, Refused):
                         # torch.compile may add in a worse order than plain torch: not recorded, and not ours to mend.
-                        wrong += result.is_wrong and not result.provider.name.endswith("-compiled")
+                        wrong += result.is_wrong and not result.provider.is_compiled
                         progress.console.print(_refusal(result), highlight=False, soft_wrap=True)
                     else:
                         found.append(_noted(result, env, progress.console))
@@ -120,6 +152,10 @@ def run(
             gc.collect()
             if device == "cuda":
                 torch.cuda.empty_cache()
+        if left_out:
+            progress.console.print(
+                f"[bold]out of time, left out:[/] {', '.join(left_out)}", highlight=False, soft_wrap=True
+            )
     return rows, wrong
 
 
@@ -146,6 +182,17 @@ def _is_named(name: str, patterns: Sequence[str]) -> bool:
     return not patterns or any(fnmatch(name, pattern) for pattern in patterns)
 
 
+def _cost(workload: Workload, device: str, rates: Mapping[str, float]) -> float:
+    """Seconds that a workload wants, roughly: all providers, a few as slow as plain torch, and what is compiled."""
+    compiled = sum(provider.is_compiled for provider in providers(workload, device).values())
+    plain = workload.plain_flops / rates.get(workload.dtype, math.inf)
+    return 3.0 + COMPILING * compiled + 5 * CALLS * plain
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
+
+
 def _chosen(workload: Workload, names: Sequence[str], device: str) -> Mapping[str, Provider]:
     found = providers(workload, device)
     return {name: provider for name, provider in found.items() if name == PLAIN or _is_named(name, names)}
@@ -163,7 +210,7 @@ def _noted(figures: Figures, env: Environment, console: Console) -> Row:
 
 
 def _refusal(refused: Refused) -> str:
-    answer = "[bold red]WRONG, not recorded[/]" if refused.is_wrong else "cannot serve"
+    answer = "[bold red]WRONG, not recorded[/]" if refused.is_wrong else "left out"
     return f"{refused.workload.title:42} {refused.provider.label:36} {answer}: {refused.reason}"
 
 

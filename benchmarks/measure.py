@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median, quantiles
@@ -24,14 +24,22 @@ from torch import Tensor
 
 from benchmarks.providers import PLAIN, Call, Provider, bind, products, providers
 from benchmarks.workloads import Connector, Model, Workload, clones
-from igva_kernels.testing import Memory, Verdict, capture, judge, measure_memory
+from igva_kernels.testing import (
+    ENOUGH_ELEMENTS,
+    Memory,
+    Verdict,
+    capture,
+    judge,
+    measure_memory,
+    relative_error,
+)
 from igva_kernels.verify import MIX_WEIGHTS_GRAD, Inputs
 
 ROOT = Path(__file__).parent.parent
 
 GROSS_ERROR = 0.25
-"""Of the gradient of mix_weights: a few numbers from millions of cancelling products, whose error in one draw is mostly
-luck. Here only a gross mistake is caught; ``igva-kernels verify`` judges it by the rule, on several draws."""
+"""Of a result of few numbers, as the gradient of mix_weights: the error of one draw is mostly luck, so that here only a
+gross mistake is caught. ``igva-kernels verify`` judges it by the rule, on several draws."""
 
 
 # ---- time ------------------------------------------------------------------------------------------------------------
@@ -40,8 +48,11 @@ luck. Here only a gross mistake is caught; ``igva-kernels verify`` judges it by 
 class Timer(ABC):
     """Seconds of calls, in rounds."""
 
+    device: ClassVar[str] = "cpu"
     timings: ClassVar[tuple[str, ...]] = ("eager",)
     """How calls can run: "eager", and on a GPU as replays of a "graph"."""
+    compiles = False
+    """Whether the first call of any provider may compile kernels, and so does not tell what a call costs."""
     copies_bytes = 0
     """Draws of the inputs are rotated until together they hold as much, so that no call finds its inputs in a cache."""
 
@@ -59,23 +70,36 @@ class Timer(ABC):
         """What the marks say."""
 
     def in_turn(
-        self, calls: Mapping[str, Sequence[Call]], budget: float, least: int = 3, most: int = 40
-    ) -> dict[str, list[float]]:
+        self, calls: Mapping[str, Sequence[Call]], budget: float, least: int = 3, most: int = 40,
+        twice: Collection[str] = (), beside: Mapping[str, Call] | None = None,
+    ) -> dict[str, list[float]]:  # fmt: skip
         """Seconds of every round by name, as many rounds as the budget of seconds allows.
 
         Every other round runs backwards, so that no provider always has the same one before it; the copies of a call,
         each on its own inputs, take turns. What a first call does once is done before: ``calls`` ran in their check,
         and copies run here once without being counted.
+
+        Args:
+            calls: by name.
+            budget: seconds.
+            least: rounds, however long they take.
+            most: rounds.
+            twice: those that take a second turn at the end of each round; their times of a round follow one another.
+            beside: calls that take a turn in the first two rounds and in every other one of the rest.
         """
+        beside = beside or {}
         for copies in calls.values():
             for call in copies[1:]:
                 self.once(call)
-        marks: dict[str, list[Any]] = {name: [] for name in calls}
+        marks: dict[str, list[Any]] = {name: [] for name in (*calls, *beside)}
+        order = [*calls, *reversed([name for name in calls if name in twice])]
         start = time.perf_counter()
         rounds = 0
         while rounds < least or (rounds < most and time.perf_counter() - start < budget):
-            for name in list(calls) if rounds % 2 == 0 else reversed(list(calls)):
+            for name in order if rounds % 2 == 0 else reversed(order):
                 marks[name].append(self.once(calls[name][rounds % len(calls[name])]))
+            for name, call in beside.items() if rounds < 2 or rounds % 2 == 0 else ():
+                marks[name].append(self.once(call))
             self.end_round()
             rounds += 1
         return {name: self.seconds(found) for name, found in marks.items()}
@@ -107,7 +131,9 @@ class CudaTimer(Timer):
     that head start.
     """
 
+    device = "cuda"
     timings = ("eager", "graph")
+    compiles = True
 
     def __init__(self) -> None:
         self.copies_bytes = 3 * torch.cuda.get_device_properties(0).L2_cache_size
@@ -174,25 +200,38 @@ def memory_of(call: Callable[[], Any], device: str) -> tuple[Any, Memory]:
     return result, Memory(torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before)
 
 
-def fresh_peak(workload: Model, name: str) -> int:
-    """Peak bytes of a model's call in a process of its own, where nothing was allocated before."""
+class Used(NamedTuple):
+    """Memory of a provider."""
+
+    peak: int | None = None
+    """Most bytes that a call holds beyond inputs and results."""
+    kept: int | None = None
+    """Bytes for the backward beyond the output."""
+
+
+def fresh_peaks(workload: Model, names: Sequence[str]) -> dict[str, int]:
+    """Peak bytes of a model's calls in a process of their own, where nothing was allocated before."""
     identity = json.dumps({field.name: getattr(workload, field.name) for field in fields(workload)})
-    command = [sys.executable, "-m", "benchmarks.measure", identity, name]
+    command = [sys.executable, "-m", "benchmarks.measure", identity, *names]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
-    return int(done.stdout.split()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def _print_peak(identity: str, name: str) -> None:
+def _print_peaks(identity: str, *names: str) -> None:
     workload = Model(**json.loads(identity))
-    call = providers(workload, "cpu")[name].bind(draw(workload, "cpu")).call
-    call()  # what torch allocates once and keeps does not count
-    print(memory_of(call, "cpu")[1].peak)
+    inputs, available = draw(workload, "cpu"), providers(workload, "cpu")
+    peaks = {}
+    for name in names:
+        call = available[name].bind(inputs).call
+        call()  # what torch allocates once and keeps does not count
+        peaks[name] = memory_of(call, "cpu")[1].peak
+    print(json.dumps(peaks))
 
 
 # ---- the machine's own -----------------------------------------------------------------------------------------------
 
 
-CEILING_SIZES = {"cpu": (2**28, (2048, 4096, 2048)), "cuda": (2**30, (8192, 8192, 8192))}
+CEILING_SIZES = {"cpu": (2**28, (1024, 4096, 2048)), "cuda": (2**30, (8192, 8192, 8192))}
 """Bytes that are copied, far beyond any cache, and ``(m, n, k)`` of the product."""
 
 
@@ -275,9 +314,18 @@ class Refused:
     """Whether it failed, in its check or before, rather than that it cannot serve."""
 
 
+SLOW = 0.5
+"""Seconds of a call above which the calls that take under a quarter of it have two turns a round."""
+CALLS = 3
+"""Of a provider whose call is slow: its check, in which its memory is counted, and two rounds."""
+COMPILING = 15.0
+"""Seconds that a compiled form takes to compile, roughly, on a CPU."""
+
+
 def measure(
-    workload: Workload, chosen: Mapping[str, Provider], timer: Timer, machine: Machine, budget: float
-) -> Iterator[Figures | Refused]:
+    workload: Workload, chosen: Mapping[str, Provider], timer: Timer, machine: Machine, budget: float,
+    share: float = math.inf,
+) -> Iterator[Figures | Refused]:  # fmt: skip
     """Judges every provider, times those that are right in turn, and counts their memory.
 
     Args:
@@ -286,84 +334,135 @@ def measure(
         timer: of the device.
         machine: where it is measured.
         budget: seconds of the rounds.
+        share: seconds for all of it. Where they run short there are fewer rounds, and extra providers are left out.
     """
+    start = time.perf_counter()
     inputs = draw(workload, machine.device)
     exact = exact_results(workload, inputs)
     samples = rotated(workload, inputs, timer)
-    worst: dict[str, Verdict] = {}
-    notes: dict[str, str] = {}
     for timing in timer.timings:
-        calls: dict[str, list[Call]] = {}
-        plain: dict[str, Tensor] = {}
-        for name, provider in chosen.items():
+        right: dict[str, Checked] = {}
+        plain: Mapping[str, Tensor] = {}
+        for name, provider in sorted(chosen.items(), key=lambda item: item[1].is_extra):
             if timing == "graph" and not (provider.in_graph and workload.mode == "forward"):
                 continue
-            try:
-                prepared: list[Call] = []
-                for sample in samples:
-                    bound = provider.bind(sample)
-                    prepared.append(timer.prepare(bound.call, timing))
-                results = prepared[0]()
-            except RuntimeError as error:
-                cannot = isinstance(error, (NotImplementedError, torch.OutOfMemoryError))
-                yield Refused(workload, provider, timing, str(error).splitlines()[0], not cannot)
+            left = share - (time.perf_counter() - start)
+            if provider.is_extra and left < _still_to_come(right, provider):
+                yield Refused(workload, provider, timing, "too slow for the time that there is", False)
                 continue
-            notes[name] = bound.note
-            if not provider.is_floor:
-                plain = results if name == PLAIN else plain
-                found = verdicts(workload, results, exact, plain or results)
-                wrong = [verdict for verdict in found if not verdict.ok]
-                if wrong:
-                    yield Refused(workload, provider, timing, str(wrong[0]), True)
-                    continue
-                worst[name] = max(
-                    (v for v in found if v.name != MIX_WEIGHTS_GRAD), key=lambda verdict: verdict.error / verdict.budget
-                )
-            calls[name] = prepared
-        if PLAIN not in calls:
+            checked = check(workload, provider, samples, timer, timing, exact, plain)
+            if isinstance(checked, Refused):
+                yield checked
+                continue
+            if name == PLAIN:
+                plain = checked.results
+            right[name] = checked._replace(results={})
+            del checked
+        if PLAIN not in right:
             continue
-        results = plain = {}  # not alive while memory is counted
-        limits = machine.calls(workload.torch_dtype)
-        times = timer.in_turn(calls | {name: [call] for name, call in limits.items()}, budget)
+        plain = {}
+        right = {name: right[name] for name in chosen if name in right}
+        turn = sum(one.seconds for one in right.values())
+        slowest = max(one.seconds for one in right.values())
+        left = share - (time.perf_counter() - start)
+        times = timer.in_turn(
+            {name: one.calls for name, one in right.items()}, min(budget, left), 3 if 3 * turn < left else 2,
+            twice=[name for name, one in right.items() if slowest > SLOW and one.seconds < slowest / 4],
+            beside=machine.calls(workload.torch_dtype),
+        )  # fmt: skip
         ceilings = machine.ceilings(times)
-        for name in calls:
-            yield _figures(workload, chosen[name], timing, times[name], times[PLAIN], ceilings, inputs,
-                           machine.device, worst.get(name), notes[name])  # fmt: skip
-        del calls
+        peaks: Mapping[str, int] = {}
+        if _needs_a_fresh_process(workload, machine.device):
+            assert isinstance(workload, Model)
+            peaks = fresh_peaks(workload, [name for name in right if not chosen[name].is_floor])
+        for name, one in right.items():
+            note = workload.note if name == PLAIN else one.note
+            used = Used(peaks[name]) if name in peaks else one.used
+            yield _figures(workload, chosen[name], timing, times[name], times[PLAIN], ceilings, used, one.verdict, note)
+        del right
         gc.collect()
+
+
+def _needs_a_fresh_process(workload: Workload, device: str) -> bool:
+    return isinstance(workload, Model) and workload.task == "tower" and device == "cpu"
+
+
+def _still_to_come(right: Mapping[str, Checked], provider: Provider) -> float:
+    """Seconds that those which were checked need yet, and those of one more that is as slow as plain torch."""
+    compiling = COMPILING if provider.is_compiled else 0.0
+    plain = right[PLAIN].seconds if PLAIN in right else 0.0
+    return (CALLS - 1) * sum(one.seconds for one in right.values()) + CALLS * plain + compiling
+
+
+class Checked(NamedTuple):
+    """A provider that is right."""
+
+    calls: Sequence[Call]
+    """On each draw."""
+    seconds: float
+    """Of a call."""
+    results: Mapping[str, Tensor]
+    used: Used
+    verdict: Verdict | None
+    """On the result nearest to its budget; None for a floor."""
+    note: str
+
+
+def check(
+    workload: Workload, provider: Provider, samples: Sequence[Any], timer: Timer, timing: str,
+    exact: Mapping[str, Tensor], plain: Mapping[str, Tensor],
+) -> Checked | Refused:  # fmt: skip
+    """Calls a provider, counts its memory and judges what it returns; ``plain`` is empty for plain torch itself."""
+    used = Used()
+    try:
+        calls: list[Call] = []
+        for sample in samples:
+            bound = provider.bind(sample)
+            calls.append(timer.prepare(bound.call, timing))
+        if provider.is_compiled or timer.compiles or workload.first_differs:
+            calls[0]()
+        start = time.perf_counter()
+        results, memory = memory_of(calls[0], timer.device)
+        seconds = time.perf_counter() - start
+        if timing == "eager" and (workload.is_model or not provider.is_floor):
+            returned = 0 if workload.is_model else sum(result.nbytes for result in results.values())
+            used = Used(memory.peak - returned)
+        if timing == "eager" and bound.keeps is not None and not provider.is_floor:
+            out, memory = memory_of(bound.keeps, timer.device)
+            used = used._replace(kept=memory.kept - out.nbytes)
+            del out
+    except RuntimeError as error:
+        cannot = isinstance(error, (NotImplementedError, torch.OutOfMemoryError))
+        return Refused(workload, provider, timing, str(error).splitlines()[0], not cannot)
+    if provider.is_floor:
+        return Checked(calls, seconds, {}, used, None, bound.note)
+    found = verdicts(workload, results, exact, plain or results)
+    for verdict in found:
+        if not verdict.ok:
+            return Refused(workload, provider, timing, str(verdict), True)
+    worst = max((v for v in found if v.name != MIX_WEIGHTS_GRAD), key=lambda verdict: verdict.error / verdict.budget)
+    return Checked(calls, seconds, results, used, worst, bound.note)
 
 
 def _figures(
     workload: Workload, provider: Provider, timing: str, times: Sequence[float], plain: Sequence[float],
-    ceilings: Ceilings, inputs: Any, device: str, verdict: Verdict | None, note: str,
+    ceilings: Ceilings, used: Used, verdict: Verdict | None, note: str,
 ) -> Figures:  # fmt: skip
     spread = Spread.of([1e3 * value for value in times])
-    speedup = Spread.of([a / b for a, b in zip(plain, times, strict=True)])
+    speedup = Spread.of(paired(plain, times))
     moved, work = workload.num_bytes, workload.flops
-    peak = saved = None
-    if timing == "eager" and (workload.is_model or not provider.is_floor):
-        peak, saved = _memory(workload, provider, inputs, device)
     return Figures(
         workload, provider, timing, len(times), spread, speedup,
         None if moved is None else moved / spread.p50 / 1e6,
         None if work is None else work / spread.p50 / 1e9,
-        ceilings, peak, saved, verdict, note,
+        ceilings, used.peak, used.kept, verdict, note,
     )  # fmt: skip
 
 
-def _memory(workload: Workload, provider: Provider, inputs: Any, device: str) -> tuple[int, int | None]:
-    if isinstance(workload, Model) and workload.task == "tower" and device == "cpu":
-        return fresh_peak(workload, provider.name), None
-    bound = provider.bind(inputs)
-    if workload.mode == "backward":
-        bound.call()
-    results, memory = memory_of(bound.call, device)
-    peak = memory.peak - (0 if workload.is_model else sum(result.nbytes for result in results.values()))
-    del results
-    if bound.keeps is None:
-        return peak, None
-    out, memory = memory_of(bound.keeps, device)
-    return peak, memory.kept - out.nbytes
+def paired(plain: Sequence[float], times: Sequence[float]) -> list[float]:
+    """Plain / this one's seconds, round by round, where either may have had more turns in a round."""
+    pairs = max(len(plain), len(times))
+    return [plain[i * len(plain) // pairs] / times[i * len(times) // pairs] for i in range(pairs)]
 
 
 def draw(workload: Workload, device: str) -> Any:
@@ -406,12 +505,16 @@ def _ends(tensor: Tensor) -> Tensor:
 def verdicts(
     workload: Workload, results: Mapping[str, Tensor], exact: Mapping[str, Tensor], plain: Mapping[str, Tensor]
 ) -> list[Verdict]:
-    """The rule on every result; on the gradient of mix_weights only ``GROSS_ERROR``."""
+    """The rule on every result that is large enough for one draw, and ``GROSS_ERROR`` on the others."""
     pick = _ends if _only_ends(workload) else torch.Tensor.detach
     found = []
     for name, oracle in exact.items():
-        verdict = judge(pick(results[name]), oracle, pick(plain[name]), workload.torch_dtype, name)
-        found.append(verdict._replace(budget=GROSS_ERROR) if name == MIX_WEIGHTS_GRAD else verdict)
+        triple = pick(results[name]), oracle, pick(plain[name])
+        if oracle.numel() < ENOUGH_ELEMENTS or name == MIX_WEIGHTS_GRAD:
+            error, plain_error = (relative_error(side, oracle) for side in triple[::2])
+            found.append(Verdict(name, error, plain_error, GROSS_ERROR))
+        else:
+            found.append(judge(*triple, workload.torch_dtype, name))
     return found
 
 
@@ -425,4 +528,4 @@ def rotated(workload: Workload, inputs: Any, timer: Timer) -> list[Any]:
 
 
 if __name__ == "__main__":
-    _print_peak(*sys.argv[1:])
+    _print_peaks(*sys.argv[1:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -58,16 +59,24 @@ class ModelInputs(NamedTuple):
         return ModelInputs(model, self.pixels.double(), self.sentences.double(), _optimizer(model), states, None)
 
 
-def draw(workload: Model, device: str) -> ModelInputs:
-    """A random model on ``device`` and its inputs."""
+@lru_cache(maxsize=1)
+def _model(size: str, dtype: torch.dtype, device: str) -> LlavaIgvaForConditionalGeneration:
+    """A random model, kept for the workloads that follow: no task changes it, and drawing it takes seconds."""
     torch.manual_seed(0)
-    vision, language, fields = SIZES[workload.size]
+    vision, language, fields = SIZES[size]
     config = LlavaIgvaConfig(
         vision_config=CLIPVisionConfig(**vision), text_config=LlamaConfig(**language, vocab_size=64),
         image_token_index=IMAGE, **fields,
     )  # fmt: skip
-    model = LlavaIgvaForConditionalGeneration(config).eval().to(device, workload.torch_dtype)
-    side = vision["image_size"]
+    return LlavaIgvaForConditionalGeneration(config).eval().to(device, dtype)
+
+
+def draw(workload: Model, device: str) -> ModelInputs:
+    """A random model on ``device`` and its inputs."""
+    model = _model(workload.size, workload.torch_dtype, device)
+    config = model.config
+    torch.manual_seed(1)
+    side = config.vision_config.image_size
     rows = max(workload.batch, workload.questions)
     few = min(workload.batch, DISTINCT_IMAGES)
     pixels = torch.randn(few, 3, side, side).repeat(workload.batch // few, 1, 1, 1).to(device, workload.torch_dtype)

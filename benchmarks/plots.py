@@ -1,4 +1,4 @@
-"""Pictures of the results: PNG and SVG, drawn from the rows of one device."""
+"""Pictures of the results: PNG and SVG, drawn from the rows of one machine."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
+from benchmarks.markdown import digits
 from benchmarks.providers import PLAIN
 from benchmarks.results import Row
 
@@ -44,10 +45,9 @@ def draw_all(rows: Sequence[Row], folder: Path, name: str) -> list[Path]:
 
 
 def where(rows: Sequence[Row]) -> str:
-    """The line under every picture: device, threads, torch, when."""
+    """The line above every picture: machine, torch, when."""
     last = max(rows, key=lambda row: row.date)
-    threads = f", {last.threads} threads" if last.timing == "eager" and not last.device.startswith("NVIDIA") else ""
-    return f"{last.device}{threads}, torch {last.torch}, {last.date[:10]}, revision {last.revision}"
+    return f"{last.machine}, torch {last.torch}, {last.date[:10]}, revision {last.revision}"
 
 
 def draw_time(rows: Sequence[Row]) -> Figure | None:
@@ -111,7 +111,8 @@ def draw_roofline(rows: Sequence[Row]) -> Figure | None:
     figure, axes = _grid(len(dtypes))
     for axis, dtype in zip(axes, dtypes, strict=False):
         points = [r for r in found if r.dtype == dtype]
-        gbps, tflops = max(r.ceiling_gbps for r in points), max(r.ceiling_tflops for r in points)
+        gbps = max(r.ceiling_gbps for r in points)
+        tflops = max(max(r.ceiling_tflops, r.tflops or 0.0) for r in points)  # a provider's product may be the faster
         work = sorted({1e3 * r.tflops / r.gbps for r in points if r.tflops and r.gbps})
         xs = [work[0] / 2, 1e3 * tflops / gbps, work[-1] * 2]
         axis.plot(xs, [min(tflops, x * gbps / 1e3) for x in xs], color="black", linewidth=1.2)
@@ -162,7 +163,7 @@ def draw_speedups(rows: Sequence[Row]) -> Figure | None:
             colors.append("white" if row is None else _shade(row.speedup))
         cells.append(texts)
         shades.append(colors)
-    figure = Figure(figsize=(4.6 + 1.2 * len(providers), 0.6 + 0.25 * (len(lines) + 2)), layout="constrained")
+    figure = Figure(figsize=(max(4.6 + 1.2 * len(providers), 9.0), 0.6 + 0.25 * (len(lines) + 2)), layout="constrained")
     axis = figure.subplots()
     axis.axis("off")
     heads = [provider.replace("-", "\n", 1).replace("+", "\n+ ") for provider in providers]
@@ -247,11 +248,6 @@ def _plain_numbers(axis: Axes) -> None:
 
 def _line(row: Row) -> tuple[str, str, str, int]:
     return row.workload, row.mode, row.dtype, row.batch
-
-
-def digits(value: float) -> str:
-    """Three digits, or a whole number."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _shade(speedup: float) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks.workloads import Connector, Model, Workload
 from igva_kernels import dispatch, ops
 from igva_kernels.backends.cuda import gemm as cuda_gemm
+from igva_kernels.dispatch import KERNEL_BACKENDS
 from igva_kernels.plan import terms
 from igva_kernels.reference import ACTIVATIONS
 from igva_kernels.verify import LINEARS, Case, Inputs
@@ -54,6 +55,16 @@ class Provider:
     is_floor: bool = False
     in_graph: bool = True
     """Whether a CUDA graph can hold it."""
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether torch.compile does it, in its first call."""
+        return self.name.endswith("-compiled")
+
+    @property
+    def is_extra(self) -> bool:
+        """Whether it is left out where time is short: neither plain torch nor a backend nor a floor."""
+        return not (self.is_floor or self.name == PLAIN or self.name in KERNEL_BACKENDS)
 
 
 def providers(workload: Workload, device: str) -> dict[str, Provider]:
@@ -230,6 +241,16 @@ def library_products(device: str, dtype: torch.dtype) -> Mapping[str, tuple[torc
 
 TRIAL = (1024, 4096, 2048)
 """``(m, n, k)`` of the product by which the fastest library is found."""
+SHORT_TRIAL = (256, 4096, 2048)
+"""Of the one that shows how fast plain torch multiplies, which may be very slow."""
+
+
+def plain_rate(device: str, dtype: torch.dtype) -> float:
+    """Operations a second of plain torch's products, roughly, from a single one behind a small one."""
+    m, n, k = SHORT_TRIAL
+    x, weight = _operands(SHORT_TRIAL, device, dtype)
+    _mm(x[:8], weight)
+    return 2 * m * n * k / _seconds(lambda: _mm(x, weight))
 
 
 def products(

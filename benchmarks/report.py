@@ -1,13 +1,15 @@
-"""RESULTS.md, the table in README.md and the pictures: all made from the CSV files, nothing else."""
+"""RESULTS.md, the tables in README.md and the pictures: all made from the files in results/, nothing else."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from benchmarks import plots, scaling
+from benchmarks import first_light, plots, scaling
+from benchmarks.device import slug
+from benchmarks.markdown import digits, table
 from benchmarks.providers import PLAIN
 from benchmarks.results import Row, newest, read
 from igva_kernels.dispatch import KERNEL_BACKENDS
@@ -17,8 +19,9 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 HEAD = """\
 # Results
 
-Made by `python -m benchmarks --suite none --plots` from the CSV files in `results/`; do not edit. Everything here was
-measured, nothing is modelled. Of every measurement the newest row counts.
+Made by `python -m benchmarks --suite none --plots` from the files in `results/`; do not edit. Everything here was
+measured, nothing is modelled. Of every measurement the newest row counts. A section, a table and a picture belong to
+one machine; times of two machines are not comparable.
 
 * **ms**: median of the rounds and, in brackets, the quantiles that hold the middle 60 %. The providers of a workload
   take turns round by round in one run. "graph": replays of a CUDA graph; "eager": calls from Python.
@@ -37,31 +40,38 @@ measured, nothing is modelled. Of every measurement the newest row counts.
 
 
 def write(folder: Path, page: Path, readme: Path | None) -> list[Path]:
-    """Draws the pictures of every CSV in ``folder``, writes the page, and the table between the marks of the README.
+    """Draws the pictures of every machine with a CSV in ``folder``, writes the page, and the README's tables.
+
+    What is written of a machine is made of its rows alone.
 
     Returns:
         The files that were written.
     """
-    devices = {path: newest(read(path)) for path in sorted(folder.glob("*.csv"))}
-    written = []
-    sections = []
-    for path, rows in devices.items():
-        pictures = plots.draw_all(rows, folder, path.stem)
-        written += [*pictures, *(picture.with_suffix(".svg") for picture in pictures)]
-        sections.append("\n".join(_section(rows, [p.relative_to(page.parent).as_posix() for p in pictures])))
-    page.write_text("\n".join([HEAD, *sections]))
+    machines: dict[str, list[Row]] = {}
+    for row in newest(row for path in sorted(folder.glob("*.csv")) for row in read(path)):
+        machines.setdefault(row.machine, []).append(row)
+    pictures = {machine: plots.draw_all(rows, folder, slug(machine)) for machine, rows in machines.items()}
+    sections = [
+        line for machine, rows in machines.items()
+        for line in _section(machine, rows, [p.relative_to(page.parent).as_posix() for p in pictures[machine]])
+    ]  # fmt: skip
+    page.write_text("\n".join([HEAD, *sections, *first_light.sections(folder)]))
+    written = [
+        file for found in pictures.values() for picture in found for file in (picture, picture.with_suffix(".svg"))
+    ]
     written.append(page)
-    if readme is not None and devices:
-        _put_between(readme, "\n".join(_summary(path, rows, readme.parent) for path, rows in devices.items()))
+    if readme is not None and machines:
+        summaries = [_summary(rows, pictures[machine], readme.parent) for machine, rows in machines.items()]
+        _put_between(readme, "\n".join(line for summary in summaries for line in summary))
         written.append(readme)
     return written
 
 
-def _section(rows: Sequence[Row], pictures: Sequence[str]) -> Iterator[str]:
+def _section(machine: str, rows: Sequence[Row], pictures: Sequence[str]) -> Iterator[str]:
     last = max(rows, key=lambda row: row.date)
-    yield f"## {last.device}\n"
+    yield f"## {machine}\n"
     yield (
-        f"Driver or kernel {last.driver}, {last.threads} threads, Python {last.python}, torch {last.torch}, Triton "
+        f"Driver or kernel {last.driver}, Python {last.python}, torch {last.torch}, Triton "
         f"{last.triton or 'none'}, igva_kernels {last.igva_kernels}. Runs of {_dates(rows)}, revisions "
         f'{", ".join(sorted({row.revision for row in rows}))} ("+": with changes that were not committed).\n'
     )
@@ -76,9 +86,12 @@ def _section(rows: Sequence[Row], pictures: Sequence[str]) -> Iterator[str]:
     )
     for picture in pictures:
         yield f"![{Path(picture).stem}]({picture})\n"
-    yield from _growth_table(rows)
-    for name, group in groupby(rows, key=lambda row: (row.workload, row.mode)):
-        yield from _table(" ".join(name), list(group))
+    yield from _growth_table(machine, rows)
+    tables: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        tables.setdefault((row.workload, row.mode), []).append(row)
+    for (workload, mode), found in tables.items():
+        yield from _table(f"{workload} {mode}, {machine}", found)
 
 
 def _table(title: str, rows: Sequence[Row]) -> Iterator[str]:
@@ -90,7 +103,7 @@ def _table(title: str, rows: Sequence[Row]) -> Iterator[str]:
         "H": lambda r: _number(r.hidden),
         "provider": lambda r: r.label + (" (floor)" if r.floor else "") + (f" [{r.note}]" if r.note else ""),
         "run": lambda r: r.timing,
-        "ms": lambda r: f"{plots.digits(r.ms)} ({plots.digits(r.ms_p20)}-{plots.digits(r.ms_p80)})",
+        "ms": lambda r: f"{digits(r.ms)} ({digits(r.ms_p20)}-{digits(r.ms_p80)})",
         "speed-up": lambda r: (
             "1" if r.provider == PLAIN else f"{r.speedup:.2f} ({r.speedup_p20:.2f}-{r.speedup_p80:.2f})"
         ),
@@ -103,10 +116,10 @@ def _table(title: str, rows: Sequence[Row]) -> Iterator[str]:
     cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
     shown = [name for name, column in cells.items() if any(column)]
     yield f"### {title}\n"
-    yield from _markdown(shown, zip(*(cells[name] for name in shown), strict=True))
+    yield from table(shown, zip(*(cells[name] for name in shown), strict=True))
 
 
-def _growth_table(rows: Sequence[Row]) -> Iterator[str]:
+def _growth_table(machine: str, rows: Sequence[Row]) -> Iterator[str]:
     lines = [
         (g.workload, g.dtype, f"{g.label}{'' if g.timing == 'eager' else ', graph'}",
          f"{scaling.SYMBOLS[g.axis]} = {', '.join(map(str, g.sizes))}", _power(g.time), _power(g.memory))
@@ -114,9 +127,9 @@ def _growth_table(rows: Sequence[Row]) -> Iterator[str]:
     ]  # fmt: skip
     if not lines:
         return
-    yield "### Growth\n"
+    yield f"### Growth, {machine}\n"
     yield "Exponent e of time and of peak memory ~ size^e, fitted, and its standard error; linear where e = 1.\n"
-    yield from _markdown(("workload", "dtype", "provider", "size", "time", "peak memory"), lines)
+    yield from table(("workload", "dtype", "provider", "size", "time", "peak memory"), lines)
 
 
 def _power(power: scaling.Power | None) -> str:
@@ -135,8 +148,8 @@ HIGHLIGHTS = (
 """What the README shows: workload, mode, and what it is called."""
 
 
-def _summary(path: Path, rows: Sequence[Row], root: Path) -> str:
-    """The short table of a device."""
+def _summary(rows: Sequence[Row], pictures: Sequence[Path], root: Path) -> Iterator[str]:
+    """The short table of a machine, and its picture of times."""
     kernels = [name for name in KERNEL_BACKENDS if any(row.provider == name for row in rows)]
     lines = []
     for workload, mode, called in HIGHLIGHTS:
@@ -151,14 +164,15 @@ def _summary(path: Path, rows: Sequence[Row], root: Path) -> str:
             kept = [f"{row.saved_mib:.3g}" if row.saved_mib is not None else "" for row in (at[PLAIN], fused)]
             lines.append((
                 f"{called}, {dtype}, B {batch}{', CUDA graph' if timing == 'graph' else ''}",
-                f"{plots.digits(at[PLAIN].ms)} ms", f"**{plots.digits(fused.ms)} ms**", f"{fused.speedup:.2f}",
-                f"{plots.digits(floor.ms)} ms" if floor else "", " / ".join(memory) if all(memory) else "",
+                f"{digits(at[PLAIN].ms)} ms", f"**{digits(fused.ms)} ms**", f"{fused.speedup:.2f}",
+                f"{digits(floor.ms)} ms" if floor else "", " / ".join(memory) if all(memory) else "",
                 " / ".join(kept) if all(kept) else "",
             ))  # fmt: skip
     heads = ("", "plain", "fused", "speed-up", "floor", "peak MiB, plain / fused", "kept for backward MiB")
-    picture = path.with_name(f"{path.stem}-time.png")
-    image = f"![time against the batch size]({picture.relative_to(root).as_posix()})\n" if picture.exists() else ""
-    return "\n".join([f"{plots.where(rows)}:\n", *_markdown(heads, lines), image])
+    yield f"{plots.where(rows)}:\n"
+    yield from table(heads, lines)
+    for picture in (path for path in pictures if path.stem.endswith("-time")):
+        yield f"![time against the batch size]({picture.relative_to(root).as_posix()})\n"
 
 
 def _put_between(path: Path, text: str) -> None:
@@ -167,14 +181,6 @@ def _put_between(path: Path, text: str) -> None:
         raise ValueError(f"{path}: need the lines {BEGIN} and {END}")
     before, rest = whole.split(BEGIN, 1)
     path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}")
-
-
-def _markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> Iterator[str]:
-    yield "| " + " | ".join(heads) + " |"
-    yield "|" + "---|" * len(heads)
-    for line in lines:
-        yield "| " + " | ".join(line) + " |"
-    yield ""
 
 
 def _dates(rows: Sequence[Row]) -> str:

@@ -1,10 +1,9 @@
-"""The CSV of a device: rows of many runs, each with what its figures depend on, and their comparison."""
+"""The CSV of a machine: rows of many runs, each with what its figures depend on, and their comparison."""
 
 from __future__ import annotations
 
 import csv
 import platform
-import re
 import subprocess
 import time
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 import torch
 
+from benchmarks.device import device_name, slug
 from benchmarks.measure import ROOT, Figures
 from benchmarks.providers import PLAIN
 from benchmarks.workloads import Connector
@@ -37,6 +37,11 @@ class Environment:
     torch: str
     triton: str
     igva_kernels: str
+
+    @property
+    def machine(self) -> str:
+        """What has a CSV, pictures and tables of its own."""
+        return f"{self.device}, {self.threads} thread{'s' if self.threads > 1 else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +92,7 @@ class Row(Environment):
     def key(self) -> tuple[Any, ...]:
         """What is measured: equal for the same measurement in two runs."""
         return (
-            self.device, self.threads, self.workload, self.mode, self.dtype, self.batch, self.layers, self.width,
+            self.machine, self.workload, self.mode, self.dtype, self.batch, self.layers, self.width,
             self.hidden, self.provider, self.timing,
         )  # fmt: skip
 
@@ -98,7 +103,7 @@ def environment(device: str) -> Environment:
     return Environment(
         date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         revision=revision("HEAD") + ("+" if _git("status", "--porcelain", "--untracked-files=no") else ""),
-        device=report["cpu"]["name"] if device == "cpu" else torch.cuda.get_device_name(),
+        device=device_name(device),
         driver=platform.release() if device == "cpu" else _driver(),
         threads=torch.get_num_threads(),
         python=report["python"],
@@ -129,9 +134,8 @@ def _driver() -> str:
 
 
 def default_path(env: Environment) -> Path:
-    """The CSV of this device."""
-    name = re.sub(r"[^a-z0-9]+", "-", env.device.lower()).strip("-")
-    return RESULTS / f"{name}.csv"
+    """The CSV of this machine."""
+    return RESULTS / f"{slug(env.machine)}.csv"
 
 
 def row_of(figures: Figures, env: Environment) -> Row:
@@ -168,16 +172,15 @@ def _mib(size: int | None) -> float | None:
 COLUMNS = [field.name for field in fields(Row)]
 
 
-def append(path: Path, rows: Iterable[Row]) -> None:
-    """Adds rows to a CSV, which is made where it is not there.
+def append(path: Path, rows: Sequence[Row]) -> None:
+    """Adds rows of one machine to its CSV, which is made where it is not there.
 
     Raises:
-        ValueError: the file has other columns.
+        ValueError: the file has other columns, or rows of another machine.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
-    if not is_new:
-        _check_columns(path)
+    check_machine(path, (row.machine for row in rows))
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         if is_new:
@@ -198,6 +201,19 @@ def read(path: Path) -> list[Row]:
     types = get_type_hints(Row)
     with path.open(newline="") as file:
         return [Row(**{name: _value(types[name], line[name]) for name in COLUMNS}) for line in csv.DictReader(file)]
+
+
+def check_machine(path: Path, machines: Iterable[str]) -> None:
+    """Looks whether rows of ``machines`` may be added to a CSV, there or not.
+
+    Raises:
+        ValueError: the file has other columns, or rows of another machine.
+    """
+    found = {row.machine for row in read(path)}.union(machines)
+    if len(found) > 1:
+        raise ValueError(
+            f"{path}: a CSV has the rows of one machine, not of {' and '.join(sorted(found))}; name another"
+        )
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:
@@ -279,6 +295,9 @@ def compare(earlier: Sequence[Row], after: Sequence[Row], name: str) -> list[Cha
     wanted = revision(name) or name
     before = {row.key: row for row in newest(row for row in earlier if row.revision.startswith(wanted))}
     pairs = [(before[row.key], row) for row in after if row.key in before]
+    elsewhere = {row.machine for row in before.values()} - {row.machine for row in after}
+    if elsewhere and not pairs:
+        raise ValueError(f"--compare {name}: its rows are of {' and '.join(sorted(elsewhere))}, not of this machine")
     if not pairs:
         raise ValueError(
             f"--compare {name}: the CSV has no row of revision {wanted} that this run measured too; measure it with "

@@ -6,7 +6,8 @@ avoid, which is what achieved rates and the floors are computed from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -46,6 +47,8 @@ class Workload:
     batch: int
     """B: samples; a sample of several tiles is as many rows of the operator."""
     mode: str = "forward"
+    note: str = ""
+    """What was changed in it for this machine."""
 
     is_model: ClassVar[bool] = False
 
@@ -59,6 +62,11 @@ class Workload:
         return f"{self.name} {self.mode} {self.dtype} B {self.batch}"
 
     @property
+    def first_differs(self) -> bool:
+        """Whether the first call leaves something to those that follow: its forward, or the state of an optimizer."""
+        return self.mode == "backward" or (self.is_model and self.mode == "both")
+
+    @property
     def flops(self) -> float | None:
         """Multiplications and additions that cannot be avoided; None where they are not counted."""
         return None
@@ -67,6 +75,16 @@ class Workload:
     def num_bytes(self) -> float | None:
         """Bytes that cannot be left where they are; None where they are not counted."""
         return None
+
+    @property
+    def plain_flops(self) -> float:
+        """Of a call of plain torch, roughly: what it costs."""
+        return self.flops or 0.0
+
+    @property
+    def has_products(self) -> bool:
+        """Whether matrix products are what it costs."""
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +136,11 @@ class Connector(Workload):
         return [product for product in chosen if all(product)]
 
     @property
+    def has_products(self) -> bool:
+        """Whether matrix products are what it costs."""
+        return self.case.op != "layer_mix"
+
+    @property
     def flops(self) -> float:
         """Multiplications and additions of the products, and of the mix where there are none."""
         entries = sum(len(block) for block in self.case.plan.blocks)
@@ -156,6 +179,14 @@ class Model(Workload):
     questions: int = 1
 
     is_model: ClassVar[bool] = True
+
+    @property
+    def plain_flops(self) -> float:
+        """Of a call of plain torch, roughly: what it costs."""
+        if self.size != "clip-l-336" or self.task == "connector":
+            return 0.0
+        tower = 24 * CLIP_L.layers * CLIP_L.tokens * CLIP_L.width**2  # four products of attention, eight of the MLP
+        return float(self.batch * self.questions * tower)
 
 
 def connector(
@@ -262,6 +293,47 @@ def gpu_suite() -> list[Workload]:
     most += [stage_1(16, "bf16"), stage_1(16, "bf16", "both"), *models("bf16", 4), *family(4, "bf16")]
     most += [workload for batch in (2, 8, 32) for workload in (igva(batch, "bf16"), igva_mix(batch, "bf16"))]
     return [*most, *scaling(16, "bf16"), igva(16, "fp16"), igva(4, "fp32")]
+
+
+def affordable(workloads: Sequence[Workload], rates: Mapping[str, float]) -> list[Workload]:
+    """The workloads as a machine can measure them whose plain torch multiplies slowly in some dtypes.
+
+    There the block keeps its dtype at B 1 and, forward, 2; everything else with products is measured in fp32, the block
+    at B 4 at most, and eight questions become three. What is changed says so in its note; what is there already does
+    not come twice.
+
+    Args:
+        workloads: as they are listed.
+        rates: operations a second of plain torch's products, by dtype.
+    """
+    found: dict[Workload, Workload] = {}
+    for workload in workloads:
+        slower = rates["fp32"] / rates.get(workload.dtype, math.inf)
+        if slower > SLOWER and workload.has_products and not _is_small_block(workload):
+            workload = _cheaper(workload, f"{workload.dtype} products of plain torch are {slower:.1f} x slower here")
+        known = replace(workload, note="")
+        if not workload.note:
+            found.pop(known, None)
+        found.setdefault(known, workload)
+    return list(found.values())
+
+
+SLOWER = 2.0
+"""Times that a dtype's products take fp32's; without instructions for it it is five or more, with them a half."""
+
+
+def _is_small_block(workload: Workload) -> bool:
+    return workload.name == "igva-2" and workload.batch <= (2 if workload.mode == "forward" else 1)
+
+
+def _cheaper(workload: Workload, why: str) -> Workload:
+    if workload.name == "igva-2" and workload.mode == "both":
+        return replace(igva(1, workload.dtype, "both"), note=f"B 1 for {workload.batch}: {why}")
+    if workload.name == "igva-2" and workload.mode == "forward":
+        return replace(igva(min(workload.batch, 4), "fp32"), note=f"fp32: {why}")
+    if isinstance(workload, Model) and workload.questions > 3:
+        return replace(workload, name="3-questions", questions=3, dtype="fp32", note=f"fp32, 3 for 8 questions: {why}")
+    return replace(workload, dtype="fp32", note=f"fp32: {why}")
 
 
 def quick_suite(device: str) -> list[Workload]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from igva_kernels.backends.base import accumulation_dtype, check_image_range
+from igva_kernels.context import has_storage, has_values
 
 
 def check_layers(hidden_states: Sequence[Tensor | None], used: tuple[int, ...]) -> list[Tensor]:
@@ -41,7 +42,7 @@ def check_image_index(image_index: Tensor, device: torch.device, num_images: int
     if image_index.shape[0] and not num_images:
         raise ValueError(f"image_index: got {image_index.shape[0]} rows, but the hidden states hold no image")
     # The kernels check the range themselves, so that compiled code does too; torch's indexing would wrap negatives.
-    if check_range and device.type == "cpu" and not torch.compiler.is_compiling():
+    if check_range and device.type == "cpu" and has_values(image_index):
         check_image_range(image_index, num_images)
 
 
@@ -97,7 +98,7 @@ def check_weight(
 
 def check_storage(name: str, weight: Tensor) -> None:
     """A kernel that is given a pointer would read memory which is no longer the weight's."""
-    if weight.numel() and not weight.untyped_storage().size():
+    if weight.numel() and not has_storage(weight):
         raise ValueError(
             f"{name}: its storage has been freed, as sharded training does outside the forward of the module that owns "
             f"it; read the weight inside that forward"

@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--backend", action="append", choices=KERNEL_BACKENDS, help="only this one (repeatable)")
     verify.add_argument("--dtype", action="append", choices=("fp32", "bf16", "fp16"), help="only this one (repeatable)")
     verify.add_argument("--quick", action="store_true", help="leave out the real shapes")
+    verify.add_argument("--seed", type=int, default=0, metavar="N", help="of the random inputs (default: %(default)s)")
     verify.add_argument("--verbose", action="store_true", help="print every result, not the worst one of a case")
     verify.set_defaults(run=_verify)
 
@@ -93,13 +94,15 @@ def _verify(args: argparse.Namespace) -> int:
     cases = failed = 0
     devices = set()
     try:
-        for row in verify(args.backend or (), args.dtype or (), args.quick):
+        for row in verify(args.backend or (), args.dtype or (), args.quick, args.seed):
             cases += 1
             failed += not row.ok
             devices.add(row.device)
             for verdict in row.verdicts if args.verbose else [row.worst]:
                 numbers = (f"{x:.2e}" for x in (verdict.error, verdict.plain, verdict.budget))
                 backend, answer = f"{row.backend} on {row.device}", "ok" if verdict.ok else "WRONG"
+                if verdict.worst_entry > 1:
+                    answer += f": an entry is off by {verdict.worst_entry:.2g} x what is allowed"
                 print(line.format(row.case, row.dtype, backend, verdict.name, *numbers, answer), flush=True)
     except NotImplementedError as error:
         print(error, file=sys.stderr)
@@ -118,6 +121,7 @@ def _verify(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     if args.model is None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all that it needs is installed
+    print("importing torch and transformers ...", flush=True)  # 10 seconds and more where nothing is cached
     try:
         from igva_kernels.demo import run
     except ModuleNotFoundError as error:

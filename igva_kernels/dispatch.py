@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 
 from igva_kernels.backends.base import Backend
+from igva_kernels.context import constant_under_compile, why_only_torch
 
 # On a card "auto" takes the first that can serve the call, in the order of the card's configuration file: Triton before
 # CUDA until ``tune`` has measured both there.
@@ -26,15 +26,6 @@ class BackendStatus(NamedTuple):
     """Device types that it serves here."""
     reason: str
     """Why it cannot run; empty where it can."""
-
-
-def constant_under_compile(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Let torch.compile evaluate a function of constants while it traces.
-
-    It is ``torch.compiler.assume_constant_result``, without the two seconds of importing the compiler.
-    """
-    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return fn
 
 
 @constant_under_compile
@@ -61,20 +52,36 @@ def backends() -> list[BackendStatus]:
     return statuses
 
 
-@constant_under_compile
-def select(impl: str, device: torch.device, dtype: torch.dtype, allocator: tuple[int, int] | None = None) -> str:
+def select(
+    impl: str, device: torch.device, dtype: torch.dtype, *tensors: Any, allocator: tuple[int, int] | None = None
+) -> str:
     """The backend that serves ``impl`` for tensors of this device and dtype.
 
     Args:
         impl: a name, or "auto".
         device: of the tensors.
         dtype: of the tensors.
+        tensors: of the call, also in sequences; what is None or no tensor does not count.
         allocator: hidden width and K, where "auto" must find kernels for ``nn.WeightAllocator``.
 
     Raises:
         ValueError: no such ``impl``.
         NotImplementedError: an explicit ``impl`` that cannot serve the call.
     """
+    backend = _select(impl, device, dtype, allocator)
+    reason = None if backend == "reference" else why_only_torch(*tensors)
+    if reason is None:
+        return backend
+    if impl != "auto":
+        raise NotImplementedError(
+            f"impl={impl!r} cannot serve the call while {reason}: the kernels have first derivatives in reverse mode "
+            f"only; impl='reference' or 'auto' can"
+        )
+    return "reference"
+
+
+@constant_under_compile
+def _select(impl: str, device: torch.device, dtype: torch.dtype, allocator: tuple[int, int] | None) -> str:
     if impl not in IMPLS:
         raise ValueError(f"impl: got {impl!r}, need one of {', '.join(map(repr, IMPLS))}")
     if impl == "reference":

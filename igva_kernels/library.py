@@ -27,6 +27,7 @@ from igva_kernels.backends.base import (
     take_blocks,
 )
 from igva_kernels.checks import check_storage
+from igva_kernels.context import has_tangent, saveable, transform
 from igva_kernels.plan import MixPlan, is_tap
 from igva_kernels.reference import Norm
 
@@ -73,6 +74,8 @@ def _without_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(fn)
     def run(first: Any, *args: Any) -> Any:
+        if has_tangent((first, *args)):
+            raise _without_derivative("forward-mode AD")
         device = (first[0] if isinstance(first, (list, tuple)) else first).device.type
         if not torch.is_autocast_enabled(device):
             return fn(first, *args)
@@ -80,6 +83,17 @@ def _without_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
             return fn(first, *args)
 
     return run
+
+
+def _refuse_transform(*args: Any) -> Any:
+    raise _without_derivative(transform())
+
+
+def _without_derivative(what: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"igva_kernels: its operators have first derivatives in reverse mode only, got a call under {what}; the public "
+        f"functions and modules support it with impl='reference' or 'auto'"
+    )
 
 
 def _layer_mix(
@@ -301,7 +315,7 @@ def _save(ctx: Any, plan: str, skip_tokens: int, impl: str, layers: list[Tensor]
         values = value if isinstance(value, list) else [value]
         ctx.slots[name] = (len(flat), len(values), isinstance(value, list))
         flat += values
-    ctx.save_for_backward(*flat)
+    ctx.save_for_backward(*map(saveable, flat))
 
 
 def _saved(ctx: Any) -> dict[str, Any]:
@@ -411,6 +425,10 @@ def _register() -> torch.library.Library:
     for name, (kernel, fake, backward, setup_context) in registrations.items():
         library.define(name + _SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, _without_autocast(kernel), "CompositeExplicitAutograd")
+        # Where torch.func and autograd's vmap enter: below, jvp would drop tangents, the others fail without a reason.
+        for key in ("FuncTorchDynamicLayerFrontMode", "Batched"):
+            if torch._C._parse_dispatch_key(key) is not None:  # as long as this torch has it
+                library.impl(name, _refuse_transform, key)
         torch.library.register_fake(f"igva_kernels::{name}", fake, lib=library)
         torch.library.register_autograd(f"igva_kernels::{name}", backward, setup_context=setup_context, lib=library)
     return library

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from igva_kernels import dispatch
+from igva_kernels.context import autocast_dtype, has_storage, saveable, why_only_torch
 from igva_kernels.library import OPS
 from igva_kernels.ops import layer_mix, layer_mix_linear, layer_mix_mlp
 from igva_kernels.plan import Entry, MixPlan, is_tap
@@ -82,8 +83,8 @@ class WeightAllocator(nn.Module):
         fused = self._fused(self.impl if impl is None else impl, sentence_embeds, summaries)
         if fused is not None:
             return fused
-        if not torch.compiler.is_compiling() and sentence_embeds.is_inference():
-            sentence_embeds = sentence_embeds.clone()  # autograd cannot save an inference tensor
+        if torch.is_grad_enabled():
+            sentence_embeds, summaries = saveable(sentence_embeds), saveable(summaries)
         query = self.sentence_proj(sentence_embeds).unsqueeze(1)
         keys = self.cls_proj(summaries)
         for block in self.blocks:
@@ -97,7 +98,7 @@ class WeightAllocator(nn.Module):
     def _fused(self, impl: str, sentence_embeds: Tensor, summaries: Tensor) -> Tensor | None:
         """The weights by a backend's own kernels; None where they are left to the modules."""
         sizes = (self.head.in_features, self.head.out_features)
-        backend = dispatch.select(impl, summaries.device, summaries.dtype, sizes)
+        backend = dispatch.select(impl, summaries.device, summaries.dtype, allocator=sizes)
         if backend == "reference":
             return None
         reason = dispatch.why_not_allocate(backend, *sizes)
@@ -116,8 +117,11 @@ class WeightAllocator(nn.Module):
     def _why_not_fused(self, modules: list[nn.Module], weights: list[Tensor], *inputs: Tensor) -> str | None:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*inputs, *weights)):
             return "its kernels are for inference and a gradient is asked for"
+        reason = why_only_torch(*inputs, *weights)
+        if reason is not None:
+            return reason
         device, dtype = inputs[0].device, inputs[0].dtype
-        if torch.is_autocast_enabled(device.type):
+        if autocast_dtype(device) is not None:
             return "autocast is on"
         if any(tensor.device != device or tensor.dtype != dtype for tensor in (*inputs, *weights)):
             return "its inputs and parameters are not all of one dtype on one device"
@@ -180,7 +184,10 @@ class TextAllocator(nn.Module):
             raise ValueError(
                 f"sentence_embeds: got shape {tuple(sentence_embeds.shape)}, need [B, {self.linear_1.in_features}]"
             )
-        scores = self.linear_2(self.linear_1(sentence_embeds.to(self.linear_1.weight.dtype)).relu())
+        sentence_embeds = sentence_embeds.to(self.linear_1.weight.dtype)
+        if torch.is_grad_enabled():
+            sentence_embeds = saveable(sentence_embeds)
+        scores = self.linear_2(self.linear_1(sentence_embeds).relu())
         return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
@@ -430,7 +437,7 @@ def _is_untouched(module: nn.Module) -> bool:
 
 
 def _has_storage(tensor: Tensor) -> bool:
-    return torch.compiler.is_compiling() or (tensor.numel() > 0 and tensor.untyped_storage().size() > 0)
+    return torch.compiler.is_compiling() or (tensor.numel() > 0 and has_storage(tensor))
 
 
 def negative_entropy(mix_weights: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from igva_kernels import dispatch, reference
 from igva_kernels.backends.base import Keep, ProjectorWeights
 from igva_kernels.checks import check_image_index, check_layers, check_mix_weights, check_weight
+from igva_kernels.context import autocast_dtype, constant_under_compile, saveable
 from igva_kernels.library import OPS
 from igva_kernels.plan import MixPlan, is_tap
 from igva_kernels.reference import ACTIVATIONS, Norm
@@ -52,10 +54,12 @@ def layer_mix(
     call = _Call(hidden_states, plan, mix_weights, skip_tokens, image_index, impl)
     if call.impl == "reference":
         return reference.layer_mix(
-            call.layers, call.plan, call.mix_weights, skip_tokens=skip_tokens, image_index=image_index
+            call.layers, call.plan, call.mix_weights, skip_tokens=skip_tokens, image_index=call.image_index
         )
     keep = Keep.SOURCES if call.mix_weights_need_grad else Keep.NOTHING
-    rows, _ = OPS.layer_mix(call.layers, call.mix_weights, image_index, call.code, skip_tokens, keep.value, call.impl)
+    rows, _ = OPS.layer_mix(
+        call.layers, call.mix_weights, call.image_index, call.code, skip_tokens, keep.value, call.impl
+    )
     return rows
 
 
@@ -93,12 +97,12 @@ def layer_mix_linear(
     Raises:
         ValueError, TypeError, NotImplementedError: as in ``layer_mix``.
     """
-    call = _Call(hidden_states, plan, mix_weights, skip_tokens, image_index, impl)
+    call = _Call(hidden_states, plan, mix_weights, skip_tokens, image_index, impl, weight, bias, norm)
     weights, norm = call.check_projector(ProjectorWeights(weight, bias, None, None), activation, norm, "")
     if call.impl == "reference":
         return reference.layer_mix_linear(
-            call.layers, call.plan, call.mix_weights, weight, bias,
-            activation=activation, norm=norm, skip_tokens=skip_tokens, image_index=image_index,
+            call.layers, call.plan, call.mix_weights, weights.weight1, weights.bias1,
+            activation=activation, norm=norm, skip_tokens=skip_tokens, image_index=call.image_index,
         )  # fmt: skip
     return call.project("layer_mix_linear", weights, activation, norm)
 
@@ -140,17 +144,18 @@ def layer_mix_mlp(
     Raises:
         ValueError, TypeError, NotImplementedError: as in ``layer_mix``.
     """
-    call = _Call(hidden_states, plan, mix_weights, skip_tokens, image_index, impl)
-    weights, norm = call.check_projector(ProjectorWeights(weight1, bias1, weight2, bias2), activation, norm, "1")
+    weights = ProjectorWeights(weight1, bias1, weight2, bias2)
+    call = _Call(hidden_states, plan, mix_weights, skip_tokens, image_index, impl, weights, norm)
+    weights, norm = call.check_projector(weights, activation, norm, "1")
     if call.impl == "reference":
         return reference.layer_mix_mlp(
-            call.layers, call.plan, call.mix_weights, weight1, bias1, weight2, bias2,
-            activation=activation, norm=norm, skip_tokens=skip_tokens, image_index=image_index,
+            call.layers, call.plan, call.mix_weights, *weights,
+            activation=activation, norm=norm, skip_tokens=skip_tokens, image_index=call.image_index,
         )  # fmt: skip
     return call.project("layer_mix_mlp", weights, activation, norm)
 
 
-@dispatch.constant_under_compile
+@constant_under_compile
 def _lower(code: str, num_states: int | None, length: int) -> tuple[tuple[int, ...], str, int, int, bool]:
     """``(layers in use, code of the compact plan, C, G, only taps)`` of a plan for ``length`` hidden states.
 
@@ -166,7 +171,7 @@ def _lower_once(code: str, num_states: int | None, length: int) -> tuple[tuple[i
     return layers, plan.code, plan.num_columns, plan.num_blocks, only_taps
 
 
-@dispatch.constant_under_compile
+@constant_under_compile
 def _plan(code: str) -> MixPlan:
     return MixPlan.from_code(code)
 
@@ -182,6 +187,7 @@ class _Call:
         skip_tokens: int,
         image_index: Tensor | None,
         impl: str,
+        *parameters: Any,
     ) -> None:
         if not isinstance(plan, MixPlan):
             raise TypeError(f"plan: need a MixPlan, got {type(plan).__name__}")
@@ -201,12 +207,15 @@ class _Call:
         if not 0 <= skip_tokens <= num_tokens:
             raise ValueError(f"skip_tokens: got {skip_tokens}, need 0 to {num_tokens}, the tokens of a hidden state")
         self.skip_tokens = skip_tokens
-        self.impl = dispatch.select(impl, first.device, first.dtype)
+        self.impl = dispatch.select(impl, first.device, first.dtype, self.layers, mix_weights, parameters)
+        # What plain torch saves for its backward is copied where it must be; an operator does so itself.
+        self.copies = self.impl == "reference" and torch.is_grad_enabled()
         self.image_index = image_index
         num_rows = num_images
         if image_index is not None:
             check_image_index(image_index, first.device, num_images, self.impl == "reference")
             num_rows = image_index.shape[0]
+            self.image_index = saveable(image_index) if self.copies else image_index
         self.mix_weights = check_mix_weights(mix_weights, num_columns, num_rows, first)
         self.mix_weights_need_grad = (
             self.mix_weights is not None and self.mix_weights.requires_grad and torch.is_grad_enabled()
@@ -220,7 +229,7 @@ class _Call:
     def check_projector(
         self, weights: ProjectorWeights, activation: str | None, norm: Norm | None, first: str
     ) -> tuple[ProjectorWeights, Norm | None]:
-        """The weights, cast to autocast's dtype where it is on, and the norm; ``first`` numbers the first Linear."""
+        """Weights and norm as the implementation reads them; ``first`` numbers the first Linear."""
         if activation is not None and activation not in ACTIVATIONS:
             raise ValueError(f"activation: got {activation!r}, need None or one of {', '.join(map(repr, ACTIVATIONS))}")
         weight1, bias1, weight2, bias2 = weights
@@ -238,8 +247,11 @@ class _Call:
             check_weight("norm[0]", norm_weight, device, norm_weight, (row,))
             check_weight("norm[1]", norm_bias, device, norm_bias, (row,))
             norm = (norm_weight, norm_bias, float(eps))
-        if torch.is_autocast_enabled(device.type) and weight1.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device.type)
+        if self.copies:
+            weights = ProjectorWeights(*map(saveable, weights))
+            norm = None if norm is None else (saveable(norm[0]), saveable(norm[1]), norm[2])
+        dtype = None if self.impl == "reference" else autocast_dtype(device)
+        if dtype is not None and weight1.dtype != torch.float64:
             weights = ProjectorWeights(*(None if weight is None else weight.to(dtype) for weight in weights))
         return weights, norm
 

@@ -9,24 +9,34 @@ read it and let it go:
 * ``mode="layer"`` adds each state to a running sum at once: no state is alive beside taps, but every addition reads and
   writes an fp32 sum, so it moves about three times the bytes.
 
+A stream belongs to the thread that opened it: only runs of the tower in that thread feed it, so that threads which
+share a tower each find the states of their own images.
+
 Where gradients flow into the tower, autograd keeps its layers alive whatever is done here, and a sum made inside a
 checkpointed layer would lose its graph: then references are collected, and folded after the tower has returned.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from igva_kernels.backends.base import accumulation_dtype
+from igva_kernels.context import PerThread
 from igva_kernels.ops import layer_mix
 from igva_kernels.plan import Block, MixPlan, is_tap
 
 MODES = ("group", "layer")
+
+_HOOKS = threading.Lock()
+"""Held while hooks come or go: torch numbers them by a counter that two threads can read at once."""
 
 
 def encoder_layers(vision_tower: nn.Module) -> nn.ModuleList:
@@ -49,6 +59,17 @@ def encoder_layers(vision_tower: nn.Module) -> nn.ModuleList:
     return max(lists, key=len)
 
 
+class _Here(PerThread):
+    """Whether this thread is inside the ``with`` block of a stream.
+
+    An attribute and not a comparison of threads, because torch.compile guards what it has read of an attribute: code
+    compiled in one thread is not run for another.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = False
+
+
 class HiddenStateStream:
     """The sources of a plan, gathered while a tower runs. Made by ``stream_hidden_states``."""
 
@@ -58,6 +79,7 @@ class HiddenStateStream:
         sources, self.plan = plan.resolve(len(layers) + 1).reduced()
         """The plan over the sources: mixing ``s.sources`` by ``s.plan`` is mixing the hidden states by ``plan``."""
         self._folds = [_Fold(block, mode, impl) for block in sources.blocks]
+        self._here = _Here()
         self._running = False
         self._sources: list[Tensor] | None = None
 
@@ -66,13 +88,20 @@ class HiddenStateStream:
         """The sources ``[I, T, D]`` of the tower's latest run, with all T tokens.
 
         Raises:
-            RuntimeError: the tower has not run to its end.
+            RuntimeError: the tower has not run to its end, or only in another thread.
         """
         if self._sources is None:
-            raise RuntimeError("sources: the vision tower has not run to its end inside the with block")
+            raise RuntimeError(
+                "sources: the vision tower has not run to its end inside the with block, in the thread that opened it"
+            )
         return self._sources
 
-    def _start(self, tower: nn.Module, args: Any, kwargs: Any) -> None:
+    # The hooks. A thread that began to call its own may meet one of another's just as it is registered or removed, when
+    # torch does not know yet, or no more, that it takes keyword arguments: hence their defaults.
+
+    def _start(self, tower: nn.Module, args: Any, kwargs: Any = None) -> None:
+        if not self._here.is_open:
+            return
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         differentiates = torch.is_grad_enabled() and any(t.requires_grad for t in (*tower.parameters(), *inputs))
         for fold in self._folds:
@@ -80,7 +109,14 @@ class HiddenStateStream:
         self._sources = None
         self._running = True
 
-    def _see_input(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _see_input(self, _: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> Any:
+        if not self._here.is_open:
+            return None
+        if not args and "hidden_states" not in kwargs:
+            raise NotImplementedError(
+                f"vision_tower: its first layer is called with {', '.join(kwargs)}, need the state as the first "
+                f"argument or as hidden_states"
+            )
         state = args[0] if args else kwargs["hidden_states"]
         # transformers' SigLIP starts with transposed patches, and every residual sum behind keeps their layout: one
         # copy here, in place of one a layer in the mix.
@@ -88,16 +124,27 @@ class HiddenStateStream:
         self._see(0, state)
         return ((state, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": state})
 
-    def _see(self, index: int, output: Any) -> None:
+    def _see_output(self, index: int, _: nn.Module, args: Any, output: Any) -> None:
+        if self._here.is_open:
+            self._see(index, output[0] if isinstance(output, tuple) else output)
+
+    def _see(self, index: int, state: Tensor) -> None:
         # A layer that checkpointing runs again in the backward is none of the tower's run.
         if self._running:
-            state = output[0] if isinstance(output, tuple) else output
             for fold in self._folds:
                 fold.see(index, state)
 
     def _finish(self, *_: Any) -> None:
+        if not self._here.is_open:
+            return
         self._running = False
         self._sources = [fold.finish() for fold in self._folds]
+
+    def __deepcopy__(self, memo: Any) -> HiddenStateStream:
+        """What the hooks of a copy of the tower, made inside the block, are left with: a stream that sees nothing."""
+        closed = copy(self)
+        closed._here, closed._folds, closed._sources = _Here(), [], None
+        return closed
 
     def _drop(self) -> None:
         """Forget a run that did not end."""
@@ -170,9 +217,10 @@ def stream_hidden_states(
         out = ik.layer_mix_mlp(s.sources, s.plan, mix_weights, ...)
 
     Equal to the one-shot mix within rounding. Leave ``output_hidden_states`` off, or the tower keeps them itself. Each
-    run of the tower starts anew, and several streams may watch one tower. Hooks go with the block, also when the tower
-    raises. Under torch.compile, enter the block outside the compiled function: a tower that was compiled without hooks
-    is compiled once more.
+    run of the tower starts anew, and several streams may watch one tower, in one thread or in many. A stream sees the
+    runs of the thread that opened it and no others: under ``nn.DataParallel`` open it inside the module that is
+    replicated. Hooks go with the block, also when the tower raises. Under torch.compile, enter the block outside the
+    compiled function: a tower that was compiled without hooks is compiled once more.
 
     Args:
         vision_tower: any module whose encoder layers are one ModuleList (transformers' CLIP and SigLIP, and others);
@@ -186,18 +234,22 @@ def stream_hidden_states(
     """
     layers = encoder_layers(vision_tower)
     stream = HiddenStateStream(layers, plan, mode, impl)
-    handles = [
-        vision_tower.register_forward_pre_hook(stream._start, with_kwargs=True),
-        layers[0].register_forward_pre_hook(stream._see_input, with_kwargs=True),
-        *(
-            layer.register_forward_hook(lambda _, __, output, index=index: stream._see(index, output))
-            for index, layer in enumerate(layers, start=1)
-        ),
-        vision_tower.register_forward_hook(stream._finish),
-    ]
+    with _HOOKS:
+        handles = [
+            vision_tower.register_forward_pre_hook(stream._start, with_kwargs=True),
+            layers[0].register_forward_pre_hook(stream._see_input, with_kwargs=True),
+            *(
+                layer.register_forward_hook(partial(stream._see_output, index))
+                for index, layer in enumerate(layers, start=1)
+            ),
+            vision_tower.register_forward_hook(stream._finish),
+        ]
+    stream._here.is_open = True
     try:
         yield stream
     finally:
-        for handle in handles:
-            handle.remove()
+        stream._here.is_open = False
+        with _HOOKS:
+            for handle in handles:
+                handle.remove()
         stream._drop()

@@ -1,4 +1,4 @@
-"""Every test draws from a fixed seed and finds NaN in memory that nobody has written."""
+"""Every test draws from a seed of the command line and finds NaN in memory that nobody has written."""
 
 import os
 import sys
@@ -19,6 +19,19 @@ if isa := os.environ.get("IGVA_KERNELS_CPU_ISA", "").strip().lower():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch  # noqa: E402  (after the variables that it reads)
+from seeds import VARIABLE, seeded  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seed", type=int, default=0, help="of all random numbers; a right kernel passes with any")
+
+
+def pytest_configure(config):
+    os.environ[VARIABLE] = str(config.getoption("--seed"))
+
+
+def pytest_report_header(config):
+    return f"seed: {config.getoption('--seed')}"
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -30,7 +43,7 @@ def _share_of_the_cores():
 
 @pytest.fixture(autouse=True)
 def _seed():
-    torch.manual_seed(0)
+    torch.manual_seed(seeded())
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import inspect
 
 import torch
 import transformers
+from seeds import seeded
 from transformers import CLIPVisionConfig, LlamaConfig, SiglipVisionConfig
 
 IMAGE, VIDEO, VISION, TEXT, SIZE = 60, 61, 16, 32, 56
@@ -39,7 +40,7 @@ def host_model(name, layers, tower="clip", seed=0, **overrides):
         fields["image_grid_pinpoints"] = [[SIZE, 2 * SIZE], [2 * SIZE, SIZE], [2 * SIZE, 2 * SIZE]]
     if name != "VipLlava":
         fields["vision_feature_select_strategy"] = "full" if tower == "siglip" else "default"
-    torch.manual_seed(seed)
+    torch.manual_seed(seeded(seed))
     model = getattr(transformers, f"{name}ForConditionalGeneration")(config_class(**{**fields, **overrides}))
     return liven(model.eval())
 
@@ -54,7 +55,7 @@ def liven(model):
 
 def pixels(model, video=False, seed=0):
     """Two images of different shapes where the model cuts them into tiles, or a video of two frames."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seeded(seed))
     if video:
         return {"pixel_values_videos": torch.randn(1, 2, 3, SIZE, SIZE, generator=generator)}
     key = "pixel_values_images" if "pixel_values_images" in _parameters(model) else "pixel_values"
@@ -92,7 +93,7 @@ def host_inputs(model, video=False, labels=False, seed=0):
     inputs = pixels(model, video, seed)
     with torch.no_grad():
         counts = [VIDEO_TOKENS[type(model).__name__]] if video else [len(rows) for rows in features(model, inputs)]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seeded(seed))
     prompt = [torch.randint(3, 60, (4,), generator=generator)]
     for count in counts:
         prompt += [torch.full((count,), VIDEO if video else IMAGE), torch.randint(3, 60, (3,), generator=generator)]

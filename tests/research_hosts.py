@@ -7,6 +7,7 @@ comparisons on the repositories themselves where they are at hand.
 from types import SimpleNamespace
 
 import torch
+from seeds import seeded
 from tiny import EMBED, PAD, VISION, liven, text_config, vision_config
 from torch import nn
 from transformers import CLIPVisionModel, LlamaForCausalLM, SiglipVisionModel
@@ -351,13 +352,13 @@ class LayerSelector(nn.Module):
 
 def make(host_class, *args, seed=0, **kwargs):
     """A host with weights as large as a trained model's."""
-    torch.manual_seed(seed)
+    torch.manual_seed(seeded(seed))
     return liven(host_class(*args, **kwargs).eval())
 
 
 def inputs(images_per_sample=(1, 1, 1), labels=False, sentences=False, seed=0):
     """Prompts as LLaVA has them: one index an image, samples without an image have one that nobody sees."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seeded(seed))
     rows = []
     for sample, images in enumerate(images_per_sample):
         row = [torch.randint(3, 60, (4 + sample,), generator=generator)]

@@ -1,6 +1,8 @@
 """The benchmark suite at tiny sizes: what it refuses, what it writes, and what it makes of it."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,13 +10,14 @@ import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
 from benchmarks import __main__ as bench
-from benchmarks import gpu_suite, measure, plots, providers, report, results, scaling, workloads
+from benchmarks import device, first_light, gpu_suite, measure, plots, providers, report, results, scaling, workloads
 from benchmarks.workloads import IGVA, Tower, connector
 from igva_kernels import cli
 from igva_kernels.verify import DTYPES, Case
@@ -169,6 +172,30 @@ def test_no_two_workloads_of_a_suite_share_a_key(device):
         assert len(set(every)) == len(every)
 
 
+RATES = {"fp32": 13e10, "bf16": 26e10, "fp16": 13e10}
+
+
+def test_a_machine_that_multiplies_fast_in_every_dtype_measures_the_suite_as_it_is_listed():
+    assert workloads.affordable(workloads.cpu_suite(), RATES) == workloads.cpu_suite()
+
+
+def test_where_a_dtype_is_slow_every_workload_stays_and_says_what_was_changed():
+    listed = workloads.cpu_suite()
+    slow = workloads.affordable(listed, RATES | {"bf16": 2e10, "fp16": 2e10})
+    assert len(set(slow)) == len(slow)
+    assert {w.name for w in slow} == {w.name for w in listed} - {"8-questions"} | {"3-questions"}
+    assert {(w.name, w.mode) for w in slow} >= {(w.name, w.mode) for w in listed if not w.is_model}
+    block = {(w.mode, w.dtype): {v.batch for v in slow if (v.name, v.mode, v.dtype) == ("igva-2", w.mode, w.dtype)}
+             for w in slow if w.name == "igva-2"}  # fmt: skip
+    assert block["forward", "bf16"] == {1, 2}
+    assert block["forward", "fp32"] == {1, 2, 4}
+    assert block["both", "bf16"] == {1}
+    by_key = {replace(w, note=""): w for w in slow}
+    assert all(by_key[w].note == "" for w in listed if w in by_key)
+    assert all("6.5 x slower" in w.note for w in slow if w not in listed)
+    assert max(w.plain_flops / (2e10 if w.dtype in ("bf16", "fp16") else 13e10) for w in slow) < 10.0
+
+
 def test_products_and_bytes_of_the_paper_shapes():
     """GEMM1 9.66 and GEMM2 19.33 GFLOP an image; a backward without the base half of dA."""
     forward, backward, both = (workloads.igva(1, "bf16", mode) for mode in workloads.MODES)
@@ -211,8 +238,8 @@ def test_the_tasks_of_the_model(task):
 class InProcess(measure.CpuTimer):
     """As few rounds as can be."""
 
-    def in_turn(self, calls, budget, least=2, most=2):
-        return super().in_turn(calls, budget, least, most)
+    def in_turn(self, calls, budget, *_, **options):
+        return super().in_turn(calls, budget, 2, 2, **options)
 
 
 # ---- time and memory -------------------------------------------------------------------------------------------------
@@ -244,6 +271,32 @@ def test_rounds_interleave_and_rotate():
     assert rounds == ["a0", "b0", "|", "b1", "a1", "|", "a0", "b0", "|"]
     assert times["a"] == [3.0, 7.0, 9.0]
     assert times["b"] == [4.0, 6.0, 10.0]
+
+
+def test_a_quick_call_has_two_turns_a_round_and_a_ceiling_fewer():
+    ticks = Ticks()
+    calls = {name: [lambda name=name: name] for name in "abc"}
+    times = ticks.in_turn(calls, budget=0.0, least=5, twice=["b", "c"], beside={"copy": lambda: "-"})
+    assert "".join(ticks.order) == "abccb-|bccba-|abccb-|bccba|abccb-|"
+    assert {name: len(found) for name, found in times.items()} == {"a": 5, "b": 10, "c": 10, "copy": 4}
+
+
+def test_a_time_is_paired_with_plain_of_its_own_round():
+    assert measure.paired([8.0, 6.0], [2.0, 4.0, 3.0, 1.0]) == [4.0, 2.0, 2.0, 6.0]
+    assert measure.paired([8.0, 4.0, 6.0, 6.0], [2.0, 3.0]) == [4.0, 2.0, 2.0, 2.0]
+    assert measure.paired([8.0, 6.0], [2.0, 3.0]) == [4.0, 2.0]
+
+
+def test_where_time_is_short_extra_providers_go_and_the_others_have_two_rounds():
+    available = providers.providers(tiny(), "cpu")
+    results_ = list(measure.measure(tiny(), available, measure.CpuTimer(), machine(), budget=9.0, share=0.0))
+    fused = providers.kernels("cpu", torch.float32)
+    kept = [f for f in results_ if isinstance(f, measure.Figures)]
+    assert [f.provider.name for f in kept] == ["plain", *fused, "products"]
+    assert {f.rounds for f in kept} == {2}
+    refused = [f for f in results_ if isinstance(f, measure.Refused)]
+    assert {f.provider.name for f in refused} == {"additions", "mix+library"}
+    assert not any(f.is_wrong for f in refused)
 
 
 def test_inputs_are_rotated_until_they_exceed_the_cache():
@@ -309,6 +362,29 @@ def test_a_csv_of_another_version_is_refused(tmp_path):
         results.read(path)
 
 
+def test_two_machines_share_no_file_and_are_not_compared(tmp_path, rows, monkeypatch, capsys):
+    other = [replace(row, device="Another", revision="fedcba9876") for row in rows[:2]]
+    path = tmp_path / "some.csv"
+    results.append(path, rows[:2])
+    with pytest.raises(ValueError, match="A Device, 1 thread and Another, 1 thread"):
+        results.append(path, other)
+    with pytest.raises(ValueError, match="not of A Device, 1 thread and A Device, 4 threads"):
+        results.append(path, [replace(rows[0], threads=4)])
+    assert len(results.read(path)) == 2
+    with pytest.raises(ValueError, match="its rows are of Another, 1 thread, not of this machine"):
+        results.compare(other, rows, "fedcba")
+    monkeypatch.setattr(bench, "suite", lambda *_: [tiny()])
+    monkeypatch.setattr(bench, "run", lambda *_: pytest.fail("it measured before it looked at the file"))
+    assert bench.main(["--device", "cpu", "--output", str(path)]) == 2
+    assert "a CSV has the rows of one machine" in capsys.readouterr().err
+
+
+def test_a_machine_is_its_device_and_threads():
+    names = [ENV.device, "A  Device+", "Another"]
+    paths = {results.default_path(replace(ENV, device=name, threads=n)).name for name in names for n in (1, 2)}
+    assert paths == {"a-device-1-thread.csv", "a-device-2-threads.csv", "another-1-thread.csv", "another-2-threads.csv"}
+
+
 def test_errors_and_what_does_not_apply(rows):
     fused = next(row for row in rows if row.provider == "additions" and row.mode == "forward")
     assert 0 < fused.error <= fused.budget
@@ -360,6 +436,56 @@ def test_the_newest_row_counts(rows):
     assert len(results.newest([*rows, newer])) == len(rows)
 
 
+# ---- what a machine is called ----------------------------------------------------------------------------------------
+
+AVX2 = ["avx2", "fma3", "f16c", "AVX2"]
+ZEN4 = [*AVX2, "avx512_f", "avx512_bf16", "AVX512"]
+
+
+@pytest.mark.parametrize(
+    ("features", "environment", "name"),
+    [
+        (AVX2, {}, "AVX2"),
+        ([*AVX2, "avx512_f"], {}, "AVX-512"),
+        (ZEN4, {}, "AVX-512-BF16"),
+        ([*ZEN4, "amx_tile", "amx_bf16"], {}, "AMX"),
+        (ZEN4, {"IGVA_KERNELS_CPU_ISA": "avx2"}, "AVX2 by IGVA_KERNELS_CPU_ISA"),
+        (ZEN4, {"IGVA_KERNELS_CPU_ISA": "scalar", "ONEDNN_MAX_CPU_ISA": "AVX2"}, "scalar by IGVA_KERNELS_CPU_ISA"),
+        (ZEN4, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"}, "AVX-512 by ONEDNN_MAX_CPU_ISA"),
+        (ZEN4, {"DNNL_MAX_CPU_ISA": "SSE41"}, "scalar by DNNL_MAX_CPU_ISA"),
+        ([*ZEN4, "amx_tile"], {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16"}, "AVX-512-BF16 by ONEDNN_MAX_CPU_ISA"),
+        (ZEN4, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_AMX"}, "AVX-512-BF16"),
+        (ZEN4, {"ONEDNN_MAX_CPU_ISA": "ALL"}, "AVX-512-BF16"),
+        (AVX2, {"IGVA_KERNELS_CPU_ISA": "avx2"}, "AVX2"),
+    ],
+)
+def test_the_instruction_set_that_may_be_used(features, environment, name):
+    assert device.instruction_set(features, environment) == name
+
+
+def test_two_cpus_of_one_name_are_two_devices(tmp_path, monkeypatch):
+    def named(family, model, features):
+        text = f"processor\t: 0\ncpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: AMD EPYC\nstepping\t: 1\n"
+        (tmp_path / "cpuinfo").write_text(text + "\n" + text)
+        cpu = {"name": "AMD EPYC", "features": features, "torch_capability": "DEFAULT"}
+        monkeypatch.setattr(device.info, "collect", lambda: {"cpu": cpu})
+        return device.device_name("cpu")
+
+    monkeypatch.setattr(device, "CPUINFO", tmp_path / "cpuinfo")
+    for switch in device.SWITCHES:
+        monkeypatch.delenv(switch, raising=False)
+    assert named(25, 1, AVX2) == "AMD EPYC (family 25 model 1 stepping 1, AVX2)"
+    assert named(25, 17, ZEN4) == "AMD EPYC (family 25 model 17 stepping 1, AVX-512-BF16)"
+    monkeypatch.setattr(device, "CPUINFO", tmp_path / "none")
+    assert named(25, 1, AVX2) == "AMD EPYC (AVX2)"
+
+
+def test_this_machine_has_a_name():
+    name = device.device_name("cpu")
+    assert name == results.environment("cpu").device
+    assert re.fullmatch(r".+ \(.+\)", name)
+
+
 # ---- growth ----------------------------------------------------------------------------------------------------------
 
 
@@ -406,7 +532,7 @@ def test_the_report_and_the_table_of_the_readme(tmp_path, rows):
     written = report.write(folder, page, readme)
     text = page.read_text()
     assert ENV.device in text
-    assert "results/device-time.png" in text
+    assert "results/a-device-1-thread-time.png" in text
     assert "### Growth" in text
     assert all(path.exists() for path in written)
     told = readme.read_text()
@@ -417,6 +543,47 @@ def test_the_report_and_the_table_of_the_readme(tmp_path, rows):
     readme.write_text("no marks")
     with pytest.raises(ValueError, match="benchmarks: begin"):
         report.write(folder, page, readme)
+
+
+def test_two_machines_stand_beside_each_other_and_never_in_one_table(tmp_path, rows):
+    folder, page, readme = tmp_path / "results", tmp_path / "RESULTS.md", tmp_path / "README.md"
+    some = [replace(row, batch=2) if row.batch == 3 else row for row in rows if row.workload == "igva-2"]
+    slower = [replace(row, device="Another", ms=1e6 + row.ms) for row in some]
+    results.append(folder / "one.csv", some)
+    results.append(folder / "other.csv", slower)
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    report.write(folder, page, readme)
+    for text in (page.read_text(), readme.read_text()):
+        one, other = text.split("Another, 1 thread", 1)
+        assert ENV.device in one
+        assert "1000" in other  # milliseconds of the second
+        assert "10000" not in one
+        assert "A Device" not in other
+    assert {path.name for path in folder.glob("*-time.png")} == {
+        "a-device-1-thread-time.png",
+        "another-1-thread-time.png",
+    }
+
+
+def test_the_first_minutes_on_a_card_are_told_from_their_lines(tmp_path):
+    told = "\n".join(first_light.sections(results.RESULTS))
+    (path,) = results.RESULTS.glob("*-first-light.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert f"## {next(line['name'] for line in lines if 'name' in line)}, first light" in told
+    for line in lines:
+        if "mlp_us" in line:
+            line["mlp_us"] *= 2
+        if "ok" in line:
+            line["ok"] = False
+    (tmp_path / path.name).write_text("\n".join(map(json.dumps, lines)))
+    again = "\n".join(first_light.sections(tmp_path))
+    cuda = [line for line in lines if line["step"] == "time-cuda" and "B" in line]
+    plain = {line["B"]: line["graph_us"] for line in lines if line.get("form") == "published"}
+    most = max(plain[line["B"]] / line["mlp_us"] for line in cuda)
+    assert f"to {most:.2f} times as fast" in again
+    assert f"to {2 * most:.2f} times as fast" in told
+    assert "* 0 of " in again
+    assert list(first_light.sections(tmp_path / "nothing")) == []
 
 
 def test_the_readme_has_the_marks():
@@ -446,6 +613,24 @@ def test_what_no_longer_fits_the_time_is_left_out_and_said_so(monkeypatch, capsy
     rows, wrong = bench.run([tiny()], [], "cpu", 0.01, -1.0, ENV, None, Console())
     assert (rows, wrong) == ([], 0)
     assert "out of time" in capsys.readouterr().out
+
+
+def test_the_time_is_shared_out_and_what_is_left_goes_on(monkeypatch, capsys):
+    shares, clock = [], [0.0]
+
+    def spends(workload, chosen, timer, machine, budget, share):
+        shares.append(share)
+        clock[0] += spent[len(shares) - 1]
+        yield from ()
+
+    monkeypatch.setattr(bench, "measure", spends)
+    monkeypatch.setattr(bench, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    listed, costs, spent = [tiny(b) for b in (1, 2, 3, 4)], [10.0, 20.0, 60.0, 10.0], [20.0, 70.0, 0.0]
+    bench.run(listed, [], "cpu", 0.01, 100.0, ENV, None, Console(width=200), costs)
+    assert shares == [10.0, 80.0 * 20 / 90, 10.0]
+    told = capsys.readouterr().out
+    assert "2 of 4, 1:20 left: igva-2 forward fp32 B 2" in told
+    assert "out of time, left out: igva-2 forward fp32 B 3\n" in told  # what costs less goes on
 
 
 def test_a_workload_that_breaks_does_not_end_the_run(monkeypatch, capsys):

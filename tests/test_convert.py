@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from seeds import seeded
 
 pytest.importorskip("transformers")
 
@@ -32,7 +33,7 @@ ALLOCATOR = [
 
 
 def plain_llava():
-    torch.manual_seed(3)
+    torch.manual_seed(seeded(3))
     return liven(LlavaForConditionalGeneration(llava_config()).eval())
 
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from igva_kernels import cli, native, ops, reference
+from igva_kernels import cli, native, ops, reference, testing
 from igva_kernels.backends import cpu
 from igva_kernels.backends.base import Keep, LayerShape, MixArgs, ProjectorWeights
 from igva_kernels.backends.cpu import backend, gemm
 from igva_kernels.backends.cpu.features import Cpu, allowed, this_cpu
 from igva_kernels.plan import MixPlan, is_tap
 from igva_kernels.reference import ACTIVATIONS
-from igva_kernels.testing import assert_within_rule as assert_rule
 from igva_kernels.testing import measure_memory, relative_error
 
 MODULE, WHY_NOT = native.load()
@@ -72,17 +72,22 @@ needs_onednn = pytest.mark.skipif(not this_cpu().onednn, reason="this torch has 
 def products(request, monkeypatch):
     """Products by every library, whichever suits this CPU; in several blocks already at small sizes."""
     monkeypatch.setattr(gemm, "route", routes(request.param, 16))
-    monkeypatch.setattr(gemm, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(backend, "SCRATCH_BYTES", 0)
+    monkeypatch.setattr(gemm, "BLOCK_ROWS", 32)
     monkeypatch.setattr(gemm, "TILE_BYTES", 16 * 16 * 4)
     return request.param
 
 
-def assert_within_rule(actual, oracle, plain, dtype, name="result"):
-    """The error rule; fp64, where plain torch is the oracle itself, to within a few roundings."""
-    if dtype == torch.float64:
-        torch.testing.assert_close(actual, oracle, rtol=1e-11, atol=1e-11)
-    else:
-        assert_rule(actual, oracle, plain, dtype, name)
+class Near:
+    """The judge of fp64, where plain torch is the oracle itself: all is right to within a few roundings."""
+
+    def add(self, actual, oracle, plain, name="result", rounded_once=False):
+        assert relative_error(actual, oracle) <= 1e-13, name
+
+
+def within_rule(dtype):
+    """The error rule, by as many draws as it takes."""
+    return iter([Near()]) if dtype == torch.float64 else testing.within_rule(dtype)
 
 
 def make(plan, dtype, images=3, tokens=6, width=16, skip=1, index=None, layout="contiguous"):
@@ -129,8 +134,9 @@ def plain_sums(args):
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_mix_obeys_the_error_rule(isa, plan, dtype, width):
-    args, exact = make(PLANS[plan], dtype, width=width)
-    assert_within_rule(CPU.mix(args, dtype).rows, plain_mix(exact), plain_mix(args), dtype)
+    for judge in within_rule(dtype):
+        args, exact = make(PLANS[plan], dtype, width=width)
+        judge.add(CPU.mix(args, dtype).rows, plain_mix(exact), plain_mix(args), rounded_once=True)
 
 
 @pytest.mark.parametrize("layout", ["tokens first", "strided", "mixed"])
@@ -140,7 +146,7 @@ def test_mix_reads_any_layout_rows_and_tokens(isa, layout, skip, index):
     args, exact = make(PLANS["igva"], torch.float32, skip=skip, index=index, layout=layout)
     rows = CPU.mix(args, torch.float32).rows
     assert rows.shape == (5 if index and len(index) > 1 else 1 if index else 3, 6 - skip, 32)
-    torch.testing.assert_close(rows.double(), plain_mix(exact), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rows.double(), plain_mix(exact), rtol=1e-6, atol=3e-6)
 
 
 @pytest.mark.parametrize("out", DTYPES)
@@ -149,8 +155,9 @@ def test_mix_rounds_to_another_dtype(isa, dtype, out):
     args, exact = make(PLANS["igva"], dtype, width=20)
     actual = CPU.mix(args, out).rows
     assert actual.dtype == out
-    widest = max(torch.finfo(out).eps, torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps)
-    torch.testing.assert_close(actual.double(), plain_mix(exact), rtol=widest, atol=2 * widest)
+    # Sums in fp32 are off by a few of its roundings, where terms cancel by more than the result's own.
+    summed = torch.finfo(torch.float64 if dtype == out == torch.float64 else torch.float32).eps
+    torch.testing.assert_close(actual.double(), plain_mix(exact), rtol=0.51 * torch.finfo(out).eps, atol=16 * summed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -163,31 +170,32 @@ def test_taps_are_copied_bit_by_bit(isa, dtype):
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("width", [7, 67])
 def test_norm_takes_its_statistics_from_the_unrounded_row(isa, dtype, affine, width):
-    args, exact = make(PLANS["igva"], dtype, width=width, index=[2, 0, 2])
-    args = MixArgs([layer + 3 for layer in args.layers], *list(vars(args).values())[1:])  # a mean to cancel
-    exact = to64(args)
     size = 2 * width
-    weight, bias = (torch.randn(size).to(dtype), torch.randn(size).to(dtype)) if affine else (None, None)
-    mixed = CPU.mix(args, dtype, (weight, bias, 1e-5), Keep.ROWS)
-    rows = plain_mix(exact)
-    wide = [None if p is None else p.double() for p in (weight, bias)]
-    plain = F.layer_norm(plain_mix(args), (size,), weight, bias, 1e-5)
-    assert_within_rule(mixed.rows, F.layer_norm(rows, (size,), *wide, 1e-5), plain, dtype)
-    assert_within_rule(mixed.kept[0], rows, plain_mix(args), dtype)
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(mixed.mean.double(), rows.mean(-1), rtol=tolerance, atol=tolerance)
-    rstd = (rows.var(-1, correction=0) + 1e-5).rsqrt()
-    torch.testing.assert_close(mixed.rstd.double(), rstd, rtol=tolerance, atol=tolerance)
+    for judge in within_rule(dtype):
+        args, _ = make(PLANS["igva"], dtype, width=width, index=[2, 0, 2])
+        args = MixArgs([layer + 3 for layer in args.layers], *list(vars(args).values())[1:])  # a mean to cancel
+        weight, bias = (torch.randn(size).to(dtype), torch.randn(size).to(dtype)) if affine else (None, None)
+        mixed = CPU.mix(args, dtype, (weight, bias, 1e-5), Keep.ROWS)
+        rows = plain_mix(to64(args))
+        wide = [None if p is None else p.double() for p in (weight, bias)]
+        plain = F.layer_norm(plain_mix(args), (size,), weight, bias, 1e-5)
+        judge.add(mixed.rows, F.layer_norm(rows, (size,), *wide, 1e-5), plain, "normalised")
+        judge.add(mixed.kept[0], rows, plain_mix(args), "rows", rounded_once=True)
+        tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+        torch.testing.assert_close(mixed.mean.double(), rows.mean(-1), rtol=tolerance, atol=tolerance)
+        rstd = (rows.var(-1, correction=0) + 1e-5).rsqrt()
+        torch.testing.assert_close(mixed.rstd.double(), rstd, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("index", [None, [2, 0, 2, 2]])
 def test_kept_sums_are_written_once_an_image(isa, dtype, index):
-    args, exact = make(PLANS["igva"], dtype, width=20, index=index)
-    mixed = CPU.mix(args, dtype, None, Keep.SOURCES)
-    for triple in zip(mixed.kept, plain_sums(exact), plain_sums(args), strict=True):
-        assert_within_rule(*triple, dtype)
-    assert_within_rule(mixed.rows, plain_mix(exact), plain_mix(args), dtype)
+    for judge in within_rule(dtype):
+        args, exact = make(PLANS["igva"], dtype, width=20, index=index)
+        mixed = CPU.mix(args, dtype, None, Keep.SOURCES)
+        for triple in zip(mixed.kept, plain_sums(exact), plain_sums(args), strict=True):
+            judge.add(*triple, "sums", rounded_once=True)
+        judge.add(mixed.rows, plain_mix(exact), plain_mix(args), "rows", rounded_once=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -282,31 +290,32 @@ def test_activations_of_what_is_not_finite_or_extreme(isa, activation, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_and_its_gradient_obey_the_error_rule(isa, activation, dtype, products):
     m, k, n, h = 37, 23, 50, 41
-    x, weight, bias = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype) / k**0.5, torch.randn(n).to(dtype)
-    weight2, grad = torch.randn(h, n).to(dtype) / h**0.5, torch.randn(m, h).to(dtype)
+    for judge in within_rule(dtype):
+        x, weight, bias = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype) / k**0.5, torch.randn(n).to(dtype)
+        weight2, grad = torch.randn(h, n).to(dtype) / h**0.5, torch.randn(m, h).to(dtype)
 
-    def run(dtype):
-        z = F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype)).requires_grad_()
-        y = z if activation is None else ACTIVATIONS[activation](z)
-        (y @ weight2.to(dtype).t()).backward(grad.to(dtype))
-        return z.detach(), y.detach(), z.grad
+        def run(dtype):
+            z = F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype)).requires_grad_()  # noqa: B023
+            y = z if activation is None else ACTIVATIONS[activation](z)
+            (y @ weight2.to(dtype).t()).backward(grad.to(dtype))  # noqa: B023
+            return z.detach(), y.detach(), z.grad
 
-    (z64, y64, grad64), (z_plain, y_plain, grad_plain) = run(torch.float64), run(dtype)
-    for keep_z in (False, True):
-        y, z = CPU.linear(x, weight, bias, activation, keep_z)
-        assert (z is not None) == (keep_z and activation is not None)
-        assert_within_rule(y, y64, y_plain, dtype, f"y, keep_z={keep_z}")
-        if z is not None:
-            assert_within_rule(z, z64, z_plain, dtype, "z")
-    z = z_plain
-    grad_z, y, grad_bias = CPU.linear_grad_input(grad, weight2, z, activation, True, True)
-    assert_within_rule(grad_z, grad64, grad_plain, dtype, "grad_z")
-    assert_within_rule(grad_bias, grad64.sum(0), grad_plain.sum(0), dtype, "grad_bias")
-    assert_within_rule(y, y64, y_plain, dtype, "y again")
-    assert_within_rule(
-        CPU.linear_grad_input(grad, None, torch.ones_like(grad), activation, False, False)[0],
-        plain_grad(grad.double(), activation), plain_grad(grad, activation), dtype, "the identity",
-    )  # fmt: skip
+        (z64, y64, grad64), (z_plain, y_plain, grad_plain) = run(torch.float64), run(dtype)
+        for keep_z in (False, True):
+            y, z = CPU.linear(x, weight, bias, activation, keep_z)
+            assert (z is not None) == (keep_z and activation is not None)
+            judge.add(y, y64, y_plain, f"y, keep_z={keep_z}")
+            if z is not None:
+                judge.add(z, z64, z_plain, "z")
+        z = z_plain
+        grad_z, y, grad_bias = CPU.linear_grad_input(grad, weight2, z, activation, True, True)
+        judge.add(grad_z, grad64, grad_plain, "grad_z")
+        judge.add(grad_bias, grad64.sum(0), grad_plain.sum(0), "grad_bias")
+        judge.add(y, y64, y_plain, "y again")
+        judge.add(
+            CPU.linear_grad_input(grad, None, torch.ones_like(grad), activation, False, False)[0],
+            plain_grad(grad.double(), activation), plain_grad(grad, activation), "the identity",
+        )  # fmt: skip
 
 
 def plain_grad(grad, activation):
@@ -318,29 +327,32 @@ def plain_grad(grad, activation):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transposed", ["neither", "a", "b"])
 def test_matmul_takes_transposed_views(dtype, transposed, products):
-    a = (torch.randn(45, 35).t() if transposed == "a" else torch.randn(35, 45)).to(dtype)
-    b = (torch.randn(29, 45).t() if transposed == "b" else torch.randn(45, 29)).to(dtype)
-    assert_within_rule(CPU.matmul(a, b), a.double() @ b.double(), a @ b, dtype)
+    for judge in within_rule(dtype):
+        a = (torch.randn(45, 35).t() if transposed == "a" else torch.randn(35, 45)).to(dtype)
+        b = (torch.randn(29, 45).t() if transposed == "b" else torch.randn(45, 29)).to(dtype)
+        judge.add(CPU.matmul(a, b), a.double() @ b.double(), a @ b)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_matmul_takes_slices_of_a_matrix(dtype, products):
-    a, b = torch.randn(35, 45).to(dtype), torch.randn(45, 60).to(dtype)
-    for part in (b[:, 20:50], b.t().contiguous()[20:50].t(), b[:, ::2]):
-        assert_within_rule(CPU.matmul(a, part), a.double() @ part.double(), a @ part, dtype)
+    for judge in within_rule(dtype):
+        a, b = torch.randn(35, 45).to(dtype), torch.randn(45, 60).to(dtype)
+        for i, part in enumerate((b[:, 20:50], b.t().contiguous()[20:50].t(), b[:, ::2])):
+            judge.add(CPU.matmul(a, part), a.double() @ part.double(), a @ part, f"slice {i}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_strides_of_operands_and_bias(dtype, products):
-    a, b, c = torch.randn(35, 2, 45).to(dtype), torch.randn(29, 3, 45).to(dtype), torch.randn(29, 2).to(dtype)
-    for x in (a[:, 1], a[0, :1].expand(35, 45), a[::2, 0], a[:, 0].t().contiguous().t(), a[:, 1].flip(0)):
-        for weight in (b[:, 1], b[:, 2].t().contiguous().t(), b[0, :1].expand(29, 45), b.view(29, -1)[:, ::3]):
-            for bias in (None, c[:, 1], c[0, :1].expand(29), c[:, 0].contiguous()):
-                wide = [t if t is None else t.double() for t in (x, weight, bias)]
-                actual, z = CPU.linear(x, weight, bias, "relu", True)
-                plain = F.linear(x, weight, bias)
-                assert_within_rule(z, F.linear(*wide), plain, dtype)
-                assert torch.equal(actual, z.relu())
+    for judge in within_rule(dtype):
+        a, b, c = torch.randn(35, 2, 45).to(dtype), torch.randn(29, 3, 45).to(dtype), torch.randn(29, 2).to(dtype)
+        xs = (a[:, 1], a[0, :1].expand(35, 45), a[::2, 0], a[:, 0].t().contiguous().t(), a[:, 1].flip(0))
+        weights = (b[:, 1], b[:, 2].t().contiguous().t(), b[0, :1].expand(29, 45), b.view(29, -1)[:, ::3])
+        biases = (None, c[:, 1], c[0, :1].expand(29), c[:, 0].contiguous())
+        for (i, x), (j, weight), (k, bias) in product(enumerate(xs), enumerate(weights), enumerate(biases)):
+            wide = [t if t is None else t.double() for t in (x, weight, bias)]
+            actual, z = CPU.linear(x, weight, bias, "relu", True)
+            judge.add(z, F.linear(*wide), F.linear(x, weight, bias), f"x {i}, weight {j}, bias {k}")
+            assert torch.equal(actual, z.relu())
 
 
 @pytest.mark.parametrize("granted", [True, False])
@@ -442,6 +454,17 @@ def test_low_precision_is_multiplied_as_it_is_where_the_cpu_and_onednn_can(vendo
     assert gemm.choose(other, cpu).dtype == torch.float32
 
 
+def test_info_says_which_library_multiplies_and_why(monkeypatch, capsys):
+    wide = gemm.choose(torch.float32, Cpu(AMD, frozenset(WIDE), True, True))
+    monkeypatch.setattr(gemm, "route", lambda dtype: wide)
+    text = "oneDNN, cut at an inner dimension of 512: MKL uses the AVX-512 of Intel's CPUs only"
+    for granted, held in ((True, ""), (False, "; now torch, as OpenMP does not grant torch's threads")):
+        monkeypatch.setattr(gemm, "_threads_are_granted", lambda granted=granted: granted)
+        assert cli.main(["info"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [f"{f'products in {name}':22}{text}{held}" in lines for name in ("fp32", "bf16", "fp16")] == [True] * 3
+
+
 EVERY = frozenset({*WIDE, "avx512bf16", "avx512fp16", "amxbf16", "amxfp16"})
 
 
@@ -493,8 +516,8 @@ def autograd_of_mix(args, grad_rows):
 @pytest.mark.parametrize("plan", ["igva", "uneven", "weighted_sum", "repeated"])
 @pytest.mark.parametrize("index", [None, [2, 0, 2, 2]])
 def test_gradients_of_the_mix_obey_the_error_rule(isa, dtype, plan, index):
-    plan, draws = PLANS[plan], []
-    for _ in range(8):
+    plan = PLANS[plan]
+    for judge in within_rule(dtype):
         args, exact = make(plan, dtype, tokens=40, width=21, index=index)
         grad_rows = torch.randn(args.num_rows, args.num_patches, plan.num_blocks * args.width).to(dtype)
         exact_layers, exact_weights = autograd_of_mix(exact, grad_rows.double())
@@ -505,19 +528,15 @@ def test_gradients_of_the_mix_obey_the_error_rule(isa, dtype, plan, index):
         ]
         shape = LayerShape(3, 40, 21, dtype)
         actual_layers = CPU.layer_grads(grad_rows, signatures, args.mix_weights, args.image_index, 1, shape)
-        for triple in zip(actual_layers, exact_layers, plain_layers, strict=True):
-            assert_within_rule(*triple, dtype)
+        for layer, triple in enumerate(zip(actual_layers, exact_layers, plain_layers, strict=True)):
+            judge.add(*triple, f"layer {layer}")
         sums = iter(CPU.mix(args, dtype, None, Keep.SOURCES).kept)
         sources = [args.layers[b[0].layer] if is_tap(b) else next(sums) for b in plan.reduced()[0].blocks]
         blocks = plan.weighted_blocks
         taken = torch.cat([grad_rows[..., g * 21 : (g + 1) * 21] for g in blocks], dim=-1)
         actual_weights = CPU.mix_weights_grad(taken, blocks, args.over_sources(sources))
         assert actual_weights.dtype == args.mix_weights.dtype
-        if dtype == torch.float64:
-            torch.testing.assert_close(actual_weights, exact_weights)
-        draws.append((actual_weights, exact_weights, plain_weights))
-    if dtype != torch.float64:
-        assert_rule(*zip(*draws, strict=True), dtype, "mix_weights")
+        judge.add(actual_weights, exact_weights, plain_weights, "mix_weights")
 
 
 @pytest.mark.parametrize("layer_dtype", [torch.bfloat16, torch.float64])
@@ -528,7 +547,7 @@ def test_gradients_cross_dtypes(isa, layer_dtype):
     sources = [*CPU.mix(args, layer_dtype, None, Keep.SOURCES).kept]
     sources.insert(0, args.layers[PLANS["igva"].blocks[0][0].layer])
     actual = CPU.mix_weights_grad(grad_rows[..., 16:], [1], args.over_sources(sources))
-    torch.testing.assert_close(actual.double(), exact_weights, rtol=0.02, atol=0.02)
+    assert relative_error(actual, exact_weights) < 0.02
     signature = ((0, None, 1.0),)
     shape = LayerShape(3, 6, 16, layer_dtype)
     (actual,) = CPU.layer_grads(grad_rows, [signature], None, None, 0, shape)
@@ -589,32 +608,31 @@ def plain_project(args, norm, weights, activation):
 @pytest.mark.parametrize("keep_z", [False, True])
 def test_project_obeys_the_error_rule_whatever_it_keeps(dtype, form, keep, keep_z, products):
     index = [2, 0, 2, 2] if form == "shared images" else None
-    args, exact = make(PLANS["igva"], dtype, tokens=10, width=20, index=index)
-    weights = projector(dtype, 40)
-    if form == "linear":
-        weights = weights._replace(weight2=None, bias2=None)
-    if form == "no bias":
-        weights = weights._replace(bias1=None, bias2=None)
     activation = None if form == "no activation" else "gelu"
-    norm = (torch.rand(40).to(dtype), torch.randn(40).to(dtype), 1e-5) if form == "norm" else None
-    out, mixed, z = CPU.project(args, norm, weights, activation, keep, keep_z)
+    for judge in within_rule(dtype):
+        args, exact = make(PLANS["igva"], dtype, tokens=10, width=20, index=index)
+        weights = projector(dtype, 40)
+        if form == "linear":
+            weights = weights._replace(weight2=None, bias2=None)
+        if form == "no bias":
+            weights = weights._replace(bias1=None, bias2=None)
+        norm = (torch.rand(40).to(dtype), torch.randn(40).to(dtype), 1e-5) if form == "norm" else None
+        out, mixed, z = CPU.project(args, norm, weights, activation, keep, keep_z)
 
-    plain = plain_project(args, norm, weights, activation)
-    assert_within_rule(out, plain_project(exact, norm, weights, activation), plain, dtype)
-    if keep_z and not (weights.weight2 is None and activation is None):
-        first = weights._replace(weight2=None, bias2=None)
-        z = z.view(args.num_rows, args.num_patches, -1)
-        assert_within_rule(
-            z, plain_project(exact, norm, first, None), plain_project(args, norm, first, None), dtype, "z"
-        )
-    if keep == Keep.ROWS:
-        rows = mixed.rows if norm is None else mixed.kept[0]
-        assert_within_rule(rows, plain_mix(exact), plain_mix(args), dtype, "rows")
-    if keep == Keep.SOURCES:
-        for triple in zip(mixed.kept, plain_sums(exact), plain_sums(args), strict=True):
-            assert_within_rule(*triple, dtype, "sums")
-    if norm is not None and keep != Keep.NOTHING:
-        torch.testing.assert_close(mixed.mean.double(), plain_mix(exact).mean(-1), rtol=1e-4, atol=1e-4)
+        plain = plain_project(args, norm, weights, activation)
+        judge.add(out, plain_project(exact, norm, weights, activation), plain, "output")
+        if keep_z and not (weights.weight2 is None and activation is None):
+            first = weights._replace(weight2=None, bias2=None)
+            z = z.view(args.num_rows, args.num_patches, -1)
+            judge.add(z, plain_project(exact, norm, first, None), plain_project(args, norm, first, None), "z")
+        if keep == Keep.ROWS:
+            rows = mixed.rows if norm is None else mixed.kept[0]
+            judge.add(rows, plain_mix(exact), plain_mix(args), "rows", rounded_once=True)
+        if keep == Keep.SOURCES:
+            for triple in zip(mixed.kept, plain_sums(exact), plain_sums(args), strict=True):
+                judge.add(*triple, "sums", rounded_once=True)
+        if norm is not None and keep != Keep.NOTHING:
+            torch.testing.assert_close(mixed.mean.double(), plain_mix(exact).mean(-1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("images", [0, 1])
@@ -626,7 +644,7 @@ def test_project_of_nothing_and_of_one_row(images, skip, products):
         out, _, z = CPU.project(args, None, weights, "gelu", keep, True)
         assert out.shape == (images, 6 - skip, 20)
         assert z.shape == (images * (6 - skip), 24)
-        torch.testing.assert_close(out.double(), plain_project(exact, None, weights, "gelu"), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(out.double(), plain_project(exact, None, weights, "gelu"), rtol=1e-5, atol=1e-5)
 
 
 CLIP = MixPlan.igva(24, 4, -2).compact()[1]
@@ -853,6 +871,15 @@ def test_why_not_names_the_reason(monkeypatch):
 def test_an_instruction_set_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="isa: this CPU or this build has no avx9000"):
         MODULE.set_isa("avx9000")
+
+
+@pytest.mark.skipif(not native.forced_isa(), reason="the environment names no instruction set")
+def test_plain_torch_is_held_to_the_set_that_the_environment_names():
+    held = {"scalar": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}[native.forced_isa()]
+    assert torch.backends.cpu.get_cpu_capability() == held
+    assert (
+        os.environ["ONEDNN_MAX_CPU_ISA"] == {"scalar": "SSE41", "avx2": "AVX2", "avx512": "AVX512_CORE"}[MODULE.isa()]
+    )
 
 
 @pytest.fixture

@@ -1,18 +1,17 @@
 """The CUDA sources as machine code, without a GPU: every architecture compiles, nothing spills, budgets hold, and the
 Hopper kernel is made of Hopper's own instructions."""
 
+import importlib.util
+import json
 import os
 import re
 import subprocess
 import sys
-import time
+import zipfile
 from pathlib import Path
 
 import pytest
-from cuda_tools import ROOT, SOURCES, compile_cubin, cuobjdump, machine_code, nvcc, usage
-
-from igva_kernels import native
-from igva_kernels.backends.cuda import launch
+from cuda_tools import ROOT, compile_cubin, cuobjdump, machine_code, nvcc, usage
 
 pytestmark = [
     pytest.mark.skipif(nvcc() is None, reason="no nvcc"),
@@ -59,41 +58,22 @@ def check_budgets(kernels):
         assert used.stack == used.local == 0, (name, used)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_the_built_module_has_machine_code_of_every_architecture_that_spills_nothing(arch):
-    """The one that `pip install -e .` left in the source tree: what compiling took minutes for is only read."""
-    module, reason = launch.load()
-    if module is None:
-        pytest.skip(reason)
-    file, built = Path(module.__file__), native.build_info()["cuda"]
-    if file.stat().st_mtime < max(source.stat().st_mtime for source in SOURCES.iterdir()):
-        pytest.skip("the module is older than its sources: build it again")
-    if arch not in built["archs"]:
-        pytest.skip(f"it was built for {', '.join(built['archs'])}")
-    kernels = usage(file, "-arch", f"sm_{arch}")
-    hopper = HOPPER if arch == "90a" else {}
-    assert {kernel_of(name) for name in kernels} == {*BUDGET, *hopper}
-    check_budgets(kernels)
-
-
 def test_the_mix_kernel_reads_16_bytes_at_a_time(tmp_path):
     assert "LDG.E.128" in machine_code(compile_cubin("mix", "90a", tmp_path))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("source", PORTABLE)
-def test_the_portable_kernels_compile_without_a_warning_and_spill_nothing(source, arch, tmp_path):
-    known = subprocess.run([nvcc(), "--list-gpu-code"], capture_output=True, text=True).stdout
-    if f"sm_{arch.rstrip('a')}" not in known.split():
-        pytest.skip(f"this nvcc does not know {arch}")
-    kernels = usage(compile_cubin(source, arch, tmp_path))
-    assert len(kernels) >= 3
-    check_budgets(kernels)
+def test_the_portable_kernels_compile_without_a_warning(source, tmp_path):
+    compile_cubin(source, "90a", tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("source", "accesses"), [("gemm_sm90", ["LDG.E.128", "STG.E.128"]), ("mix_weights_grad_sm90", ["LDG.E.128"])]
+    ("source", "accesses"),
+    [
+        ("gemm_sm90", ["LDG.E.128", "STG.E.128"]),
+        pytest.param("mix_weights_grad_sm90", ["LDG.E.128"], marks=pytest.mark.slow),
+    ],
 )
 def test_the_hopper_gemms_are_made_of_hoppers_instructions_and_spill_nothing(source, accesses, tmp_path):
     cubin = compile_cubin(source, "90a", tmp_path)
@@ -138,34 +118,30 @@ def test_shared_memory_of_the_hopper_gemm_fits_a_multiprocessor():
 
 
 def build_wheel(folder, **environment):
-    """Seconds of `pip wheel` in an isolated environment, and what the wheel says of itself."""
-    import json
-    import zipfile
-
-    start = time.monotonic()
+    """``pip wheel`` in an isolated environment."""
     command = [sys.executable, "-m", "pip", "wheel", str(ROOT), "--no-deps", "-w", str(folder)]
     subprocess.run(command, check=True, env=os.environ | environment, capture_output=True)
-    seconds = time.monotonic() - start
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        modules = {name.split("/")[-1].split(".")[0] for name in wheel.namelist() if name.endswith(".so")}
-        return seconds, modules, json.loads(wheel.read("igva_kernels/build_info.json"))
+    return zipfile.ZipFile(next(folder.glob("*.whl")))
 
 
 @pytest.mark.slow
-def test_a_wheel_has_both_modules_and_says_what_was_built(tmp_path):
-    seconds, modules, info = build_wheel(tmp_path, IGVA_KERNELS_FORCE_CUDA="1", IGVA_KERNELS_CUDA_ARCHS="80 90a 42")
-    assert seconds < 240
-    assert modules == {"_native", "_cuda"}
-    assert info["cuda"]["archs"] == ["80", "90a"] and info["cuda"]["left_out"] == ["42"]
-    assert info["cuda"]["ptx"] == "90" and info["cuda"]["reason"] == ""
-
-
-@pytest.mark.slow
-def test_without_cuda_the_wheel_has_the_cpu_module_and_the_reason(tmp_path):
-    seconds, modules, info = build_wheel(tmp_path, IGVA_KERNELS_SKIP_CUDA="1")
-    assert seconds < 90
-    assert modules == {"_native"}
-    assert "IGVA_KERNELS_SKIP_CUDA=1" in info["cuda"]["reason"] and info["reason"] == ""
+def test_a_wheel_has_machine_code_of_every_architecture_that_spills_nothing_and_says_what_was_built(tmp_path):
+    """One build of all, some minutes long, for all that can be read from it."""
+    asked = " ".join([*ARCHS, "42"])
+    with build_wheel(tmp_path, IGVA_KERNELS_FORCE_CUDA="1", IGVA_KERNELS_CUDA_ARCHS=asked) as wheel:
+        modules = {Path(name).name.split(".")[0]: name for name in wheel.namelist() if name.endswith(".so")}
+        cuda = json.loads(wheel.read("igva_kernels/build_info.json"))["cuda"]
+        assert modules.keys() == {"_native", "_cuda"}
+        module = wheel.extract(modules["_cuda"], tmp_path)
+    assert "42" in cuda["left_out"] and sorted(cuda["archs"] + cuda["left_out"]) == sorted([*ARCHS, "42"])
+    assert cuda["reason"] == "" and cuda["ptx"] == cuda["archs"][-1].rstrip("a")
+    spec = importlib.util.spec_from_file_location("_cuda", module)
+    assert importlib.util.module_from_spec(spec).versions  # it loads: no symbol is missing
+    for arch in cuda["archs"]:
+        kernels = usage(module, "-arch", f"sm_{arch}")
+        hopper = HOPPER if arch == "90a" else {}
+        assert {kernel_of(name) for name in kernels} == {*BUDGET, *hopper}, arch
+        check_budgets(kernels)
 
 
 @pytest.mark.slow

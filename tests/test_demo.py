@@ -62,6 +62,53 @@ def test_a_checkpoint(tmp_path, capsys):
     assert "after" not in text
 
 
+def test_a_check_that_fails_is_named_with_what_to_do(tmp_path, capsys, monkeypatch):
+    run_model, run_connector = demo.run_model, demo.run_connector
+
+    def another_answer(model, conversation, impl, steps, advance):
+        run = run_model(model, conversation, impl, steps, advance)
+        if impl != "reference":
+            run.answers.texts[0] = "tea"
+            run.answers.tokens[0, 1] = run.answers.logits[0, 1].argmin()
+        return run
+
+    def wrong_output(*args):
+        figures = run_connector(*args)
+        output = figures["fused"].verdicts[0]
+        figures["fused"].verdicts[0] = output._replace(error=3 * output.plain, budget=2 * output.plain)
+        return figures
+
+    monkeypatch.setattr(demo, "run_model", another_answer)
+    monkeypatch.setattr(demo, "run_connector", wrong_output)
+    assert cli.main(["demo", "--output", str(tmp_path), "--steps", "0"]) == 1
+    failures = " ".join(capsys.readouterr().out.split("FAILED:")[1].split())
+    assert "answers to 'What colour is the saucer?' differ" in failures and "'tea' by the fused one" in failures
+    assert "output of the fused connector" in failures and "3.00 times as much" in failures
+    assert "igva-kernels verify" in failures and "igva-kernels info" in failures
+    assert failures.count("*") == 2
+
+
+def test_the_gap_of_answers_is_that_of_their_first_difference():
+    from igva_kernels.demo.compare import Answers
+
+    logits = torch.tensor([[[0.0, 1.0, 4.0], [3.0, 2.5, 0.0], [9.0, 0.0, 0.0]]])
+    plain, fused = (Answers([""], torch.tensor([tokens]), logits) for tokens in ([2, 0, 0], [2, 1]))
+    assert plain.gap(plain, 0) == 0
+    assert plain.gap(fused, 0) == pytest.approx(0.5 / logits[0, 1].std().item())
+
+
+def test_an_image_or_a_model_that_cannot_be_read_is_a_message(tmp_path, capsys):
+    (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "config.json").write_text('{"model_type": "llava_llama"}')
+    for option, value, message in (
+        ("--image", tmp_path / "none.jpg", "No such file"),
+        ("--image", tmp_path / "text.jpg", "cannot identify image"),
+        ("--model", tmp_path, "got 'llava_llama'; `igva-kernels convert`"),
+    ):
+        assert cli.main(["demo", option, str(value), "--steps", "0"]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_training_leaves_the_weights_as_they_were():
     from igva_kernels.demo.compare import Conversation, run_model
 

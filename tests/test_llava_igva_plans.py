@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from seeds import seeded
 
 pytest.importorskip("transformers")
 
@@ -21,12 +22,12 @@ SMALL = {"sentence_embed_dim": EMBED, "allocator_hidden_dim": 16, "allocator_num
 
 
 def system(name, impl="reference"):
-    torch.manual_seed(0)
+    torch.manual_seed(seeded())
     return liven(LlavaIgvaForConditionalGeneration(make_config(name, impl=impl, **SMALL)).eval())
 
 
 def close(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=3e-5)
 
 
 def cat(*parts):
@@ -62,6 +63,10 @@ ROWS = {
     "COMM Layerscale": lambda h, w: weighted(h, w, range(1, 25)),
 }
 """The mixed rows in plain torch, from hidden states and layer weights."""
+
+
+KINDS = ["IGVA", "IGVA, stage 1", "DenseConnector DCI, SigLIP", "VipLlava", "TGIF", "COMM Layerscale"]
+"""One of each: allocator, uniform, constant means without CLS, taps and a norm, text allocator, learned weights."""
 
 
 def test_every_system_has_its_formula():
@@ -109,7 +114,7 @@ def test_learned_weights_start_equal_need_no_sentence_and_learn():
 
 
 @pytest.mark.skipif(not FUSED, reason="no kernel serves CPU tensors here")
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("name", KINDS)
 def test_fused_and_plain_agree_in_loss_gradients_and_greedy_tokens(name):
     results = []
     for impl in ("reference", FUSED[0]):
@@ -126,7 +131,7 @@ def test_fused_and_plain_agree_in_loss_gradients_and_greedy_tokens(name):
     assert torch.equal(tokens, fused_tokens)
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_saved_system_loads_as_it_was(tmp_path, name):
     model, inputs = system(name), batch((1, 1))
     model.save_pretrained(tmp_path)
@@ -140,14 +145,14 @@ def test_a_saved_system_loads_as_it_was(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["IGVA", "IGVA, stage 1", "DenseConnector DCI", "Layer_Select_Fuse all"])
 def test_a_llava_becomes_any_system_that_reads_its_layer_and_answers_as_before(name):
-    torch.manual_seed(0)
+    torch.manual_seed(seeded())
     vision = make_config("LLaVA-1.5").vision_config
     config = LlavaConfig(vision_config=vision, text_config=text_config(), image_token_index=IMAGE)
     llava = liven(LlavaForConditionalGeneration(config).eval())
     model = LlavaIgvaForConditionalGeneration.from_llava(llava, **SMALL, **SYSTEMS[name])
     inputs = batch((1, 2))
     plain = {key: value for key, value in inputs.items() if key != "sentence_embeds"}
-    torch.testing.assert_close(model(**inputs).logits, llava(**plain).logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(**inputs).logits, llava(**plain).logits, rtol=1e-4, atol=3e-5)
     assert model.config.plan == make_config(name).plan
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from seeds import seeded
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -141,7 +142,7 @@ def test_summaries_of_the_reduced_sources_are_those_of_the_layers():
 
 
 def projector(impl="reference", plan=PLAN, **options):
-    torch.manual_seed(1)
+    torch.manual_seed(seeded(1))
     return LayerMixProjector(plan, 8, 12, skip_tokens=1, impl=impl, **options)
 
 

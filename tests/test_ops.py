@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from seeds import seeded
 
 import igva_kernels as ik
 from igva_kernels import MixPlan, dispatch, reference, verify
@@ -40,7 +41,7 @@ def test_a_kernel_backend_runs_here():
 @pytest.mark.parametrize("dtype", verify.DTYPES)
 @pytest.mark.parametrize("case", verify.SMALL_CASES, ids=lambda case: case.name)
 def test_values_and_every_gradient_obey_the_error_rule(case, dtype, impl):
-    for row in verify.judge(case, dtype, [impl], "cpu"):
+    for row in verify.judge(case, dtype, [impl], "cpu", seeded()):
         assert row.ok, str(row.worst)
 
 
@@ -68,7 +69,9 @@ def test_gradcheck_in_fp64(impl, norm, layers_grad):
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "relu", "silu"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_activations_and_missing_biases(impl, activation, bias):
-    states, weights, params = make(grad=True)
+    # In fp32 two right kernels may, rarely, see the two sides of a ReLU's kink.
+    dtype = torch.float64 if activation == "relu" else torch.float32
+    states, weights, params = make(grad=True, dtype=dtype)
     w1, b1, w2, b2 = params if bias else (params[0], None, params[2], None)
     for op, args in ((ik.layer_mix_linear, (w1, b1)), (ik.layer_mix_mlp, (w1, b1, w2, b2))):
         leaves = [weights, *(p for p in args if p is not None)]
@@ -77,7 +80,8 @@ def test_activations_and_missing_biases(impl, activation, bias):
             out = op(states, IGVA, weights, *args, activation=activation, impl=one)
             results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
         for actual, expected in zip(*results, strict=True):
-            torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-4)
+            assert actual.dtype == expected.dtype
+            assert relative_error(actual, expected) < 1e-4
 
 
 def test_strided_states_of_different_layouts_are_read_where_they_lie(impl):
@@ -132,7 +136,7 @@ def test_one_row_of_weights_serves_the_whole_batch(impl):
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
     (grad,) = torch.autograd.grad(out.square().sum(), shared)
     (expected_grad,) = torch.autograd.grad(expected.square().sum(), shared)
-    torch.testing.assert_close(grad, expected_grad, rtol=1e-3, atol=1e-3)
+    assert relative_error(grad, expected_grad) < 1e-4
 
 
 def test_several_rows_may_read_one_image(impl):

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from seeds import seeded
 
 CLONES = Path(os.environ.get("RESEARCH_REPOS", "/nowhere"))
 CASES = {
@@ -113,7 +114,7 @@ def build(repo, folder, siglip=False, **settings):
     from transformers import CLIPImageProcessor, CLIPVisionModel, LlamaForCausalLM, LlamaModel
 
     arch, root = load(repo)
-    torch.manual_seed(0)
+    torch.manual_seed(seeded())
     layers = 24 if repo in ("DenseConnector", "Layer_Select_Fuse_for_MLLM") else 4
     tower = Path(folder) / ("siglip" if siglip else "clip")
     liven(CLIPVisionModel(vision_config(num_hidden_layers=layers))).save_pretrained(tower)
@@ -209,7 +210,7 @@ def convert(name, folder):
         ours["sentence_embeds"] = batch["sentence_embeds"]
         model = igva_model(aggregation="uniform" if settings["aggregate_by_average"] else "instruction")
     else:
-        torch.manual_seed(3)
+        torch.manual_seed(seeded(3))
         model = LlavaForConditionalGeneration(llava_config()).eval()
     to_repo(model, Path(folder) / "theirs")
     read = type(theirs).from_pretrained(Path(folder) / "theirs").eval()
@@ -259,7 +260,7 @@ def compare(name, folder):
     batch = inputs((1, 1), labels=True, sentences=name == "IGVA")
     options = {}
     if attach:
-        torch.manual_seed(5)
+        torch.manual_seed(seeded(5))
         allocator = WeightAllocator(EMBED, VISION, 2, hidden_dim=16, num_blocks=1, num_heads=2)
         options = {"plan": ik.MixPlan.igva(4, 2), "allocator": allocator}
     whole = repo in ("IGVA", "LLaVA")

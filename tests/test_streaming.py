@@ -1,10 +1,12 @@
 """Streaming equals the one-shot mix, and no state outlives its use."""
 
+import copy
 import gc
 import weakref
 
 import pytest
 import torch
+from threads import in_threads
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 import igva_kernels as ik
@@ -78,6 +80,15 @@ def test_low_precision_sums_are_accumulated_in_fp32_and_rounded_once(pixels, mod
     torch.testing.assert_close(stream.sources[1], exact.bfloat16(), rtol=2**-7, atol=1e-6)
 
 
+@pytest.fixture
+def quick_collections():
+    """What is alive already is left out of collections, which takes most of their time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("quick_collections")
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "frozen training"])
 @pytest.mark.parametrize("mode", ["group", "layer"])
 def test_no_state_is_alive_after_its_group_is_folded(tower, pixels, mode, grad):
@@ -130,8 +141,10 @@ def test_a_trainable_tower_gets_every_gradient_also_with_checkpointing(tower, pi
         row.square().sum().backward()
         grads.append({name: p.grad.clone() for name, p in tower.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
+    # Some, as those of the keys' biases, are zero but for rounding: that of what cancels in them.
+    largest = max(grad.abs().max().item() for grad in grads[0].values())
     for name in grads[0]:
-        torch.testing.assert_close(grads[1][name], grads[0][name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(grads[1][name], grads[0][name], rtol=1e-3, atol=5e-6 * largest)
 
 
 def test_checkpointed_layers_that_run_again_in_the_backward_are_not_counted(tower, pixels):
@@ -189,6 +202,55 @@ def test_two_towers_and_two_streams_at_once(pixels):
             )
 
 
+def test_threads_with_plans_of_their_own_share_a_tower():
+    tower = CLIPVisionModel(CLIPVisionConfig(**SIZES)).eval().requires_grad_(False)
+    plans = [MixPlan.igva_uniform(6, 3), MixPlan.concat([-2, 0, -1])]
+    images = torch.randn(4, 1, 3, 28, 28)
+    states = [tower(image, output_hidden_states=True).hidden_states for image in images]
+
+    def ask(client):
+        plan, mode = plans[client % 2], ("group", "layer")[client // 2]
+        for i in [(client + turn) % 4 for turn in range(8)]:
+            with torch.no_grad(), ik.stream_hidden_states(tower, plan, mode=mode) as stream:
+                tower(images[i])
+            expected = reference.layer_mix(states[i], plan.resolve(7))
+            torch.testing.assert_close(ik.layer_mix(stream.sources, stream.plan), expected)
+            torch.testing.assert_close(tower(images[i]).last_hidden_state, states[i][-1])
+
+    in_threads(ask)
+    assert not tower._forward_pre_hooks
+
+
+def test_a_stream_sees_the_runs_of_its_own_thread_only(tower, pixels):
+    plan = MixPlan.concat([-2])
+
+    with ik.stream_hidden_states(tower, plan) as stream:
+        in_threads(lambda _: tower(pixels), 1)
+        with pytest.raises(RuntimeError, match="in the thread that opened it"):
+            _ = stream.sources
+        tower(pixels)
+        own = stream.sources[0]
+        in_threads(lambda _: tower(pixels + 1), 1)
+        assert stream.sources[0] is own
+
+
+def test_a_tower_copied_inside_the_block_feeds_nobody(tower, pixels):
+    plan = MixPlan.igva(6, 3)
+    with ik.stream_hidden_states(tower, plan) as stream:
+        tower(pixels)
+        own = list(stream.sources)
+        copied = copy.deepcopy(tower)
+        torch.testing.assert_close(copied(pixels + 1), tower(pixels + 1))
+        tower(pixels)
+        copied(pixels + 1)
+        for source, expected in zip(stream.sources, own, strict=True):
+            torch.testing.assert_close(source, expected)
+    with ik.stream_hidden_states(copied, plan) as stream:
+        copied(pixels)
+    for source, expected in zip(stream.sources, own, strict=True):
+        torch.testing.assert_close(source, expected)
+
+
 def test_each_run_starts_anew(tower, pixels):
     plan = MixPlan.igva(6, 3)
     with ik.stream_hidden_states(tower, plan) as stream:
@@ -204,13 +266,19 @@ def test_each_run_starts_anew(tower, pixels):
 @pytest.mark.plain_memory
 def test_a_compiled_tower_streams(pixels):
     torch.compiler.reset()
-    tower = CLIPVisionModel(CLIPVisionConfig(**SIZES)).eval().requires_grad_(False)
-    plan = MixPlan.igva(6, 3)
+    tower = CLIPVisionModel(CLIPVisionConfig(**{**SIZES, "num_hidden_layers": 2})).eval().requires_grad_(False)
+    plan = MixPlan.igva(2, 2)
     weights = weights_of(plan)
     expected = reference.layer_mix(tower(pixels, output_hidden_states=True).hidden_states, plan, weights)
     compiled = torch.compile(tower, backend="aot_eager")
     compiled(pixels)
     with ik.stream_hidden_states(compiled, plan) as stream:
+        compiled(pixels)
+    torch.testing.assert_close(ik.layer_mix(stream.sources, stream.plan, weights), expected)
+    with ik.stream_hidden_states(compiled, plan) as stream:
+        in_threads(lambda _: compiled(pixels), 1)  # not by the code that was compiled for this thread's stream
+        with pytest.raises(RuntimeError, match="in the thread that opened it"):
+            _ = stream.sources
         compiled(pixels)
     torch.testing.assert_close(ik.layer_mix(stream.sources, stream.plan, weights), expected)
 

@@ -81,10 +81,12 @@ ROWS = {
 
 
 def shipped_tiles():
+    """The first tile of every product in ``make test``, the others in ``make test-all``."""
     for capability, architecture in ARCHITECTURES.items():
         for name, tiles in config.shipped(architecture).gemms.items():
             for i in range(len(tiles)):
-                yield pytest.param(capability, name, i, id=f"{architecture}-{name}-{i}")
+                marks = [pytest.mark.slow] if i else []
+                yield pytest.param(capability, name, i, id=f"{architecture}-{name}-{i}", marks=marks)
 
 
 def check(built, capability):
@@ -111,7 +113,7 @@ def test_gemm(capability, name, i, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("capability", [90, *(pytest.param(c, marks=pytest.mark.slow) for c in (80, 100))])
 def test_rows(capability, name, monkeypatch):
     rows = config.shipped(ARCHITECTURES[capability]).rows
     for launch in record(monkeypatch, lambda: ROWS[name](rows)):
@@ -155,10 +157,14 @@ def test_one_build_serves_every_batch(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("batch", "dtype"),
-    [(1, torch.bfloat16), (64, torch.bfloat16), pytest.param(64, torch.float32, marks=pytest.mark.slow)],
-)
-@pytest.mark.parametrize("capability", [90, *(pytest.param(c, marks=pytest.mark.slow) for c in (80, 100))])
+    ("capability", "batch", "dtype"),
+    [
+        (90, 64, torch.bfloat16),
+        *(pytest.param(*others, marks=pytest.mark.slow) for others in (
+            (90, 1, torch.bfloat16), (90, 64, torch.float32), (80, 64, torch.bfloat16), (100, 64, torch.bfloat16),
+        )),
+    ],
+)  # fmt: skip
 def test_allocator(capability, batch, dtype, monkeypatch):
     with torch.device("meta"):
         weights = AllocatorWeights.of(list(WeightAllocator(768, D, 4).to(dtype).parameters()))
@@ -178,7 +184,7 @@ def test_allocator(capability, batch, dtype, monkeypatch):
             assert "ld.global.v4.b32" in built.ptx
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_the_other_dtypes_compile(dtype, monkeypatch):
     tile = config.shipped("sm_90").gemms["linear"][2]
     x, weight = meta(M, 2 * D, dtype=dtype), meta(H, 2 * D, dtype=dtype)
@@ -186,9 +192,9 @@ def test_the_other_dtypes_compile(dtype, monkeypatch):
     build(launch, 90)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES.values())
-def test_shipped_files_hold_at_most_three_tiles_and_survive_a_round_trip(architecture):
-    shipped = config.shipped(architecture)
+@pytest.mark.parametrize("name", [path.stem for path in sorted(config.SHIPPED.glob("*.json"))])
+def test_shipped_files_hold_at_most_three_tiles_and_survive_a_round_trip(name):
+    shipped = config.shipped(name)
     assert json.loads(config.Config.from_json(shipped.to_json()).to_json()) == json.loads(shipped.to_json())
     assert all(1 <= len(tiles) <= 3 for tiles in shipped.gemms.values())
 

@@ -2,6 +2,7 @@
 
 import torch
 from hosts import liven
+from seeds import seeded
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, SiglipVisionConfig
 
 from igva_kernels import dispatch
@@ -50,13 +51,13 @@ def igva_config(tower="clip", **overrides):
 
 
 def igva_model(tower="clip", seed=0, **overrides):
-    torch.manual_seed(seed)
+    torch.manual_seed(seeded(seed))
     return liven(LlavaIgvaForConditionalGeneration(igva_config(tower, **overrides)).eval())
 
 
 def prompts(images_per_sample, padding="right", seed=0):
     """``input_ids`` and ``attention_mask`` of samples with so many images each; lengths differ by sample."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seeded(seed))
     rows = []
     for sample, images in enumerate(images_per_sample):
         row = torch.randint(3, 60, (4 + sample,), generator=generator)
@@ -74,7 +75,7 @@ def prompts(images_per_sample, padding="right", seed=0):
 
 def batch(images_per_sample=(1, 1), padding="right", seed=0, labels=False):
     """Inputs of the model, images included."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seeded(seed))
     inputs = prompts(images_per_sample, padding, seed)
     if sum(images_per_sample):
         inputs["pixel_values"] = torch.randn(sum(images_per_sample), 3, 28, 28, generator=generator)

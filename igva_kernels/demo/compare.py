@@ -13,8 +13,8 @@ from torch import Tensor
 
 from igva_kernels.integrations import patched
 from igva_kernels.models import LlavaIgvaForConditionalGeneration
-from igva_kernels.testing import Verdict, judge, measure_memory
-from igva_kernels.verify import Case, Inputs
+from igva_kernels.testing import Verdict, judge, measure_memory, relative_error
+from igva_kernels.verify import MIX_WEIGHTS_GRAD, Case, Inputs
 
 T = TypeVar("T")
 
@@ -29,10 +29,36 @@ ALLOCATOR_RATE = 1e-5
 
 
 @dataclass
+class Answers:
+    """What a model says, greedily."""
+
+    texts: list[str]
+    tokens: Tensor
+    """``[B, N]``"""
+    logits: Tensor
+    """``[B, N, vocabulary]``, that each token is the largest of."""
+
+    def gap(self, other: Answers, row: int) -> float:
+        """How clearly this model chose where the other one first says something else.
+
+        Returns:
+            The logit of its own token less that of the other's, in standard deviations of its logits; 0 where the
+            answers are the same.
+        """
+        length = min(self.tokens.shape[1], other.tokens.shape[1])
+        differ = (self.tokens[row, :length] != other.tokens[row, :length]).nonzero()
+        if not len(differ):
+            return 0.0
+        at = int(differ[0])
+        logits = self.logits[row, at].float()
+        return float((logits[self.tokens[row, at]] - logits[other.tokens[row, at]]) / logits.std())
+
+
+@dataclass
 class Run:
     """The whole model with one connector."""
 
-    answers: list[str]
+    answers: Answers
     answer_seconds: float
     logits: Tensor
     """Of the first training step, like the gradients."""
@@ -41,15 +67,18 @@ class Run:
     """Of every training step, ``[B, K]``."""
     losses: list[float]
     step_seconds: list[float]
-    trained_answers: list[str]
-    """After the training steps; empty where there were none."""
+    trained_answers: Answers | None
+    """After the training steps, if there were any."""
 
 
 @dataclass
 class ConnectorFigures:
     """One connector by itself."""
 
+    errors: dict[str, float]
+    """Of every result, against fp64."""
     verdicts: list[Verdict]
+    """On all but the gradient of mix_weights: of so few numbers, one draw says little."""
     forward_ms: float
     training_ms: float
     inference_bytes: int
@@ -123,7 +152,7 @@ def run_model(
 
     with patched(model, impl=impl):
         answers, answer_seconds = _timed(lambda: _answer(model, conversation))
-        run = Run(answers, answer_seconds, torch.empty(0), {}, [], [], [], [])
+        run = Run(answers, answer_seconds, torch.empty(0), {}, [], [], [], None)
         advance()
         for _ in range(max(steps, 1)):
             outputs, seconds = _timed(step)
@@ -144,9 +173,13 @@ def run_model(
     return run
 
 
-def _answer(model: LlavaIgvaForConditionalGeneration, conversation: Conversation) -> list[str]:
-    tokens = model.generate(**conversation.prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
-    return conversation.decode(tokens[:, conversation.prompts["input_ids"].shape[1] :])
+def _answer(model: LlavaIgvaForConditionalGeneration, conversation: Conversation) -> Answers:
+    said = model.generate(
+        **conversation.prompts, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True,
+        output_logits=True,
+    )  # fmt: skip
+    tokens = said.sequences[:, conversation.prompts["input_ids"].shape[1] :]
+    return Answers(conversation.decode(tokens), tokens, torch.stack(said.logits, dim=1))
 
 
 def run_connector(
@@ -156,8 +189,16 @@ def run_connector(
     case, inputs = _connector_case(model, conversation, layer_weights)
     oracle = case.run(inputs.double(), "reference")
     results = {name: case.run(inputs, impl) for name, impl in CONNECTORS.items()}
+    errors = {
+        name: {key: relative_error(value, oracle[key]) for key, value in result.items()}
+        for name, result in results.items()
+    }
     verdicts = {
-        name: [judge(value, oracle[key], results["plain"][key], value.dtype, key) for key, value in result.items()]
+        name: [
+            judge(value, oracle[key], results["plain"][key], value.dtype, key)
+            for key, value in result.items()
+            if key != MIX_WEIGHTS_GRAD
+        ]
         for name, result in results.items()
     }
     del oracle, results
@@ -179,6 +220,7 @@ def run_connector(
             leaf.requires_grad_()
         _, training_memory = measure_memory(lambda: case.forward(learning, impl))  # noqa: B023
         figures[name] = ConnectorFigures(
+            errors[name],
             verdicts[name],
             1e3 * median(inference for inference, _ in seconds[name]),
             1e3 * median(training for _, training in seconds[name]),

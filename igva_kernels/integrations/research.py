@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from igva_kernels.context import PerThread
 from igva_kernels.integrations.handle import PatchHandle
 from igva_kernels.integrations.lazy import activation_of, patch_projector
 from igva_kernels.nn import MixInput
@@ -103,7 +104,7 @@ def encode(tower: Any, images: Tensor, plan: MixPlan, skip_tokens: int, no_grad:
     return MixInput(tuple(stream.sources), None, None, None, stream.plan, skip_tokens, "gelu", "auto")
 
 
-class Instructions:
+class Instructions(PerThread):
     """What a forward passes by the host's own methods: sentence embeddings inwards, layer weights outwards."""
 
     def __init__(self) -> None:

@@ -19,6 +19,7 @@ from recipe import (
     make_inputs,
     result,
     run_command,
+    run_recipe,
 )
 from transformers import AutoProcessor
 
@@ -56,7 +57,7 @@ def inputs(tmp_path_factory):
 
 def run_plain(inputs, name, *more, **options):
     """One process, one micro-batch, the plain connector: what every other run must equal."""
-    launch(inputs, [{"argv": arguments(inputs, inputs / name, *more, impl="reference", **options)}], processes=1)
+    run_recipe(arguments(inputs, inputs / name, *more, impl="reference", **options))
     return result(inputs / name)
 
 
@@ -81,7 +82,7 @@ def plain(inputs):
     return run_plain(inputs, "plain")
 
 
-@pytest.mark.parametrize("engine", engines(slow=("zero2", "fsdp2")))
+@pytest.mark.parametrize("engine", engines(slow=("zero2", "zero3", "fsdp2")))
 def test_same_losses_and_weights(inputs, plain, engine):
     launch(inputs, both_connectors(inputs, engine, **ENGINES[engine]))
     for trained in results(inputs, engine):
@@ -104,10 +105,15 @@ def test_fsdp2_with_other_units(inputs, plain, unit):
         assert_same(trained, plain)
 
 
-@pytest.fixture(scope="module", params=engines(slow=ENGINES))
-def engine(inputs, request):
+@pytest.fixture(scope="session")
+def plain_tower(inputs):
+    return run_plain(inputs, "plain_tower", *TRAINED_TOWER)
+
+
+@pytest.mark.parametrize("engine", engines(slow=ENGINES))
+def test_bf16_checkpointing_a_trained_tower_and_resumption(inputs, plain, plain_tower, engine):
     """What an engine is asked beside the plain run; starting it is slow, so one launch does it all."""
-    name, options = request.param, ENGINES[request.param]
+    name, options = engine, ENGINES[engine]
     saving = {**options, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
     saving["per_device_train_batch_size"] = 4
     whole, resumed = inputs / f"{name}_whole", inputs / f"{name}_resumed"
@@ -120,27 +126,13 @@ def engine(inputs, request):
             {"argv": arguments(inputs, resumed, **saving, resume_from_checkpoint=whole / "checkpoint-2")},
         ],
     )
-    return name
-
-
-@pytest.fixture(scope="session")
-def plain_tower(inputs):
-    return run_plain(inputs, "plain_tower", *TRAINED_TOWER)
-
-
-class TestMore:
-    def test_bf16(self, inputs, plain, engine):
-        for trained in results(inputs, f"{engine}_bf16"):
-            torch.testing.assert_close(torch.tensor(trained.losses), torch.tensor(plain.losses), rtol=3e-2, atol=0)
-
-    def test_gradient_checkpointing_and_trained_tower(self, inputs, plain_tower, engine):
-        for trained in results(inputs, f"{engine}_tower"):
-            assert_same(trained, plain_tower)
-
-    def test_resumed_run_ends_with_the_same_bits(self, inputs, engine):
-        whole, resumed = result(inputs / f"{engine}_whole"), result(inputs / f"{engine}_resumed")
-        assert resumed.losses == whole.losses
-        assert all(torch.equal(resumed.weights[name], weight) for name, weight in whole.weights.items())
+    for trained in results(inputs, f"{name}_bf16"):
+        torch.testing.assert_close(torch.tensor(trained.losses), torch.tensor(plain.losses), rtol=3e-2, atol=0)
+    for trained in results(inputs, f"{name}_tower"):
+        assert_same(trained, plain_tower)
+    first, second = result(whole), result(resumed)
+    assert second.losses == first.losses
+    assert all(torch.equal(second.weights[key], weight) for key, weight in first.weights.items())
 
 
 @pytest.mark.slow

@@ -27,7 +27,8 @@ from igva_kernels.reference import Norm
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}
 
 SCRATCH_BYTES = 40 << 20
-"""Of the row blocks of ``project``; with the copied tiles of the weights, its scratch stays below 64 MiB."""
+"""Of the row blocks of ``project``; with the copied tiles of the weights, its scratch stays below 64 MiB. Blocks are as
+large as that allows: libraries pack the weight again for every one of them, which takes the time of a hundred rows."""
 
 STREAM_BYTES = 4 << 20
 """Rows that take more are written around the cache: nobody finds them there later."""
@@ -171,20 +172,25 @@ class CpuBackend(Backend):
 
         # Where products are emulated, a block of inference stays in fp32 from the mix to the output.
         block_dtype = torch.float32 if gemm.is_emulated(dtype) and keep == Keep.NOTHING and not keep_z else dtype
-        limit = SCRATCH_BYTES // max(1, block_dtype.itemsize * (row_width + hidden))
-        step = gemm.block_rows(total, max(16, min(limit, gemm.BLOCK_ROWS)))
-        x_rows = y_rows = None
-        if kept_rows is None or norm is not None:
-            x_rows = weight1.new_empty((min(step, total), row_width), dtype=block_dtype)
-        if weight2 is not None:
-            y_rows = weight1.new_empty((min(step, total), hidden), dtype=block_dtype)
+        size, own = block_dtype.itemsize, kept_rows is None or norm is not None
+        # Mixed rows that are not kept lie where the output of their block will, if it is as large: nobody reads them
+        # any more when it is written, and every page of fresh memory takes time.
+        lent = own and weight2 is not None and row_width * size <= width * dtype.itemsize
+        row_bytes = size * (hidden + (0 if lent else row_width))
+        step = gemm.block_rows(total, max(16, SCRATCH_BYTES // max(1, row_bytes)))
+        x_rows = weight1.new_empty((min(step, total), row_width), dtype=block_dtype) if own and not lent else None
+        y_rows = None if weight2 is None else weight1.new_empty((min(step, total), hidden), dtype=block_dtype)
         for start in range(0, total, step):
             rows = slice(start, min(start + step, total))
-            kept = None if kept_rows is None else kept_rows[rows]
-            x = kept if x_rows is None else x_rows[: rows.stop - start]
+            count, kept = rows.stop - start, None if kept_rows is None else kept_rows[rows]
+            if lent:
+                memory = out[rows].view(-1)[: count * row_width * size // dtype.itemsize]
+                x = memory.view(block_dtype).view(count, row_width)
+            else:
+                x = kept if x_rows is None else x_rows[:count]
             assert x is not None
-            _mix_rows(args, rows, x, sums, norm, None if x is kept else kept, stats)
-            y = out[rows] if y_rows is None else y_rows[: rows.stop - start]
+            _mix_rows(args, rows, x, sums, norm, kept if own else None, stats)
+            y = out[rows] if y_rows is None else y_rows[:count]
             _linear(x, weight1, bias1, activation, y, None if z is None else z[rows])
             if weight2 is not None:
                 _linear(y, weight2, bias2, None, out[rows])

@@ -53,9 +53,9 @@ class RowConfig:
         block_p = min(max(1, self.elements // block_d), _next_power_of_2(num_rows))
         if not whole_blocks:
             return RowTile(block_p, block_d, self.num_warps)
-        # At most 64 fp32 values of the row a thread; with more warps than needed, loads are narrower than 16 bytes.
-        warps = _next_power_of_2(-(-whole_blocks * block_d // 2048))
-        return RowTile(1, block_d, min(max(self.num_warps, warps), 16))
+        # At most 64 fp32 values of the row a thread; beyond that no more warps than read 16 bytes a thread.
+        needed, useful = _next_power_of_2(-(-whole_blocks * block_d // 2048)), max(1, block_d // 256)
+        return RowTile(1, block_d, min(max(needed, min(self.num_warps, useful)), 16))
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def file_name(device_name: str) -> str:
 
 
 def shipped(architecture: str) -> Config:
-    """The shipped configuration of "sm_80", "sm_90" or "sm_100"."""
+    """The shipped configuration of an architecture: "sm_80", "sm_90" or "sm_100"."""
     return Config.from_json((SHIPPED / f"{architecture}.json").read_text())
 
 

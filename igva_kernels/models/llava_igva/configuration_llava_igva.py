@@ -96,6 +96,17 @@ class LlavaIgvaConfig(LlavaConfig):
             )
         _ = self.plan  # a plan that does not fit the tower is an error here
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A config of another model is an error: its fields would be passed over, and the model would be a new one."""
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ValueError(
+                f"model_type: need a config of {cls.model_type!r}, got {kind!r}; `igva-kernels convert` makes a "
+                f"checkpoint of the IGVA or LLaVA repository one, and from_llava a LLaVA of transformers"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def plan(self) -> MixPlan:
         """The plan of the connector, over the states of the vision tower; no columns where aggregation is uniform."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -96,8 +97,8 @@ class ImageFeatureCache:
         encode = ImageFeatureCache(model.encode_images, max_bytes=2 << 30)
         model.generate(**prompt, image_features=encode(pixel_values))
 
-    The least recently used images go when the limit is reached. What it holds is true of the tower as it was: ``clear``
-    it when the tower's weights change.
+    The least recently used images go when the limit is reached. Threads may share a cache (two that meet a new picture
+    at once both encode it). What it holds is true of the tower as it was: ``clear`` it when the tower's weights change.
 
     Args:
         encode: ``[I, 3, height, width]`` to the features of I images.
@@ -119,21 +120,24 @@ class ImageFeatureCache:
         """Images that were encoded."""
         self._encode = encode
         self._images: OrderedDict[bytes, ImageFeatures] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __call__(self, pixel_values: Tensor) -> ImageFeatures:
         """The features of ``pixel_values`` ``[I, 3, height, width]``; all new images are encoded in one batch."""
         keys = [_content(image) for image in pixel_values]
         if not keys:
             return self._encode(pixel_values)
-        known = {key: self._images[key] for key in keys if key in self._images}
+        with self._lock:
+            known = {key: self._images[key] for key in keys if key in self._images}
         new = {key: at for at, key in enumerate(keys) if key not in known}
         if new:
             encoded = self._encode(pixel_values[list(new.values())])
             known |= {key: encoded[at] for at, key in enumerate(new)}
-        self.misses += len(new)
-        self.hits += len(keys) - len(new)
-        for key in dict.fromkeys(keys):
-            self._remember(key, known[key])
+        with self._lock:
+            self.misses += len(new)
+            self.hits += len(keys) - len(new)
+            for key in dict.fromkeys(keys):
+                self._remember(key, known[key])
         return ImageFeatures.cat([known[key] for key in keys])
 
     def __len__(self) -> int:
@@ -142,8 +146,9 @@ class ImageFeatureCache:
 
     def clear(self) -> None:
         """Forget every image."""
-        self._images.clear()
-        self.nbytes = 0
+        with self._lock:
+            self._images.clear()
+            self.nbytes = 0
 
     def _remember(self, key: bytes, features: ImageFeatures) -> None:
         if key in self._images:

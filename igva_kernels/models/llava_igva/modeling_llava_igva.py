@@ -29,6 +29,7 @@ from transformers.models.llava.modeling_llava import (
 )
 from transformers.utils.generic import can_return_tuple
 
+from igva_kernels.context import has_values
 from igva_kernels.models.llava_igva.configuration_llava_igva import LlavaIgvaConfig
 from igva_kernels.models.llava_igva.image_features import ImageFeatures
 from igva_kernels.models.llava_igva.sentence_encoder import encode_sentences
@@ -343,7 +344,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         """int64 ``[B]``."""
         counts = places.sum(dim=1)
         per_sample = counts // num_patches
-        if not torch.compiler.is_compiling() and (counts.sum() != rows * num_patches or per_sample.sum() != rows):
+        if has_values(counts) and (counts.sum() != rows * num_patches or per_sample.sum() != rows):
             raise ValueError(
                 f"input_ids: got {counts.tolist()} image tokens in the samples, need {num_patches} for each of "
                 f"{rows} images"
