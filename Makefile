@@ -70,7 +70,7 @@ isas: .venv-test/installed
 # time and memory measure the sanitizers.
 SANITIZED := build/sanitize/site
 SANITIZE = LD_PRELOAD="$$(ldd $(SANITIZED)/igva_kernels/_native*.so | grep -oE '/\S*lib(asan|ubsan|stdc)\S*' | tr '\n' ' ')" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 IGVA_KERNELS_SANITIZE=1 PYTHONPATH=$(SANITIZED)
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 IGVA_KERNELS_SANITIZE=1 PYTHONPATH=$(CURDIR)/$(SANITIZED)
 
 sanitize: .venv-test/installed $(SANITIZED)/installed
 	$(RUN) "random calls, sanitized" -- env $(SANITIZE) $(TEST)/python tests/fuzz_cpu.py --calls 10000 --processes 2

@@ -163,21 +163,33 @@ def places(arguments):
             yield from ((position, i) for i, item in enumerate(argument) if isinstance(item, torch.Tensor))
 
 
+def changed(arguments, where, change):
+    """The arguments with ``change`` made to the tensors at these places."""
+    out = [list(argument) if isinstance(argument, list) else argument for argument in arguments]
+    for position, item in where:
+        if item is None:
+            out[position] = change(out[position])
+        else:
+            out[position][item] = change(out[position][item])
+    return out
+
+
 def check_registered(name, arguments, layout):
     """A direct call of a registered operator, with each of its tensors in turn in another layout."""
     op = getattr(OPS, name.split(":")[0])
     unchanged = None if layout.startswith("expanded") else op(*arguments)  # what is expanded has other values
-    for position, item in places(arguments):
-
-        def at(change, position=position, item=item):
-            changed = list(arguments)
-            if item is None:
-                changed[position] = change(changed[position])
-            else:
-                changed[position] = [change(x) if i == item else x for i, x in enumerate(changed[position])]
-            return op(*changed)
-
-        actual = at(LAYOUTS[layout])
-        expected = at(lambda x: LAYOUTS[layout](x).contiguous()) if unchanged is None else unchanged
-        where = f"{op.default._schema.arguments[position].name}[{item}], {layout}"
+    for place in places(arguments):
+        actual = op(*changed(arguments, [place], LAYOUTS[layout]))
+        expected = unchanged
+        if expected is None:
+            expected = op(*changed(arguments, [place], lambda x: LAYOUTS[layout](x).contiguous()))
+        where = f"{op.default._schema.arguments[place[0]].name}[{place[1]}], {layout}"
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4, msg=lambda m, w=where: f"{w}: {m}")
+
+
+def check_registered_at_once(name, arguments, layout):
+    """The same with all of them at once, where a call takes long."""
+    op, everywhere = getattr(OPS, name.split(":")[0]), [*places(arguments)]
+    actual = op(*changed(arguments, everywhere, LAYOUTS[layout]))
+    expected = op(*changed(arguments, everywhere, lambda x: LAYOUTS[layout](x).contiguous()))
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
