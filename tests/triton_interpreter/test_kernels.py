@@ -406,4 +406,4 @@ def test_the_interpreter_has_a_configuration_of_its_own():
 def test_a_layer_may_stand_in_a_block_more_often_than_there_are_layers(index):
     plan = MixPlan((((0, None, 0.125),) * 9, ((0, 0, 0.5), (0, 1, 2.0), (0, 0, 0.5), (0, 1, 2.0))), 1)
     options = {"image_index": None if index is None else torch.tensor(index)}
-    check_mix([torch.randn(2, 5, 16)], plan, len(index or [0, 0]), torch.float32, **options)
+    check_mix((2, 5, 16), plan, len(index or [0, 0]), torch.float32, **options)
