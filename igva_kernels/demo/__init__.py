@@ -143,7 +143,7 @@ def _failures(
                 f"{fused.texts[row]!r} by the fused one; plain torch prefers its own by {gap:.1e} standard deviations "
                 f"of the logits, and {tie:.1e} would be a tie"
             )
-    # `igva-kernels verify` judges the gradient of mix_weights, too, on several draws.
+    # `igva-kernels verify` judges small results, too, on several draws.
     for verdict in verdicts:
         if not verdict.ok:
             times = f", {verdict.error / verdict.plain:.2f} times as much" if verdict.plain else ""
