@@ -103,7 +103,7 @@ def why_not(
 def why_not_device(index: int) -> str | None:
     """None if this device runs the kernel and it is switched on, otherwise why not."""
     if os.environ.get(SWITCH) != "1":
-        return f"it has not been measured on a card yet; {SWITCH}=1 switches it on"
+        return f"on an H100 and an H200 the mix kernel and cuBLAS are faster; {SWITCH}=1 switches it on"
     return why_not_capability(index)
 
 
