@@ -10,13 +10,13 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from seeds import seeded
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import research_hosts
 from hosts import host_inputs, host_model
 from research_hosts import IGVA, TGIF, DenseConnector, LLaVA
+from seeds import seeded
 from tiny import EMBED, VISION
 
 import igva_kernels as ik
