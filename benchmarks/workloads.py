@@ -299,8 +299,8 @@ def affordable(workloads: Sequence[Workload], rates: Mapping[str, float]) -> lis
     """The workloads as a machine can measure them whose plain torch multiplies slowly in some dtypes.
 
     There the forward of the block keeps its dtype at B 1 and 2; everything else with products is measured in fp32, the
-    block at B 4 at most, and eight questions become three. (A backward in bf16 took two thirds of the suite's time on an
-    AVX2 CPU.) What is changed says so in its note; what is there already does not come twice.
+    block at B 4 at most, and eight questions become three. (A backward in bf16 took two thirds of the suite's time on
+    an AVX2 CPU.) What is changed says so in its note; what is there already does not come twice.
 
     Args:
         workloads: as they are listed.
