@@ -17,14 +17,21 @@ from igva_kernels.nn import column_summaries
 from igva_kernels.plan import MixPlan
 from igva_kernels.streaming import stream_hidden_states
 
+_CLIP_L: dict[str, Any] = {
+    "hidden_size": CLIP_L.width, "intermediate_size": 4 * CLIP_L.width, "num_hidden_layers": CLIP_L.layers,
+    "num_attention_heads": 16, "patch_size": 14,
+}  # fmt: skip
+_LLAMA: dict[str, Any] = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "head_dim": 128,
+}
+
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    "clip-l-336": (
-        {"hidden_size": CLIP_L.width, "intermediate_size": 4 * CLIP_L.width, "num_hidden_layers": CLIP_L.layers,
-         "num_attention_heads": 16, "image_size": 336, "patch_size": 14},
-        {"hidden_size": HIDDEN, "intermediate_size": 1024, "num_hidden_layers": 1, "num_attention_heads": 8,
-         "head_dim": 128},
-        {},
-    ),
+    "clip-l-336": (_CLIP_L | {"image_size": 336}, _LLAMA, {}),
+    "clip-l-224": (_CLIP_L | {"image_size": 224}, _LLAMA, {}),
     "tiny": (
         {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 8, "num_attention_heads": 2,
          "image_size": 28, "patch_size": 14},

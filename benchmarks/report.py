@@ -143,7 +143,9 @@ HIGHLIGHTS = (
     ("igva-2-mix", "forward", "its mix alone"),
     ("igva-2", "both", "connector, forward and backward"),
     ("vision-tower", "forward", "whole vision tower and connector"),
+    ("vision-tower-224px", "forward", "whole vision tower at 224 pixels, and connector"),
     ("training-step", "both", "training step of the reference model, cut language model"),
+    ("training-step-224px", "both", "training step at 224 pixels, cut language model"),
 )
 """What the README shows: workload, mode, and what it is called."""
 

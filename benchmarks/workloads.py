@@ -34,6 +34,8 @@ class Tower(NamedTuple):
 
 
 CLIP_L = Tower(tokens=577, width=1024, layers=24, skip=1)
+CLIP_L_TOKENS = {"clip-l-336": CLIP_L.tokens, "clip-l-224": 257}
+"""By the size of a model."""
 SIGLIP_SO400M = Tower(tokens=729, width=1152, layers=27, skip=0)
 HIDDEN = 4096
 
@@ -183,9 +185,10 @@ class Model(Workload):
     @property
     def plain_flops(self) -> float:
         """Of a call of plain torch, roughly: what it costs."""
-        if self.size != "clip-l-336" or self.task == "connector":
+        if self.size not in CLIP_L_TOKENS or self.task == "connector":
             return 0.0
-        tower = 24 * CLIP_L.layers * CLIP_L.tokens * CLIP_L.width**2  # four products of attention, eight of the MLP
+        # Four products of attention and eight of the MLP.
+        tower = 24 * CLIP_L.layers * CLIP_L_TOKENS[self.size] * CLIP_L.width**2
         return float(self.batch * self.questions * tower)
 
 
@@ -299,8 +302,9 @@ def affordable(workloads: Sequence[Workload], rates: Mapping[str, float]) -> lis
     """The workloads as a machine can measure them whose plain torch multiplies slowly in some dtypes.
 
     There the forward of the block keeps its dtype at B 1 and 2; everything else with products is measured in fp32, the
-    block at B 4 at most, and eight questions become three. (A backward in bf16 took two thirds of the suite's time on
-    an AVX2 CPU.) What is changed says so in its note; what is there already does not come twice.
+    block at B 4 at most, the vision tower with pictures of 224 pixels, and eight questions become three. (A backward in
+    bf16 took two thirds of the suite's time on an AVX2 CPU, and the tower at 336 pixels in fp32 half of it.) What is
+    changed says so in its note; what is there already does not come twice.
 
     Args:
         workloads: as they are listed.
@@ -329,8 +333,11 @@ def _is_small_block(workload: Workload) -> bool:
 def _cheaper(workload: Workload, why: str) -> Workload:
     if workload.name == "igva-2" and workload.mode == "forward":
         return replace(igva(min(workload.batch, 4), "fp32"), note=f"fp32: {why}")
-    if isinstance(workload, Model) and workload.questions > 3:
-        return replace(workload, name="3-questions", questions=3, dtype="fp32", note=f"fp32, 3 for 8 questions: {why}")
+    if isinstance(workload, Model) and workload.plain_flops:
+        questions = min(workload.questions, 3)
+        name = f"{workload.name if questions == 1 else f'{questions}-questions'}-224px"
+        note = f"fp32, 224 pixels a side{f', {questions} questions' if questions > 1 else ''}: {why}"
+        return replace(workload, name=name, size="clip-l-224", questions=questions, dtype="fp32", note=note)
     return replace(workload, dtype="fp32", note=f"fp32: {why}")
 
 
