@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -19,7 +20,17 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from benchmarks import report
-from benchmarks.measure import CALLS, COMPILING, ROOT, Figures, Machine, Refused, measure, timer_for
+from benchmarks.measure import (
+    CALLS,
+    COMPILING,
+    ROOT,
+    Figures,
+    Machine,
+    Refused,
+    measure,
+    needs_a_fresh_process,
+    timer_for,
+)
 from benchmarks.providers import PLAIN, Provider, plain_rate, providers
 from benchmarks.results import (
     RESULTS,
@@ -38,10 +49,19 @@ from igva_kernels.verify import DTYPES
 
 SECONDS = {"cpu": 540, "cuda": 450}
 """Which are shared out over the workloads; one that no longer fits is not begun."""
-LEAST = 0.4
-"""Part of the time that a workload wants which it cannot do without."""
 BUDGETS = {"full": {"cpu": 1.5, "cuda": 0.5}, "quick": {"cpu": 1.0, "cuda": 0.3}, "shapes": {"cpu": 1.0, "cuda": 0.3}}
 """Seconds of the rounds of a workload; slow ones take two rounds however long."""
+SETTING_UP, DRAWING_A_MODEL = 2.5, 15.0
+"""Seconds of any workload beside its calls, and those for a model's weights and imports in a process."""
+
+
+class Cost(NamedTuple):
+    """Seconds of a workload, roughly."""
+
+    least: float
+    """For plain torch, the backends and the floor."""
+    wanted: float
+    """For extra providers too."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(
     workloads: Sequence[Workload], names: Sequence[str], device: str, budget: float, seconds: float,
-    env: Environment, path: Path | None, console: Console, costs: Sequence[float] | None = None,
+    env: Environment, path: Path | None, console: Console, costs: Sequence[Cost] | None = None,
 ) -> tuple[list[Row], int]:  # fmt: skip
     """Measures workloads and adds to the CSV as it goes.
 
@@ -101,20 +121,21 @@ def run(
         env: what goes into the rows.
         path: the CSV, or None.
         console: where progress and figures go.
-        costs: seconds that each workload wants; the time is shared out in proportion, and what one leaves of its share
-            is shared by those that follow. The same for all where it is not given.
+        costs: of each workload. Every one gets the least that it needs, what remains is shared out by what they want
+            beyond it, and what one leaves of its share is shared by those that follow. The same for all where it is not
+            given.
 
     Returns:
         The rows, and how many providers failed their check.
     """
     deadline = time.monotonic() + seconds
-    costs = [1.0] * len(workloads) if costs is None else costs
+    costs = [Cost(0.0, 1.0)] * len(workloads) if costs is None else costs
     timer, machine = timer_for(device), Machine(device)
     rows: list[Row] = []
     wrong = 0
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=sum(costs))
+        task = progress.add_task("", total=len(workloads))
         progress.console.print(
             f"{env.machine}, torch {env.torch}, revision {env.revision}; {len(workloads)} workloads in at most "
             f"{_clock(seconds)}", highlight=False, soft_wrap=True,
@@ -122,13 +143,13 @@ def run(
         left_out = []
         for at, workload in enumerate(workloads):
             left = deadline - time.monotonic()
-            if left < LEAST * costs[at]:
+            if left <= costs[at].least / 2:
                 left_out.append(workload.title)
                 continue
             what = f"{at + 1} of {len(workloads)}, {_clock(left)} left: {workload.title}"
-            progress.update(task, description=what, completed=sum(costs[:at]))
+            progress.update(task, description=what, completed=at)
             progress.console.print(f"[dim]{what}[/] {workload.note}", highlight=False, soft_wrap=True)
-            share = left * costs[at] / sum(costs[at:])
+            share = _share(left, costs[at:])
             torch.compiler.reset()  # each workload compiles anew; the compiler would give up after a few
             found: list[Row] = []
             try:
@@ -182,11 +203,26 @@ def _is_named(name: str, patterns: Sequence[str]) -> bool:
     return not patterns or any(fnmatch(name, pattern) for pattern in patterns)
 
 
-def _cost(workload: Workload, device: str, rates: Mapping[str, float]) -> float:
-    """Seconds that a workload wants, roughly: all providers, a few as slow as plain torch, and what is compiled."""
-    compiled = sum(provider.is_compiled for provider in providers(workload, device).values())
+def _cost(workload: Workload, device: str, rates: Mapping[str, float]) -> Cost:
+    """From what a call of plain torch costs, and from what was seen to come beside the calls."""
+    found = providers(workload, device).values()
     plain = workload.plain_flops / rates.get(workload.dtype, math.inf)
-    return 3.0 + COMPILING * compiled + 5 * CALLS * plain
+    # The fp64 results take as long as two calls; plain torch and a backend have three each, a floor a few.
+    calls = 9 if workload.mode == "forward" else 12
+    least = SETTING_UP + calls * plain
+    if workload.is_model:
+        least += DRAWING_A_MODEL * (2 if needs_a_fresh_process(workload, device) else 1)
+    extra = sum(CALLS * plain + (COMPILING if provider.is_compiled else 0.0) for provider in found if provider.is_extra)
+    return Cost(least, least + extra)
+
+
+def _share(left: float, costs: Sequence[Cost]) -> float:
+    """Seconds for the first of the workloads that are to come."""
+    least = sum(cost.least for cost in costs)
+    beyond = sum(cost.wanted - cost.least for cost in costs)
+    if left <= least or not beyond:
+        return left * costs[0].least / least
+    return costs[0].least + (left - least) * (costs[0].wanted - costs[0].least) / beyond
 
 
 def _clock(seconds: float) -> str:

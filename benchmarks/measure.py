@@ -318,7 +318,7 @@ SLOW = 0.5
 """Seconds of a call above which the calls that take under a quarter of it have two turns a round."""
 CALLS = 3
 """Of a provider whose call is slow: its check, in which its memory is counted, and two rounds."""
-COMPILING = 15.0
+COMPILING = 8.0
 """Seconds that a compiled form takes to compile, roughly, on a CPU."""
 
 
@@ -372,7 +372,7 @@ def measure(
         )  # fmt: skip
         ceilings = machine.ceilings(times)
         peaks: Mapping[str, int] = {}
-        if _needs_a_fresh_process(workload, machine.device):
+        if needs_a_fresh_process(workload, machine.device):
             assert isinstance(workload, Model)
             peaks = fresh_peaks(workload, [name for name in right if not chosen[name].is_floor])
         for name, one in right.items():
@@ -383,7 +383,8 @@ def measure(
         gc.collect()
 
 
-def _needs_a_fresh_process(workload: Workload, device: str) -> bool:
+def needs_a_fresh_process(workload: Workload, device: str) -> bool:
+    """Whether the peak of its memory is seen only where nothing was allocated before."""
     return isinstance(workload, Model) and workload.task == "tower" and device == "cpu"
 
 

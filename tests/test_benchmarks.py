@@ -627,11 +627,13 @@ def test_the_time_is_shared_out_and_what_is_left_goes_on(monkeypatch, capsys):
 
     monkeypatch.setattr(bench, "measure", spends)
     monkeypatch.setattr(bench, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    listed, costs, spent = [tiny(b) for b in (1, 2, 3, 4)], [10.0, 20.0, 60.0, 10.0], [20.0, 70.0, 0.0]
+    costs = [bench.Cost(5, 25), bench.Cost(10, 50), bench.Cost(50, 50), bench.Cost(15, 15)]
+    listed, spent = [tiny(b) for b in (1, 2, 3, 4)], [15.0, 65.0, 0.0]
     bench.run(listed, [], "cpu", 0.01, 100.0, ENV, None, Console(width=200), costs)
-    assert shares == [10.0, 80.0 * 20 / 90, 10.0]
+    # 20 s beyond what all need at least, for two that want 20 and 40 more; then 10 s beyond; then too little for both.
+    assert shares == pytest.approx([5 + 20 / 3, 10 + 10, 20])
     told = capsys.readouterr().out
-    assert "2 of 4, 1:20 left: igva-2 forward fp32 B 2" in told
+    assert "2 of 4, 1:25 left: igva-2 forward fp32 B 2" in told
     assert "out of time, left out: igva-2 forward fp32 B 3\n" in told  # what costs less goes on
 
 
