@@ -407,11 +407,17 @@ def test_autocast(host):
         _, plain = step(model, inputs)
         with ik.patch(model, impl=IMPL):
             _, patched = step(model, inputs)
-    assert patched.keys() == plain.keys()
-    for name, grad in exact.items():
-        error, rule = ((g[name] - grad).norm() / (grad.norm() + 1e-6) for g in (patched, plain))
-        assert patched[name].dtype == plain[name].dtype
-        assert error <= 2 * rule + 1e-2, name
+    assert {name: grad.dtype for name, grad in patched.items()} == {name: grad.dtype for name, grad in plain.items()}
+
+    # Some gradients are zero but for roundings, as that of a bias of keys.
+    least = 1e-3 * torch.stack([grad.norm() for grad in exact.values()]).norm()
+
+    def errors(grads):
+        return torch.stack([(grads[name] - grad).norm() / (grad.norm() + least) for name, grad in exact.items()])
+
+    # One gradient of few numbers may be right by luck in plain torch, all of them together cannot.
+    assert errors(patched).norm() <= 2 * errors(plain).norm()
+    assert (errors(patched) <= 2 * errors(plain) + 0.1).all()
 
 
 def test_bf16(host):
