@@ -46,7 +46,11 @@ def write(folder: Path, page: Path, readme: Path | None) -> list[Path]:
 
     Returns:
         The files that were written.
+
+    Raises:
+        ValueError: ``readme`` has no lines between which the tables go; nothing is written.
     """
+    around = None if readme is None else _around_tables(readme)
     machines: dict[str, list[Row]] = {}
     for row in newest(row for path in sorted(folder.glob("*.csv")) for row in read(path)):
         machines.setdefault(row.machine, []).append(row)
@@ -60,9 +64,10 @@ def write(folder: Path, page: Path, readme: Path | None) -> list[Path]:
         file for found in pictures.values() for picture in found for file in (picture, picture.with_suffix(".svg"))
     ]
     written.append(page)
-    if readme is not None and machines:
+    if readme is not None and around is not None and machines:
         summaries = [_summary(rows, pictures[machine], readme.parent) for machine, rows in machines.items()]
-        _put_between(readme, "\n".join(line for summary in summaries for line in summary))
+        tables = "\n".join(line for summary in summaries for line in summary)
+        readme.write_text(f"{around[0]}{BEGIN}\n{tables}\n{END}{around[1]}")
         written.append(readme)
     return written
 
@@ -177,12 +182,12 @@ def _summary(rows: Sequence[Row], pictures: Sequence[Path], root: Path) -> Itera
         yield f"![time against the batch size]({picture.relative_to(root).as_posix()})\n"
 
 
-def _put_between(path: Path, text: str) -> None:
+def _around_tables(path: Path) -> tuple[str, str]:
     whole = path.read_text()
     if BEGIN not in whole or END not in whole:
         raise ValueError(f"{path}: need the lines {BEGIN} and {END}")
     before, rest = whole.split(BEGIN, 1)
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}")
+    return before, rest.split(END, 1)[1]
 
 
 def _dates(rows: Sequence[Row]) -> str:

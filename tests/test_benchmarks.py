@@ -514,15 +514,6 @@ def test_growth_is_fitted_to_the_rows(rows):
 # ---- pictures and pages ----------------------------------------------------------------------------------------------
 
 
-def test_pictures_are_written_and_hold_something(tmp_path, rows):
-    pictures = plots.draw_all(rows, tmp_path, "device")
-    assert {path.stem for path in pictures} == {f"device-{w}" for w in ("time", "memory", "roofline", "speedup")}
-    for path in pictures:
-        assert path.read_bytes().startswith(b"\x89PNG")
-        assert path.stat().st_size > 10_000
-        assert path.with_suffix(".svg").stat().st_size > 10_000
-
-
 def test_pictures_of_one_training_step_alone(tmp_path, rows):
     assert [p.stem for p in plots.draw_all([r for r in rows if r.mode == "both"], tmp_path, "d")] == ["d-speedup"]
 
@@ -536,15 +527,21 @@ def test_the_report_and_the_table_of_the_readme(tmp_path, rows):
     assert ENV.device in text
     assert "results/a-device-1-thread-time.png" in text
     assert "### Growth" in text
-    assert all(path.exists() for path in written)
+    pictures = [path for path in written if path.suffix == ".png"]
+    assert {p.stem for p in pictures} == {f"a-device-1-thread-{w}" for w in ("time", "memory", "roofline", "speedup")}
+    for picture in pictures:
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert min(path.stat().st_size for path in (picture, picture.with_suffix(".svg"))) > 10_000
     told = readme.read_text()
     assert told.startswith("before\n")
     assert told.endswith("after\n")
     assert "old" not in told
     assert "its mix alone, fp32, B 2" in told
     readme.write_text("no marks")
+    page.unlink()
     with pytest.raises(ValueError, match="benchmarks: begin"):
         report.write(folder, page, readme)
+    assert not page.exists()
 
 
 def test_two_machines_stand_beside_each_other_and_never_in_one_table(tmp_path, rows):

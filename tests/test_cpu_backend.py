@@ -805,7 +805,11 @@ for result in results:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 @pytest.mark.parametrize(
     "setting",
-    ["", "OMP_THREAD_LIMIT=1", "OMP_THREAD_LIMIT=3", "OMP_DYNAMIC=true", "OMP_MAX_ACTIVE_LEVELS=0", "nested"],
+    ["OMP_THREAD_LIMIT=1", "nested"]
+    + [
+        pytest.param(setting, marks=pytest.mark.slow)
+        for setting in ("", "OMP_THREAD_LIMIT=3", "OMP_DYNAMIC=true", "OMP_MAX_ACTIVE_LEVELS=0")
+    ],
 )
 def test_every_kernel_is_right_where_openmp_grants_fewer_threads_than_asked_for(setting):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
@@ -822,10 +826,10 @@ def test_every_kernel_is_right_where_openmp_grants_fewer_threads_than_asked_for(
 @pytest.mark.parametrize(
     ("variable", "value", "granted"),
     [
-        ("OMP_NUM_THREADS", "1", (1, 2, 3)),
         ("OMP_THREAD_LIMIT", "1", (1, 1, 1)),
-        ("OMP_DYNAMIC", "true", (1, 1, 1)),
-        ("OMP_MAX_ACTIVE_LEVELS", "0", (1, 1, 1)),
+        pytest.param("OMP_NUM_THREADS", "1", (1, 2, 3), marks=pytest.mark.slow),
+        pytest.param("OMP_DYNAMIC", "true", (1, 1, 1), marks=pytest.mark.slow),
+        pytest.param("OMP_MAX_ACTIVE_LEVELS", "0", (1, 1, 1), marks=pytest.mark.slow),
     ],
 )
 def test_fewer_threads_than_torch_asks_for_change_no_answer(variable, value, granted):
