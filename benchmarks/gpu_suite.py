@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if status:
             return status
     if options.tune:
-        from igva_kernels.backends.triton.tune import tune
+        from igva_kernels.tune import tune
 
         os.environ["IGVA_KERNELS_CONFIG_DIR"] = str(RESULTS)
         tune(log=print)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.providers import PLAIN, Call, Provider, bind, products, providers
 from benchmarks.workloads import Connector, Model, Workload, clones
+from igva_kernels.ops.weighted_mix.cases import MIX_WEIGHTS_GRAD, Inputs
 from igva_kernels.testing import (
     ENOUGH_ELEMENTS,
     Memory,
@@ -33,7 +34,6 @@ from igva_kernels.testing import (
     measure_memory,
     relative_error,
 )
-from igva_kernels.verify import MIX_WEIGHTS_GRAD, Inputs
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from benchmarks.workloads import CLIP_L, DISTINCT_IMAGES, HIDDEN, Model
 from igva_kernels.models import LlavaIgvaConfig, LlavaIgvaForConditionalGeneration, LlavaIgvaModel
 from igva_kernels.nn import column_summaries
-from igva_kernels.plan import MixPlan
+from igva_kernels.ops.weighted_mix import MixPlan
 from igva_kernels.streaming import stream_hidden_states
 
 _CLIP_L: dict[str, Any] = {

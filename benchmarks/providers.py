@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import igva_kernels as ik
 from benchmarks.workloads import Connector, Model, Workload
-from igva_kernels import dispatch, ops
-from igva_kernels.backends.cuda import gemm as cuda_gemm
-from igva_kernels.dispatch import KERNEL_BACKENDS
-from igva_kernels.plan import terms
-from igva_kernels.reference import ACTIVATIONS
-from igva_kernels.verify import LINEARS, Case, Inputs
+from igva_kernels.ops.weighted_mix.cases import LINEARS, Case, Inputs
+from igva_kernels.ops.weighted_mix.cuda import gemm as cuda_gemm
+from igva_kernels.ops.weighted_mix.plan import terms
+from igva_kernels.registry import all_backends, operators
+from igva_kernels.runtime.activations import ACTIVATIONS
 
 Call = Callable[[], Any]
 """Returns results by name; a floor's returns anything."""
@@ -64,7 +64,7 @@ class Provider:
     @property
     def is_extra(self) -> bool:
         """Whether it is left out where time is short: neither plain torch nor a backend nor a floor."""
-        return not (self.is_floor or self.name == PLAIN or self.name in KERNEL_BACKENDS)
+        return not (self.is_floor or self.name == PLAIN or self.name in tuple(all_backends()))
 
 
 def providers(workload: Workload, device: str) -> dict[str, Provider]:
@@ -79,7 +79,7 @@ def providers(workload: Workload, device: str) -> dict[str, Provider]:
 
 def kernels(device: str, dtype: torch.dtype) -> list[str]:
     """The backends that can serve here."""
-    return dispatch.able(torch.device(device), dtype)
+    return operators()["weighted_mix"].candidates(torch.device(device), dtype)
 
 
 # ---- connectors ------------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def additions(case: Case, inputs: Inputs) -> Tensor:
 def mix_then_library(case: Case, inputs: Inputs) -> Tensor:
     """The mix by the best kernel, everything else by torch."""
     index = None if case.image_index is None else torch.tensor(case.image_index, device=inputs.grad_out.device)
-    rows = ops.layer_mix(inputs.layers, case.plan, inputs.mix_weights, skip_tokens=case.skip, image_index=index)
+    rows = ik.layer_mix(inputs.layers, case.plan, inputs.mix_weights, skip_tokens=case.skip, image_index=index)
     return _linears(case, inputs, rows)
 
 

@@ -12,7 +12,7 @@ from benchmarks.device import slug
 from benchmarks.markdown import digits, table
 from benchmarks.providers import PLAIN
 from benchmarks.results import Row, newest, read
-from igva_kernels.dispatch import KERNEL_BACKENDS
+from igva_kernels.registry import all_backends
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
@@ -157,7 +157,7 @@ HIGHLIGHTS = (
 
 def _summary(rows: Sequence[Row], pictures: Sequence[Path], root: Path) -> Iterator[str]:
     """The short table of a machine, and its picture of times."""
-    kernels = [name for name in KERNEL_BACKENDS if any(row.provider == name for row in rows)]
+    kernels = [name for name in tuple(all_backends()) if any(row.provider == name for row in rows)]
     lines = []
     for workload, mode, called in HIGHLIGHTS:
         found = [row for row in rows if (row.workload, row.mode) == (workload, mode)]

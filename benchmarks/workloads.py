@@ -14,8 +14,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from igva_kernels.plan import MixPlan
-from igva_kernels.verify import DTYPES, VIP_LLAVA, Case, Inputs
+from igva_kernels.ops.weighted_mix import MixPlan
+from igva_kernels.ops.weighted_mix.cases import VIP_LLAVA, Case, Inputs
+from igva_kernels.verify import DTYPES
 
 MODES = ("forward", "backward", "both")
 """Inference; the backward of a training step alone; forward and backward."""

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 
-from igva_kernels import dispatch
-from igva_kernels.dispatch import KERNEL_BACKENDS
+from igva_kernels.registry import all_backends
 from igva_kernels.version import __version__
 
 
@@ -40,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
 
     verify = commands.add_parser("verify", help="judge every backend that can run here against fp64")
-    verify.add_argument("--backend", action="append", choices=KERNEL_BACKENDS, help="only this one (repeatable)")
+    verify.add_argument("--backend", action="append", choices=tuple(all_backends()), help="only this one (repeatable)")
     verify.add_argument("--dtype", action="append", choices=("fp32", "bf16", "fp16"), help="only this one (repeatable)")
     verify.add_argument("--quick", action="store_true", help="leave out the real shapes")
     verify.add_argument("--seed", type=int, default=0, metavar="N", help="of the random inputs (default: %(default)s)")
@@ -150,11 +149,11 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _tune(args: argparse.Namespace) -> int:
-    reason = dispatch.get("triton").why_not(torch.device("cuda"), torch.bfloat16)
+    reason = all_backends()["triton"].why_not(torch.device("cuda"), torch.bfloat16)
     if reason is not None:
         print(f"igva-kernels tune: {reason}", file=sys.stderr)
         return 1
-    from igva_kernels.backends.triton.tune import tune
+    from igva_kernels.tune import tune
 
     path, _ = tune(output=args.output, log=print)
     print(f"written: {path}")

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from igva_kernels import native
-from igva_kernels.backends.cpu.gemm import describe
-from igva_kernels.backends.cuda import gemm, launch
-from igva_kernels.dispatch import backends
+from igva_kernels.registry import REFERENCE, BackendStatus, Operator, all_backends, backends, operators
+from igva_kernels.runtime.cpu import native
+from igva_kernels.runtime.cpu.products import describe
+from igva_kernels.runtime.cuda import launch
 from igva_kernels.version import __version__
 
 PACKAGES = (
@@ -26,8 +26,8 @@ PACKAGES = (
     "numpy",
 )
 
-PRODUCTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""The dtypes of which it is said which library multiplies them on the CPU."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The dtypes of which it is said who serves them, and which library multiplies them on the CPU."""
 
 # What decides which CPU kernels and which GEMMs run; the rest of the flags would only be noise.
 CPU_FEATURES = ("avx2", "fma3", "f16c", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16")
@@ -44,7 +44,8 @@ def collect() -> dict[str, Any]:
         "gpus": _gpus(),
         "native": _native(),
         "cuda": _cuda(),
-        "backends": [status._asdict() for status in backends()],
+        "backends": [status._asdict() | {"dtypes": _dtypes(status)} for status in backends()],
+        "operators": {name: _implementations(operator) for name, operator in operators().items()},
     }
 
 
@@ -62,13 +63,17 @@ def render(report: dict[str, Any]) -> str:
         *((f"products in {name}", text) for name, text in cpu["products"].items()),
         ("compiled module", _describe(built)),
         ("CUDA module", _describe_cuda(report["cuda"])),
-        ("fused GEMMs", f"no: {report['cuda']['why_not_fused']}" if report["cuda"]["why_not_fused"] else "yes"),
     ]
     text = [f"{name:22}{value}" for name, value in lines]
     text += ["", "backends"]
     for backend in report["backends"]:
+        dtypes = f", in {', '.join(backend['dtypes'])}" if backend["dtypes"] else ""
         answer = f"yes, on {', '.join(backend['devices'])}" if backend["available"] else f"no: {backend['reason']}"
-        text.append(f"  {backend['name']:20}{answer}")
+        text.append(f"  {backend['name']:20}{answer}{dtypes}")
+    text += ["", "operators"]
+    for name, implementations in report["operators"].items():
+        text.append(f"  {name:20}{', '.join(implementations)}")
+        text += [f"    {backend}: {note}" for backend, notes in implementations.items() for note in notes]
     return "\n".join(text)
 
 
@@ -92,6 +97,26 @@ def _describe_cuda(built: dict[str, Any]) -> str:
     return f"built by nvcc {build.get('nvcc', 'unknown')} for {archs} and PTX for {build.get('ptx')}{left_out}"
 
 
+def _dtypes(status: BackendStatus) -> list[str]:
+    """Those that a backend serves here; plain torch serves what it serves."""
+    backend = all_backends().get(status.name)
+    if backend is None:
+        return []
+    return [
+        name
+        for name, dtype in DTYPES.items()
+        if any(backend.why_not(torch.device(device), dtype) is None for device in status.devices)
+    ]
+
+
+def _implementations(operator: Operator) -> dict[str, list[str]]:
+    """The implementations of an operator that can run here, and what each has to say."""
+    found = {status.name: operator.implementation(status.name) for status in backends() if status.available}
+    return {
+        name: [] if found[name] is None else found[name].notes() for name in found if name == REFERENCE or found[name]
+    }
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -108,7 +133,7 @@ def _cpu() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "features": [name for name in CPU_FEATURES if known.get(name)],
-        "products": {name: describe(dtype) for name, dtype in PRODUCTS.items()},
+        "products": {name: describe(dtype) for name, dtype in DTYPES.items()},
     }
 
 
@@ -120,9 +145,7 @@ def _native() -> dict[str, Any]:
 
 def _cuda() -> dict[str, Any]:
     module, reason = launch.load()
-    fused = reason or launch.why_not_device(torch.device("cuda")) or gemm.why_not_device(0)
-    build = native.build_info().get("cuda", {})
-    return {"loaded": module is not None, "reason": reason, "why_not_fused": fused or "", "build": build}
+    return {"loaded": module is not None, "reason": reason, "build": native.build_info().get("cuda", {})}
 
 
 def _gpus() -> list[str]:

@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from igva_kernels.backends.base import accumulation_dtype
-from igva_kernels.context import PerThread
-from igva_kernels.ops import layer_mix
-from igva_kernels.plan import Block, MixPlan, is_tap
+from igva_kernels.ops.weighted_mix import MixPlan, is_tap, layer_mix
+from igva_kernels.ops.weighted_mix.plan import Block
+from igva_kernels.runtime.context import PerThread
+from igva_kernels.runtime.dense import accumulation_dtype
 
 MODES = ("group", "layer")
 

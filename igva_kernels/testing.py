@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,31 @@ MAX_DRAWS = 256
 # What must not wait for the last draw to be called wrong: a million numbers in 8 draws, or an error far beyond luck.
 _MANY_ELEMENTS = 2**20
 _FAR = 64
+
+
+SPECIFICATION = "specification"
+"""What a case runs as its oracle, beside the names that ``impl=`` takes."""
+
+
+class Case(Protocol):
+    """One call of one operator, drawn at random: by such calls implementations are judged."""
+
+    @property
+    def name(self) -> str:
+        """Of the case, for people."""
+
+    @property
+    def is_large(self) -> bool:
+        """Whether its shapes are real ones, which take seconds."""
+
+    def draw(self, seed: int, dtype: torch.dtype, device: str) -> Any:
+        """Inputs rounded to ``dtype``, which have a ``double()``; the same numbers for a seed whatever the device."""
+
+    def run(self, inputs: Any, impl: str, only: Collection[str] = ()) -> dict[str, Tensor]:
+        """The output and the gradients by name, all of them or ``only`` some; ``impl`` may be ``SPECIFICATION``."""
+
+    def is_rounded_once(self, result: str) -> bool:
+        """Whether a kernel rounds this result once, from an accumulator in fp32."""
 
 
 class Verdict(NamedTuple):

@@ -1,149 +1,20 @@
 """Every backend that can run here against fp64: forward and every gradient, beside plain torch in the same dtype.
 
-The rule is that of ``igva_kernels.testing``. Inputs are drawn, rounded to the dtype, and then given alike to the oracle
-(the reference in fp64), to plain torch (the reference in the dtype) and to the backend.
+The rule is that of ``igva_kernels.testing``, the calls are the cases of every operator in the registry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from igva_kernels import ops
-from igva_kernels.backends.cpu import gemm
-from igva_kernels.dispatch import KERNEL_BACKENDS, backends
-from igva_kernels.plan import MixPlan
-from igva_kernels.testing import MAX_DRAWS, Judge, Verdict, draws
+from igva_kernels.registry import REFERENCE, all_backends, backends, operators
+from igva_kernels.runtime.cpu.products import is_emulated
+from igva_kernels.testing import MAX_DRAWS, SPECIFICATION, Case, Judge, Verdict, draws
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-LINEARS = {
-    "layer_mix": (),
-    "layer_mix_linear": ("weight1", "bias1"),
-    "layer_mix_mlp": ("weight1", "bias1", "weight2", "bias2"),
-}
-OUTPUT, MIX_WEIGHTS_GRAD = "output", "grad mix_weights"
-
-KINK = 2.0**-17
-"""Nearer to zero than this, two right kernels may see the two sides of a ReLU."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call of one operator, drawn at random."""
-
-    name: str
-    op: str
-    plan: MixPlan
-    images: int
-    tokens: int
-    width: int
-    hidden: int = 0
-    """H; 0 for ``layer_mix``, which has none."""
-    skip: int = 1
-    image_index: tuple[int, ...] | None = None
-    activation: str | None = None
-    norm_eps: float | None = None
-    trainable_tower: bool = False
-
-    def draw(self, seed: int, dtype: torch.dtype, device: str) -> Inputs:
-        """Inputs rounded to ``dtype``; the same numbers for a seed whatever the device."""
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape: int, scale: float = 1.0) -> Tensor:
-            return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
-
-        plan = self.plan
-        rows = len(self.image_index) if self.image_index else self.images
-        row_width = plan.num_blocks * self.width
-        assert plan.num_states is not None
-        layers = {layer: normal(self.images, self.tokens, self.width) for layer in plan.layers}
-        params: dict[str, Tensor] = {}
-        if self.op != "layer_mix":
-            params["weight1"] = normal(self.hidden, row_width, scale=row_width**-0.5)
-            params["bias1"] = normal(self.hidden)
-        if self.op == "layer_mix_mlp":
-            params["weight2"] = normal(self.hidden, self.hidden, scale=self.hidden**-0.5)
-            params["bias2"] = normal(self.hidden)
-        if self.norm_eps is not None:
-            params["norm weight"] = 1 + normal(row_width, scale=0.1)
-            params["norm bias"] = normal(row_width, scale=0.1)
-        weights = torch.randn(rows, plan.num_columns, generator=generator).softmax(-1) if plan.num_columns else None
-        inputs = Inputs(
-            layers=[layers.get(layer) for layer in range(plan.num_states)],
-            mix_weights=None if weights is None else weights.to(device),
-            params=params,
-            grad_out=normal(rows, self.tokens - self.skip, self.hidden or row_width),
-        )
-        if self.activation != "relu":
-            return inputs
-        # In fp32 a single entry that changes sides weighs more than all roundings, and is rare: no number of draws
-        # evens it out. No gradient comes from there.
-        assert self.op == "layer_mix_linear", "relu: only a gradient that meets it at once can be held from its kink"
-        z = replace(self, activation=None).forward(inputs.double(), "reference")
-        return inputs._replace(grad_out=inputs.grad_out.masked_fill(z.abs() < KINK, 0.0))
-
-    def forward(self, inputs: Inputs, impl: str) -> Tensor:
-        """The output of the operator."""
-        params = inputs.params
-        linears = [params[name] for name in LINEARS[self.op]]
-        device = inputs.grad_out.device
-        options: dict[str, Any] = {
-            "skip_tokens": self.skip,
-            "image_index": None if self.image_index is None else torch.tensor(self.image_index, device=device),
-            "impl": impl,
-        }
-        if self.op != "layer_mix":
-            options["activation"] = self.activation
-        if self.norm_eps is not None:
-            options["norm"] = (params["norm weight"], params["norm bias"], self.norm_eps)
-        return getattr(ops, self.op)(inputs.layers, self.plan, inputs.mix_weights, *linears, **options)
-
-    def run(self, inputs: Inputs, impl: str, only: Collection[str] = ()) -> dict[str, Tensor]:
-        """The output and the gradients by name: all of them, or ``only`` some."""
-        inputs = inputs.detached()
-        leaves = {f"grad {name}": param for name, param in inputs.params.items()}
-        if self.trainable_tower:
-            leaves |= {f"grad layer {i}": layer for i, layer in enumerate(inputs.layers) if layer is not None}
-        if inputs.mix_weights is not None:
-            leaves[MIX_WEIGHTS_GRAD] = inputs.mix_weights
-        leaves = {name: leaf for name, leaf in leaves.items() if not only or name in only}
-        for leaf in leaves.values():
-            leaf.requires_grad_()
-        out = self.forward(inputs, impl)
-        grads = torch.autograd.grad(out, list(leaves.values()), inputs.grad_out) if leaves else ()
-        output = {OUTPUT: out.detach()} if not only or OUTPUT in only else {}
-        return output | dict(zip(leaves, grads, strict=True))
-
-
-class Inputs(NamedTuple):
-    """The tensors of one draw."""
-
-    layers: list[Tensor | None]
-    mix_weights: Tensor | None
-    params: dict[str, Tensor]
-    grad_out: Tensor
-
-    def double(self) -> Inputs:
-        """The same numbers in fp64."""
-        return self.map(Tensor.double)
-
-    def detached(self) -> Inputs:
-        """The same tensors, none of them part of a graph."""
-        return self.map(Tensor.detach)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
-        """The same with every tensor changed."""
-        return Inputs(
-            [None if layer is None else change(layer) for layer in self.layers],
-            None if self.mix_weights is None else change(self.mix_weights),
-            {name: change(param) for name, param in self.params.items()},
-            change(self.grad_out),
-        )
 
 
 class Row(NamedTuple):
@@ -166,45 +37,9 @@ class Row(NamedTuple):
         return max(self.verdicts, key=lambda v: (not v.ok, v.error / v.budget))
 
 
-VIP_LLAVA = [-2, -5, -8, -11, 6]
-
-SMALL_CASES = [
-    Case("igva, trainable tower", "layer_mix_mlp", MixPlan.igva(6, 3), 2, 17, 64, 96,
-         activation="gelu", trainable_tower=True),
-    Case("odd sizes", "layer_mix_mlp", MixPlan.igva(5, [[1, 2], [3], [4, 5]]), 3, 38, 59, 97,
-         activation="gelu", trainable_tower=True),
-    Case("several instructions an image", "layer_mix_mlp", MixPlan.igva(6, 2), 2, 17, 32, 48,
-         image_index=(1, 0, 1, 1), activation="gelu", trainable_tower=True),
-    Case("concat + LayerNorm", "layer_mix_mlp", MixPlan.concat([-2, -3, 1], 6), 2, 19, 40, 56,
-         activation="gelu", norm_eps=1e-5, trainable_tower=True),
-    Case("weighted sum + norm", "layer_mix_linear", MixPlan.weighted_sum(range(1, 6), -1, 7), 2, 16, 48, 64,
-         skip=0, norm_eps=1e-5, trainable_tower=True),
-    Case("igva + norm", "layer_mix_linear", MixPlan.igva(4, 2), 2, 18, 32, 40,
-         activation="silu", norm_eps=1e-5, trainable_tower=True),
-    Case("gelu_tanh", "layer_mix_linear", MixPlan.igva_uniform(4, 2), 1, 18, 32, 40, activation="gelu_tanh"),
-    # Larger: a rounding near zero flips a whole gradient entry, which evens out over many.
-    Case("relu", "layer_mix_linear", MixPlan.igva(4, 2), 2, 66, 64, 160, activation="relu"),
-    Case("mix alone", "layer_mix", MixPlan.igva(6, 3), 3, 17, 72, trainable_tower=True),
-    Case("mix alone, DenseConnector dci", "layer_mix", MixPlan.dense_connector("dci"), 1, 17, 72, trainable_tower=True),
-]  # fmt: skip
-
-REAL_CASES = [
-    Case("CLIP-L/336 igva, B 1", "layer_mix_mlp", MixPlan.igva(), 1, 577, 1024, 4096, activation="gelu"),
-    Case("CLIP-L/336 igva, B 2", "layer_mix_mlp", MixPlan.igva(), 2, 577, 1024, 4096, activation="gelu"),
-    Case("CLIP-L/336 igva, mix alone", "layer_mix", MixPlan.igva(), 2, 577, 1024),
-    Case("CLIP-L/336 igva, 3 rows of 1 image", "layer_mix_linear", MixPlan.igva(), 1, 577, 1024, 4096,
-         image_index=(0, 0, 0), activation="gelu"),
-    Case("SigLIP-L igva", "layer_mix_mlp", MixPlan.igva(27, 3), 1, 729, 1152, 4096, skip=0, activation="gelu"),
-    Case("VipLlava concat + LayerNorm", "layer_mix_mlp", MixPlan.concat(VIP_LLAVA, 25), 1, 577, 1024, 4096,
-         activation="gelu", norm_eps=1e-5),
-    Case("TGIF weighted sum + norm", "layer_mix_mlp", MixPlan.weighted_sum(range(1, 25), -2, 25), 1, 577, 1024, 4096,
-         activation="gelu", norm_eps=1e-5),
-]  # fmt: skip
-
-
 def is_slow(dtype_name: str, device: str) -> bool:
     """Whether plain torch takes minutes for a real shape: on a CPU that has no arithmetic for the dtype."""
-    return device == "cpu" and gemm.is_emulated(DTYPES[dtype_name])
+    return device == "cpu" and is_emulated(DTYPES[dtype_name])
 
 
 def verify(chosen: Sequence[str] = (), dtypes: Sequence[str] = (), quick: bool = False, seed: int = 0) -> Iterator[Row]:
@@ -224,15 +59,18 @@ def verify(chosen: Sequence[str] = (), dtypes: Sequence[str] = (), quick: bool =
     for name in chosen:
         if not statuses[name].available:
             raise NotImplementedError(f"backend {name!r} cannot run here: {statuses[name].reason}")
-    names = [name for name in chosen or KERNEL_BACKENDS if statuses[name].available]
+    names = [name for name in chosen or all_backends() if statuses[name].available]
     for device in ("cuda", "cpu"):
         here = [name for name in names if device in statuses[name].devices]
         # Triton on a CPU is its interpreter: right, but hours at real shapes.
         large = [name for name in here if (name, device) != ("triton", "cpu")]
         quickly = [dtype for dtype in DTYPES if not is_slow(dtype, device)]
-        real = () if quick else REAL_CASES
-        for cases, able, fitting in ((SMALL_CASES, here, tuple(DTYPES)), (real, large, quickly)):
-            for case in cases:
+        for operator in operators().values():
+            for case in operator.cases():
+                if case.is_large and quick:
+                    continue
+                able, fitting = (large, quickly) if case.is_large else (here, list(DTYPES))
+                able = [name for name in able if operator.implementation(name) is not None]
                 for dtype in dtypes or fitting:
                     yield from judge(case, dtype, able, device, seed)
 
@@ -246,12 +84,12 @@ def judge(case: Case, dtype_name: str, names: Sequence[str], device: str, seed: 
     for draw in draws(judges.values()):
         inputs = case.draw(seed * MAX_DRAWS + draw, dtype, device)
         pending = {result for judge in judges.values() for result in judge.pending}
-        oracle = case.run(inputs.double(), "reference", pending)
-        plain = case.run(inputs, "reference", pending)
+        oracle = case.run(inputs.double(), SPECIFICATION, pending)
+        plain = case.run(inputs, REFERENCE, pending)
         for name, judge in judges.items():
             for result, value in case.run(inputs, name, pending).items():
-                # Plain torch rounds the mix as often as it touches it.
-                once = case.op == "layer_mix" and result == OUTPUT and name in KERNEL_BACKENDS
+                # Plain torch rounds as often as it touches a value.
+                once = name != REFERENCE and case.is_rounded_once(result)
                 judge.add(value, oracle[result], plain[result], result, rounded_once=once)
     for name, judge in judges.items():
         yield Row(case.name, dtype_name, name, device, judge.verdicts)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 import igva_kernels as ik
 from igva_kernels import MixPlan, native, reference
-from igva_kernels.reference import ACTIVATIONS
+from igva_kernels.runtime.activations import ACTIVATIONS
 
 WIDTHS = [0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 70]
 """Around the widths of vectors, and of unrolled ones."""

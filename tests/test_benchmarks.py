@@ -20,7 +20,8 @@ from benchmarks import __main__ as bench
 from benchmarks import device, first_light, gpu_suite, measure, plots, providers, report, results, scaling, workloads
 from benchmarks.workloads import IGVA, Tower, connector
 from igva_kernels import cli
-from igva_kernels.verify import DTYPES, Case
+from igva_kernels.ops.weighted_mix.cases import Case
+from igva_kernels.verify import DTYPES
 
 ROOT = Path(__file__).parent.parent
 TINY = Tower(tokens=10, width=16, layers=24, skip=1)

@@ -17,8 +17,8 @@ from igva_kernels.backends import cpu
 from igva_kernels.backends.base import Keep, LayerShape, MixArgs, ProjectorWeights
 from igva_kernels.backends.cpu import backend, gemm
 from igva_kernels.backends.cpu.features import Cpu, allowed, this_cpu
-from igva_kernels.plan import MixPlan, is_tap
-from igva_kernels.reference import ACTIVATIONS
+from igva_kernels.ops.weighted_mix import MixPlan, is_tap
+from igva_kernels.runtime.activations import ACTIVATIONS
 from igva_kernels.testing import measure_memory, relative_error
 
 MODULE, WHY_NOT = native.load()

@@ -11,7 +11,7 @@ import igva_kernels as ik
 from igva_kernels import MixPlan, verify
 from igva_kernels.backends.base import ACTIVATION_GRADS, Keep, MixArgs, ProjectorWeights, take_blocks
 from igva_kernels.backends.cuda import BACKEND, gemm, grad_gemm, launch, programs
-from igva_kernels.verify import Case
+from igva_kernels.ops.weighted_mix.cases import Case
 
 pytestmark = pytest.mark.skipif(include() is None, reason="the emulation needs the headers of a CUDA toolkit")
 
@@ -44,14 +44,14 @@ def judge(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("case", [c for c in verify.SMALL_CASES if c.name in QUICK], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [c for c in cases.SMALL_CASES if c.name in QUICK], ids=lambda case: case.name)
 def test_values_and_every_gradient_obey_the_error_rule(case, dtype):
     judge(case, dtype)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", verify.DTYPES)
-@pytest.mark.parametrize("case", verify.SMALL_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases.SMALL_CASES, ids=lambda case: case.name)
 def test_every_small_case_obeys_the_error_rule(case, dtype):
     judge(case, dtype)
 
@@ -134,7 +134,7 @@ def test_an_image_out_of_range_gives_nan_rows_and_reads_nothing(norm):
 def test_a_row_too_wide_for_a_multiprocessor_is_normalised_from_memory(monkeypatch):
     monkeypatch.setattr(programs, "NORM_ROW_BYTES", 64)
     for name in ("concat + LayerNorm", "igva + norm"):
-        judge(next(case for case in verify.SMALL_CASES if case.name == name), "bf16")
+        judge(next(case for case in cases.SMALL_CASES if case.name == name), "bf16")
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 16), (2, 0, 16), (2, 1, 16)])

@@ -71,13 +71,13 @@ class Block:
 
 
 @pytest.mark.parametrize("dtype", verify.DTYPES)
-@pytest.mark.parametrize("case", verify.SMALL_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases.SMALL_CASES, ids=lambda case: case.name)
 def test_values_and_every_gradient_obey_the_error_rule(case, dtype, path):
     for row in verify.judge(case, dtype, ["cuda"], "cuda", seeded()):
         assert row.ok, str(row.worst)
 
 
-@pytest.mark.parametrize("case", verify.REAL_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases.REAL_CASES, ids=lambda case: case.name)
 def test_real_shapes_obey_the_error_rule(case, path):
     for row in verify.judge(case, "bf16", ["cuda"], "cuda", seeded()):
         assert row.ok, str(row.worst)

@@ -39,7 +39,7 @@ def test_a_kernel_backend_runs_here():
 
 
 @pytest.mark.parametrize("dtype", verify.DTYPES)
-@pytest.mark.parametrize("case", verify.SMALL_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases.SMALL_CASES, ids=lambda case: case.name)
 def test_values_and_every_gradient_obey_the_error_rule(case, dtype, impl):
     for row in verify.judge(case, dtype, [impl], "cpu", seeded()):
         assert row.ok, str(row.worst)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from igva_kernels import MixPlan, reference
-from igva_kernels.plan import Entry, Term, is_tap, terms
+from igva_kernels.ops.weighted_mix.plan import Entry, Term, is_tap, terms
 
 
 def taps(*layers):

@@ -10,14 +10,14 @@ from seeds import seeded
 from igva_kernels import MixPlan, testing, verify
 from igva_kernels.dispatch import backends
 from igva_kernels.testing import Judge, draws, relative_error
-from igva_kernels.verify import MIX_WEIGHTS_GRAD, OUTPUT, Case
+from igva_kernels.ops.weighted_mix.cases import MIX_WEIGHTS_GRAD, OUTPUT, Case
 
 pytestmark = pytest.mark.skipif(
     not any(status.name == "cpu" and status.available for status in backends()), reason="no kernels to plant a fault in"
 )
 
 BLOCK, INDEXED, NORM, SUM, MIX = (
-    next(case for case in verify.SMALL_CASES if case.name == name)
+    next(case for case in cases.SMALL_CASES if case.name == name)
     for name in ("igva, trainable tower", "several instructions an image", "concat + LayerNorm", "weighted sum + norm",
                  "mix alone")
 )  # fmt: skip

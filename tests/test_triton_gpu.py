@@ -45,19 +45,19 @@ class Block:
 
 
 @pytest.mark.parametrize("dtype", verify.DTYPES)
-@pytest.mark.parametrize("case", verify.SMALL_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases.SMALL_CASES, ids=lambda case: case.name)
 def test_values_and_every_gradient_obey_the_error_rule(case, dtype):
     for row in verify.judge(case, dtype, ["triton"], "cuda", seeded()):
         assert row.ok, str(row.worst)
 
 
-@pytest.mark.parametrize("case", verify.REAL_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", cases.REAL_CASES, ids=lambda case: case.name)
 def test_real_shapes_obey_the_error_rule(case):
     for row in verify.judge(case, "bf16", ["triton"], "cuda", seeded()):
         assert row.ok, str(row.worst)
 
 
-@pytest.mark.parametrize("case", [*verify.SMALL_CASES[:4], verify.REAL_CASES[1]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*cases.SMALL_CASES[:4], cases.REAL_CASES[1]], ids=lambda case: case.name)
 @pytest.mark.parametrize("i", range(3))
 def test_every_tile_where_the_cost_model_would_rather_not(i, case, monkeypatch):
     chosen = config.of_device(torch.cuda.current_device())

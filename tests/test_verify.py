@@ -9,7 +9,7 @@ from seeds import seeded
 from igva_kernels import dispatch, ops, testing, verify
 from igva_kernels.testing import Judge, draws, measure_memory, relative_error, within_rule
 
-CASE = verify.SMALL_CASES[0]
+CASE = cases.SMALL_CASES[0]
 
 
 def judge_all(actual, oracle, plain, dtype=torch.float32):
@@ -123,7 +123,7 @@ def test_a_result_that_does_not_match_the_oracle():
         relative_error(torch.ones(3), torch.ones(2))
 
 
-@pytest.mark.parametrize("case", [*verify.SMALL_CASES], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*cases.SMALL_CASES], ids=lambda case: case.name)
 def test_plain_torch_keeps_its_own_rule(case):
     (row,) = verify.judge(case, "bf16", ["reference"], "cpu", seeded())
     assert row.ok
@@ -135,7 +135,7 @@ def test_plain_torch_keeps_its_own_rule(case):
 
 
 def test_relu_has_no_gradient_from_its_kink():
-    case = next(case for case in verify.SMALL_CASES if case.activation == "relu")
+    case = next(case for case in cases.SMALL_CASES if case.activation == "relu")
     inputs = case.draw(seeded(), torch.float16, "cpu")
     plain = replace(case, activation=None).forward(inputs.double(), "reference")
     near = plain.abs() < verify.KINK
@@ -151,8 +151,8 @@ def test_real_shapes_and_the_interpreter_do_not_meet(monkeypatch):
         verify, "judge", lambda case, dtype, names, device, seed: seen.append((case, list(names))) or []
     )
     assert list(verify.verify(dtypes=["fp32"])) == []
-    assert {tuple(names) for case, names in seen if case in verify.SMALL_CASES} == {(), ("triton", "cpu")}
-    assert {tuple(names) for case, names in seen if case in verify.REAL_CASES} == {(), ("cpu",)}
+    assert {tuple(names) for case, names in seen if case in cases.SMALL_CASES} == {(), ("triton", "cpu")}
+    assert {tuple(names) for case, names in seen if case in cases.REAL_CASES} == {(), ("cpu",)}
 
 
 def test_a_dtype_that_takes_minutes_at_real_shapes_is_judged_there_only_if_named(monkeypatch):
@@ -165,7 +165,7 @@ def test_a_dtype_that_takes_minutes_at_real_shapes_is_judged_there_only_if_named
     )
 
     def judge(case, dtype, names, device, seed):
-        seen.update([(case in verify.REAL_CASES, dtype)] if names else [])
+        seen.update([(case in cases.REAL_CASES, dtype)] if names else [])
         return []
 
     monkeypatch.setattr(verify, "judge", judge)

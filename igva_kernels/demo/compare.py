@@ -13,8 +13,8 @@ from torch import Tensor
 
 from igva_kernels.integrations import patched
 from igva_kernels.models import LlavaIgvaForConditionalGeneration
+from igva_kernels.ops.weighted_mix.cases import Case, Inputs
 from igva_kernels.testing import ENOUGH_ELEMENTS, Verdict, judge, measure_memory, relative_error
-from igva_kernels.verify import Case, Inputs
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from igva_kernels.integrations.handle import PatchHandle
 from igva_kernels.integrations.lazy import set_method
 from igva_kernels.integrations.research import check_host, encode, find_host, has_host, num_states, patch_mlp
-from igva_kernels.plan import MixPlan
+from igva_kernels.ops.weighted_mix import MixPlan
 
 DESCRIPTION = "the DenseConnector repository (sci, dci)"
 

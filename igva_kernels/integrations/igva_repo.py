@@ -23,7 +23,7 @@ from igva_kernels.integrations.research import (
     rows_of_images,
 )
 from igva_kernels.nn import column_summaries
-from igva_kernels.plan import MixPlan
+from igva_kernels.ops.weighted_mix import MixPlan
 
 DESCRIPTION = "the IGVA repository"
 

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from igva_kernels.dispatch import select
 from igva_kernels.integrations.handle import PatchHandle
 from igva_kernels.nn import LayerMixLinear, LayerMixNorm, MixInput, connect
-from igva_kernels.plan import MixPlan
-from igva_kernels.reference import ACTIVATIONS
+from igva_kernels.nn.sharding import below_adapter, forward_attribute
+from igva_kernels.ops.weighted_mix import MixPlan, check_impl
+from igva_kernels.runtime.activations import ACTIVATIONS
+from igva_kernels.runtime.context import is_distributed
 
 
 class LazyConcat:
@@ -178,9 +179,9 @@ def patch_projector(
     norm, linear_1, linear_2 = children(projector)
     for linear in (linear_1, linear_2):
         _check_linear(linear, name)
-    weight = getattr(linear_1, "base_layer", linear_1).weight
+    weight = below_adapter(linear_1).weight
     if weight.device.type != "meta":  # offloaded weights are nowhere until they run
-        select(impl, weight.device, weight.dtype)
+        check_impl(impl, weight.device, weight.dtype, activation)
     set_forward(edits, projector, _projector_forward(children, activation, impl))
     # A stand-in for linear_1 (LoRA's) gets the mixed row, so it stays as it is, and what is below it too.
     if isinstance(linear_1, nn.Linear):
@@ -206,7 +207,7 @@ def _projector_forward(children: Children, activation: str, impl: str) -> Callab
 
 def set_forward(edits: PatchHandle, module: nn.Module, forward: Callable[..., Any]) -> None:
     """Bind ``forward`` to the module, below the hook that accelerate may have put around its forward."""
-    set_method(edits, module, "forward", forward, "_old_forward" if hasattr(module, "_hf_hook") else "forward")
+    set_method(edits, module, "forward", forward, forward_attribute(module))
 
 
 def set_method(
@@ -228,9 +229,9 @@ def set_method(
 
 
 def _check_linear(linear: nn.Module, name: str) -> None:
-    base = getattr(linear, "base_layer", linear)  # below LoRA
+    base = below_adapter(linear)
     weight: Any = getattr(base, "weight", None)
-    plain = type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "device_mesh")
+    plain = type(weight) in (Tensor, nn.Parameter) or is_distributed(weight)
     floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     if isinstance(base, nn.Linear) and type(base).forward is nn.Linear.forward and plain and weight.dtype in floats:
         return

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from igva_kernels.dispatch import select
 from igva_kernels.integrations.handle import PatchHandle
 from igva_kernels.nn import LayerMixProjector
+from igva_kernels.ops.weighted_mix import check_impl
 
 DESCRIPTION = "LLaVA-IGVA and other models with a LayerMixProjector"
 
@@ -21,5 +21,5 @@ def apply(model: nn.Module, edits: PatchHandle, impl: str = "auto") -> None:
     for module in model.modules():
         if isinstance(module, LayerMixProjector):
             weight = next(module.parameters())
-            select(impl, weight.device, weight.dtype)
+            check_impl(impl, weight.device, weight.dtype, module.activation)
             edits.set(module, "impl", impl)

@@ -23,7 +23,7 @@ from igva_kernels.integrations.research import (
     rows_of_images,
 )
 from igva_kernels.nn import balance_loss, column_summaries, widen
-from igva_kernels.plan import MixPlan
+from igva_kernels.ops.weighted_mix import MixPlan
 
 DESCRIPTION = "the LLaVA repository (with plan=..., allocator=...)"
 ALLOCATOR = "weight_allocator"

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from igva_kernels.context import PerThread
 from igva_kernels.integrations.handle import PatchHandle
 from igva_kernels.integrations.lazy import activation_of, patch_projector
 from igva_kernels.nn import MixInput
-from igva_kernels.plan import MixPlan
+from igva_kernels.ops.weighted_mix import MixPlan
+from igva_kernels.runtime.context import PerThread
 from igva_kernels.streaming import encoder_layers, stream_hidden_states
 
 IMAGE_TOKEN_INDEX = -200

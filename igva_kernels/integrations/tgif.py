@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from igva_kernels.integrations.handle import PatchHandle
 from igva_kernels.integrations.lazy import activation_of, patch_projector, set_method
 from igva_kernels.integrations.research import check_host, check_mlp, encode, find_host, has_host, num_states
-from igva_kernels.plan import MixPlan
+from igva_kernels.ops.weighted_mix import MixPlan
 
 DESCRIPTION = "the TGIF repository (layer_selector)"
 

@@ -13,14 +13,14 @@ from igva_kernels.backends.base import ACTIVATION_GRADS, Backend, Keep, LayerSha
 from igva_kernels.backends.triton import BACKEND, gemm, mix
 from igva_kernels.backends.triton.config import GemmConfig, of_device
 from igva_kernels.nn import column_summaries
-from igva_kernels.reference import ACTIVATIONS
+from igva_kernels.runtime.activations import ACTIVATIONS
 from igva_kernels.testing import within_rule
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 QUICK = {
-    "fp32": {case.name for case in verify.SMALL_CASES},
+    "fp32": {case.name for case in cases.SMALL_CASES},
     "bf16": {"igva, trainable tower", "several instructions an image", "gelu_tanh"},
     "fp16": {"weighted sum + norm", "odd sizes", "mix alone"},
 }
@@ -28,7 +28,7 @@ QUICK = {
 
 
 def small_cases():
-    for case in verify.SMALL_CASES:
+    for case in cases.SMALL_CASES:
         for dtype, quick in QUICK.items():
             marks = [] if case.name in quick else [pytest.mark.slow]
             yield pytest.param(case, dtype, id=f"{case.name}-{dtype}", marks=marks)
@@ -393,7 +393,7 @@ def test_what_the_allocator_sees_is_one_launch(has_cls, monkeypatch):
 
 
 def test_same_bits_again():
-    case = verify.SMALL_CASES[2]
+    case = cases.SMALL_CASES[2]
     runs = [case.run(case.draw(0, torch.bfloat16, "cpu"), "triton") for _ in range(2)]
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 

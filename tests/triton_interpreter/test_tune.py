@@ -11,7 +11,7 @@ from triton.runtime.errors import OutOfResources
 
 from igva_kernels import dispatch
 from igva_kernels.backends.triton import config, cost, tune
-from igva_kernels.plan import MixPlan
+from igva_kernels.ops.weighted_mix import MixPlan
 
 
 @pytest.fixture

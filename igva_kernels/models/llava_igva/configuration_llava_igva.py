@@ -7,7 +7,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig
 
-from igva_kernels.plan import Entry, MixPlan
+from igva_kernels.ops.weighted_mix import Entry, MixPlan
 
 # Whether token 0 of a tower's states is a CLS token.
 _HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False}

@@ -42,7 +42,7 @@ from igva_kernels.models.llava_igva.configuration_llava_igva import LlavaIgvaCon
 from igva_kernels.models.llava_igva.modeling_llava_igva import LlavaIgvaForConditionalGeneration
 from igva_kernels.models.llava_igva.processing_llava_igva import LlavaIgvaProcessor
 from igva_kernels.models.llava_igva.upgrade import load_state_dict
-from igva_kernels.plan import MixPlan
+from igva_kernels.ops.weighted_mix import MixPlan
 
 REPO_TYPE = "llava_llama"
 IMAGE_TOKEN = "<image>"

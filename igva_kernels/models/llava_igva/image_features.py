@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igva_kernels.plan import MixPlan
+from igva_kernels.ops.weighted_mix import MixPlan
 
 
 @dataclass(frozen=True)

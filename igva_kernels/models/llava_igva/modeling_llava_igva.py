@@ -29,7 +29,6 @@ from transformers.models.llava.modeling_llava import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from igva_kernels.context import has_values
 from igva_kernels.models.llava_igva.configuration_llava_igva import LlavaIgvaConfig
 from igva_kernels.models.llava_igva.image_features import ImageFeatures
 from igva_kernels.models.llava_igva.sentence_encoder import encode_sentences
@@ -42,6 +41,7 @@ from igva_kernels.nn import (
     balance_loss,
     column_summaries,
 )
+from igva_kernels.runtime.context import has_values
 from igva_kernels.streaming import stream_hidden_states
 
 

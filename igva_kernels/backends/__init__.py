@@ -1,1 +1,0 @@
-"""The backends: each executes the operator with its own kernels, and inherits the rest from ``base.Backend``."""

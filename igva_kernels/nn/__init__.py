@@ -1,0 +1,38 @@
+"""Modules: weight allocators, the projector over mixed layers, and the loss that keeps the weights balanced.
+
+Symbols: B rows of the batch, I images, T tokens, P patches, D vision width, K weight columns, G blocks of a mixed row,
+H language-model width, E width of the sentence embedding.
+"""
+
+from igva_kernels.nn.allocators import LearnedWeights, TextAllocator, WeightAllocator
+from igva_kernels.nn.losses import balance_loss, negative_entropy
+from igva_kernels.nn.projector import (
+    LayerMixLinear,
+    LayerMixNorm,
+    LayerMixProjector,
+    MixInput,
+    column_plan,
+    column_summaries,
+    connect,
+    is_plain,
+    takes_layers,
+    widen,
+)
+
+__all__ = [
+    "LayerMixLinear",
+    "LayerMixNorm",
+    "LayerMixProjector",
+    "LearnedWeights",
+    "MixInput",
+    "TextAllocator",
+    "WeightAllocator",
+    "balance_loss",
+    "column_plan",
+    "column_summaries",
+    "connect",
+    "is_plain",
+    "negative_entropy",
+    "takes_layers",
+    "widen",
+]

@@ -1,0 +1,185 @@
+"""Where the layer weights come from: the instruction and the image, the instruction alone, or parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from igva_kernels.nn.sharding import is_untouched
+from igva_kernels.ops.allocator import allocate, select
+from igva_kernels.registry import REFERENCE
+from igva_kernels.runtime.context import saveable
+
+
+class WeightAllocator(nn.Module):
+    """Layer weights from an instruction and an image: ``w = softmax(allocator(sentence, summaries of G_1..G_K))``.
+
+    IGVA (arXiv 2501.08443, section 4; sizes as in its code): the projected sentence asks the projected summaries
+    of the K layer groups in a row of cross-attention blocks, and a last Linear scores the groups. Their parameters map
+    onto these by name: ``transformers.`` is ``blocks.`` here, ``linear.`` is ``head.``, the others are called alike.
+
+    Where no gradient is asked for, on a GPU, a few fused kernels do what the modules would, as long as these are plain
+    (``nn.sharding``), of one dtype, and not under autocast.
+
+    Args:
+        sentence_dim: E (all-mpnet-base-v2: 768).
+        vision_dim: D (CLIP ViT-L: 1024).
+        num_weights: K.
+        hidden_dim: width of the blocks.
+        num_blocks: how many there are.
+        num_heads: attention heads of a block; must divide ``hidden_dim``.
+        impl: "auto"; "reference", the modules themselves; or "triton", which serves nothing but inference.
+    """
+
+    def __init__(
+        self,
+        sentence_dim: int,
+        vision_dim: int,
+        num_weights: int,
+        hidden_dim: int = 1024,
+        num_blocks: int = 4,
+        num_heads: int = 4,
+        *,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        if hidden_dim % num_heads:
+            raise ValueError(f"num_heads: got {num_heads}, need a divisor of hidden_dim={hidden_dim}")
+        self.impl = impl
+        self.sentence_proj = nn.Linear(sentence_dim, hidden_dim)
+        self.cls_proj = nn.Linear(vision_dim, hidden_dim)
+        self.blocks = nn.ModuleList(_AllocatorBlock(hidden_dim, num_heads) for _ in range(num_blocks))
+        self.head = nn.Linear(hidden_dim, num_weights)
+
+    def forward(self, sentence_embeds: Tensor, summaries: Tensor, *, impl: str | None = None) -> Tensor:
+        """The weights ``[B, K]``, rows that sum to one, in fp32 (fp64 for an fp64 module) whatever the dtypes.
+
+        Args:
+            sentence_embeds: ``[B, E]``, any floating dtype; tensors made under inference mode are welcome.
+            summaries: ``[B, K, D]``, one vector per group: its CLS, or the mean of its tokens (``column_summaries``).
+            impl: in place of the module's own.
+
+        Raises:
+            ValueError: shapes that do not fit.
+            NotImplementedError: an explicit ``impl`` that cannot serve the call.
+        """
+        width, dim = self.sentence_proj.in_features, self.cls_proj.in_features
+        batch, columns = summaries.shape[0], self.head.out_features
+        if sentence_embeds.shape != (batch, width):
+            raise ValueError(f"sentence_embeds: got shape {tuple(sentence_embeds.shape)}, need {(batch, width)}")
+        if summaries.shape != (batch, columns, dim):
+            raise ValueError(f"summaries: got shape {tuple(summaries.shape)}, need {(batch, columns, dim)}")
+        sentence_embeds = sentence_embeds.to(self.sentence_proj.weight.dtype)
+        summaries = summaries.to(self.cls_proj.weight.dtype)
+        backend = self._backend(self.impl if impl is None else impl, sentence_embeds, summaries)
+        if backend != REFERENCE:
+            heads = self.blocks[0].cross_attention.num_heads
+            eps = [norm.eps for block in self.blocks for norm in (block.norm1, block.norm2)]
+            return allocate(sentence_embeds, summaries, list(self.parameters()), heads, eps, backend)
+        if torch.is_grad_enabled():
+            sentence_embeds, summaries = saveable(sentence_embeds), saveable(summaries)
+        query = self.sentence_proj(sentence_embeds).unsqueeze(1)
+        keys = self.cls_proj(summaries)
+        for block in self.blocks:
+            query = block(query, keys)
+        scores = self.head(query).squeeze(1)
+        return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+
+    def extra_repr(self) -> str:
+        return f"impl={self.impl!r}"
+
+    def _backend(self, impl: str, sentence_embeds: Tensor, summaries: Tensor) -> str:
+        """Whose kernels serve the call; "reference" where it is left to the modules."""
+        sizes = (self.head.in_features, self.head.out_features)
+        parameters = [p for module in self.modules() for p in module._parameters.values() if p is not None]
+        backend = select(impl, sentence_embeds, summaries, parameters, sizes)
+        if backend == REFERENCE or self._is_plain(len(parameters)):
+            return backend
+        if impl != "auto":
+            raise NotImplementedError(
+                f"impl={impl!r} cannot serve this call of the allocator: a submodule is hooked, sharded, quantised or "
+                f"replaced"
+            )
+        return REFERENCE
+
+    def _is_plain(self, num_parameters: int) -> bool:
+        """Whether the modules are as the constructor made them, and nothing would happen in the forward of any."""
+        modules = list(self.modules())[1:]
+        attentions = [block.cross_attention for block in self.blocks if type(block) is _AllocatorBlock]
+        kinds = [nn.Linear, nn.Linear, nn.ModuleList, *_BLOCK_TYPES * len(attentions), nn.Linear]
+        options = {(a.num_heads, a.dropout, a.add_zero_attn) for a in attentions}
+        return (
+            [type(module) for module in modules] == kinds
+            and num_parameters == 6 + 12 * len(attentions)
+            and len(options) == 1
+            and options.pop()[1:] == (0.0, False)
+            and all(map(is_untouched, modules))
+        )
+
+
+class _AllocatorBlock(nn.Module):
+    """Cross-attention, add and norm, FFN, add and norm."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.cross_attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
+        self.norm1 = nn.LayerNorm(dim)
+        self.ffn = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, query: Tensor, keys: Tensor) -> Tensor:
+        """``[B, 1, dim]`` from the query ``[B, 1, dim]`` and the keys ``[B, K, dim]``."""
+        attended, _ = self.cross_attention(query, keys, keys, need_weights=False)
+        query = self.norm1(query + attended)
+        return self.norm2(query + self.ffn(query))
+
+
+_BLOCK_TYPES = tuple(type(module) for module in _AllocatorBlock(1, 1).modules())
+
+
+class TextAllocator(nn.Module):
+    """Layer weights from the instruction alone: ``w = softmax(W2 relu(W1 t + b1) + b2)`` (TGIF, arXiv 2601.03100).
+
+    Args:
+        sentence_dim: E, the width of the text embedding (TGIF: the mean of the prompt's token embeddings, 4096).
+        num_weights: K.
+        hidden_dim: width of the hidden layer (TGIF: 512).
+    """
+
+    def __init__(self, sentence_dim: int, num_weights: int, hidden_dim: int = 512) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(sentence_dim, hidden_dim)
+        self.linear_2 = nn.Linear(hidden_dim, num_weights)
+
+    def forward(self, sentence_embeds: Tensor) -> Tensor:
+        """The weights ``[B, K]`` of ``sentence_embeds`` ``[B, E]``, rows that sum to one, at least in fp32.
+
+        Raises:
+            ValueError: another shape.
+        """
+        if sentence_embeds.ndim != 2 or sentence_embeds.shape[1] != self.linear_1.in_features:
+            raise ValueError(
+                f"sentence_embeds: got shape {tuple(sentence_embeds.shape)}, need [B, {self.linear_1.in_features}]"
+            )
+        sentence_embeds = sentence_embeds.to(self.linear_1.weight.dtype)
+        if torch.is_grad_enabled():
+            sentence_embeds = saveable(sentence_embeds)
+        scores = self.linear_2(self.linear_1(sentence_embeds).relu())
+        return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+
+
+class LearnedWeights(nn.Module):
+    """Layer weights that are parameters, the same for every image: ``w = softmax(scores)`` (COMM, arXiv 2310.08825).
+
+    Args:
+        num_weights: K. All start equal.
+    """
+
+    def __init__(self, num_weights: int) -> None:
+        super().__init__()
+        self.scores = nn.Parameter(torch.zeros(num_weights))
+
+    def forward(self, rows: int) -> Tensor:
+        """The weights ``[rows, K]``, all rows the same, at least in fp32."""
+        dtype = torch.promote_types(self.scores.dtype, torch.float32)
+        return self.scores.softmax(dim=-1, dtype=dtype).expand(rows, -1)

@@ -1,0 +1,220 @@
+"""The connector as modules: layers mixed, an optional LayerNorm, Linear, activation, Linear."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from igva_kernels.nn.sharding import is_untouched, runs
+from igva_kernels.ops.weighted_mix import Entry, MixPlan, is_tap, layer_mix, layer_mix_linear, layer_mix_mlp
+from igva_kernels.runtime.activations import ACTIVATIONS, check_activation
+from igva_kernels.runtime.dense import Norm
+
+
+class MixInput(NamedTuple):
+    """Layers on their way to the Linear that reads their mix.
+
+    A tuple, so that wrappers which hook a module (FSDP2, DeepSpeed) find the tensors in its argument.
+    """
+
+    hidden_states: tuple[Tensor | None, ...]
+    mix_weights: Tensor | None
+    image_index: Tensor | None
+    norm: Norm | None
+    plan: MixPlan
+    skip_tokens: int
+    activation: str
+    impl: str
+
+
+class LayerMixLinear(nn.Linear):
+    """An ``nn.Linear`` that also takes layers: it mixes, multiplies, and applies the activation in one operator."""
+
+    def forward(self, input: Tensor | MixInput) -> Tensor:
+        """``input @ weight.T + bias`` of a tensor; ``act(norm?(A) @ weight.T + bias)`` ``[B, P, H]`` of a MixInput."""
+        if not isinstance(input, MixInput):
+            return nn.Linear.forward(self, input)  # not super(): a patch lends this function to an nn.Linear
+        return layer_mix_linear(
+            input.hidden_states, input.plan, input.mix_weights, self.weight, self.bias, activation=input.activation,
+            norm=input.norm, skip_tokens=input.skip_tokens, image_index=input.image_index, impl=input.impl,
+        )  # fmt: skip
+
+
+class LayerMixNorm(nn.LayerNorm):
+    """An ``nn.LayerNorm`` over the mixed row: given layers, it leaves the work to the Linear behind it."""
+
+    def forward(self, input: Tensor | MixInput) -> Tensor | MixInput:
+        """The normalised tensor, or the same MixInput with this norm in it."""
+        if not isinstance(input, MixInput):
+            return nn.LayerNorm.forward(self, input)
+        # Copies: a sharded norm releases its parameters when this forward returns, before the Linear reads them.
+        return input._replace(norm=(self.weight.clone(), self.bias.clone(), self.eps))
+
+
+_LAYER_FORWARDS = (LayerMixLinear.forward, LayerMixNorm.forward)
+_PLAIN_TYPES = (nn.Linear, LayerMixLinear, nn.LayerNorm, LayerMixNorm)
+
+
+def takes_layers(module: nn.Module) -> bool:
+    """Whether the forward of a Linear or LayerNorm takes a ``MixInput``, whatever accelerate has put around it."""
+    return runs(module, *_LAYER_FORWARDS)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a Linear or LayerNorm may be read from outside its own forward. A forward that a patch bound is plain."""
+    return type(module) in _PLAIN_TYPES and is_untouched(module, *_LAYER_FORWARDS)
+
+
+class LayerMixProjector(nn.Module):
+    """The connector: mixed layers, optional LayerNorm, Linear, activation, Linear.
+
+    ``linear_1``, ``linear_2`` and ``projector_layernorm`` are named as in transformers' Llava and VipLlava, and so are
+    the keys of the ``state_dict``. The whole connector is one operator while its children are plain; a child that is
+    hooked, sharded on its own, quantised, or replaced (LoRA) is called as the module it is.
+
+    Args:
+        plan: which layers make the mixed row.
+        vision_dim: D.
+        hidden_dim: H.
+        bias: whether both Linears have a bias.
+        activation: "gelu" (erf), "gelu_tanh", "relu" or "silu".
+        layernorm_eps: with a number, a LayerNorm over the mixed row, with this eps, comes before ``linear_1``.
+        skip_tokens: tokens left out at the start of every state (1 for CLIP's CLS).
+        impl: "auto", "reference", "cpu", "triton" or "cuda", as in ``layer_mix_mlp``.
+
+    Raises:
+        ValueError: an unknown activation.
+    """
+
+    def __init__(
+        self,
+        plan: MixPlan,
+        vision_dim: int,
+        hidden_dim: int,
+        *,
+        bias: bool = True,
+        activation: str = "gelu",
+        layernorm_eps: float | None = None,
+        skip_tokens: int = 0,
+        impl: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_activation(activation)
+        self.plan, self.activation, self.skip_tokens, self.impl = plan, activation, skip_tokens, impl
+        width = plan.num_blocks * vision_dim
+        self.projector_layernorm = None if layernorm_eps is None else LayerMixNorm(width, eps=layernorm_eps)
+        self.linear_1 = LayerMixLinear(width, hidden_dim, bias=bias)
+        self.linear_2 = nn.Linear(hidden_dim, hidden_dim, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: Sequence[Tensor | None],
+        mix_weights: Tensor | None = None,
+        *,
+        plan: MixPlan | None = None,
+        image_index: Tensor | None = None,
+    ) -> Tensor:
+        """The visual tokens ``[B, P, H]`` in the dtype of the weights (or autocast's).
+
+        Args:
+            hidden_states: L states ``[I, T, D]``; those that the plan does not use may be None.
+            mix_weights: ``[B, K]`` or ``[1, K]``; None where the plan has no columns.
+            plan: in place of the module's own, one of as many blocks: what ``plan.reduced()`` leaves to do where
+                ``hidden_states`` are its sources.
+            image_index: int64 ``[B]``, the image that each row reads; None where row b reads image b.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: as in ``layer_mix_mlp``.
+        """
+        mixed = MixInput(
+            tuple(hidden_states), mix_weights, image_index, None, self.plan if plan is None else plan,
+            self.skip_tokens, self.activation, self.impl,
+        )  # fmt: skip
+        return connect(mixed, self.projector_layernorm, self.linear_1, self.linear_2)
+
+    def extra_repr(self) -> str:
+        return f"plan={self.plan}, activation={self.activation!r}, skip_tokens={self.skip_tokens}, impl={self.impl!r}"
+
+
+def widen(weight: Tensor, layers: Sequence[int], plan: MixPlan) -> Tensor:
+    """The weight ``[H, G*D]`` that answers at first as ``weight`` ``[H, len(layers)*D]`` does: zeros for what is new.
+
+    Args:
+        weight: of a first Linear that reads a concat of ``layers``.
+        layers: which they are.
+        plan: a resolved plan, of which each of the layers is a block.
+
+    Raises:
+        ValueError: one of the layers is no block of the plan.
+    """
+    width = weight.shape[1] // len(layers)
+    taps = {block[0].layer: g for g, block in enumerate(plan.blocks) if is_tap(block)}
+    wide = weight.new_zeros(weight.shape[0], plan.num_blocks * width)
+    for i, layer in enumerate(layers):
+        block = taps.get(layer if layer >= 0 or plan.num_states is None else layer + plan.num_states)
+        if block is None:
+            raise ValueError(f"plan: the model reads layer {layer}, need a block of that layer alone, got {plan}")
+        wide[:, block * width : (block + 1) * width] = weight[:, i * width : (i + 1) * width]
+    return wide
+
+
+def connect(mixed: MixInput, norm: nn.Module | None, linear_1: nn.Module, linear_2: nn.Module) -> Tensor:
+    """Layers through ``norm``, ``linear_1``, the activation of ``mixed`` and ``linear_2``: ``[B, P, H]``.
+
+    One operator while the modules are plain. Else each reads its weights in its own forward, as sharding and offload
+    need it: ``linear_1`` mixes if it takes layers, and is called with the mixed row if it is a stand-in (LoRA's).
+    """
+    if all(is_plain(module) for module in (norm, linear_1, linear_2) if module is not None):
+        return layer_mix_mlp(
+            mixed.hidden_states, mixed.plan, mixed.mix_weights,
+            linear_1.weight, linear_1.bias, linear_2.weight, linear_2.bias, activation=mixed.activation,
+            norm=None if norm is None else (norm.weight, norm.bias, norm.eps),
+            skip_tokens=mixed.skip_tokens, image_index=mixed.image_index, impl=mixed.impl,
+        )  # fmt: skip
+    if takes_layers(linear_1) and (norm is None or takes_layers(norm)):
+        return linear_2(linear_1(mixed if norm is None else norm(mixed)))
+    rows = layer_mix(
+        mixed.hidden_states, mixed.plan, mixed.mix_weights,
+        skip_tokens=mixed.skip_tokens, image_index=mixed.image_index, impl=mixed.impl,
+    )  # fmt: skip
+    rows = rows if norm is None else norm(rows)
+    return linear_2(ACTIVATIONS[mixed.activation](linear_1(rows)))
+
+
+def column_plan(plan: MixPlan) -> MixPlan:
+    """One weight-free block a weight column: what that column weighs (IGVA: the group means ``G_1..G_K``).
+
+    Raises:
+        ValueError: a column below ``plan.num_columns`` that no entry uses.
+    """
+    entries = [entry for block in plan.blocks for entry in block if entry.column is not None]
+    blocks = (
+        tuple(Entry(e.layer, None, e.scale) for e in entries if e.column == column)
+        for column in range(len({e.column for e in entries}))
+    )
+    return MixPlan(tuple(blocks), plan.num_states)
+
+
+def column_summaries(
+    hidden_states: Sequence[Tensor | None], plan: MixPlan, has_cls: bool = True, impl: str = "auto"
+) -> Tensor:
+    """What the allocator sees of an image: one vector a weight column of the plan.
+
+    Args:
+        hidden_states: L states ``[I, T, D]``; those that no column uses may be None.
+        plan: a plan with weight columns.
+        has_cls: whether token 0 is a CLS token, the summary of its state; else the mean of all tokens is.
+        impl: as in ``layer_mix``.
+
+    Returns:
+        ``[I, K, D]`` in the layers' dtype.
+    """
+    columns = column_plan(plan.resolve(len(hidden_states)))
+    tokens: list[Tensor | None] = [None] * len(hidden_states)
+    for layer in columns.layers:
+        state = hidden_states[layer]
+        if state is not None:
+            tokens[layer] = state[:, :1] if has_cls else state.mean(dim=1, keepdim=True)
+    return layer_mix(tokens, columns, impl=impl).squeeze(1).unflatten(-1, (columns.num_blocks, -1))

@@ -1,0 +1,58 @@
+"""What FSDP, DeepSpeed, accelerate and peft do to a Linear or a LayerNorm, as far as the modules must know.
+
+All of them act in a module's own forward: FSDP2 makes the module of a subclass and DeepSpeed ZeRO-3 hooks it, and both
+gather its weights there and free them after; accelerate puts a wrapper around the forward, which moves weights in and
+out; peft puts a module of its own in its place. A weight may be read from outside that forward only where none does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from igva_kernels.runtime.context import has_storage
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_untouched(module: nn.Module, *lent: Callable[..., Any]) -> bool:
+    """Whether nothing but its class's code would happen in a module's forward, and its weights are there.
+
+    False with hooks, with a forward of the instance's own (accelerate's wrapper) unless it is one of those that a patch
+    has ``lent`` it, and with weights that are tensor subclasses (DTensors, quantised ones) or whose storage was freed.
+    """
+    own = module.__dict__.get("forward")
+    if own is not None and not _is_one_of(own, lent):
+        return False
+    if any(getattr(module, name) for name in _HOOKS):
+        return False
+    parameters = (p for p in module._parameters.values() if p is not None)
+    return all(type(p) in (Tensor, nn.Parameter) and _is_there(p) for p in parameters)
+
+
+def runs(module: nn.Module, *forwards: Callable[..., Any]) -> bool:
+    """Whether a module's forward, below the wrapper that accelerate may have put around it, is one of ``forwards``."""
+    own = module.__dict__  # torch 2.8 cannot trace vars()
+    return _is_one_of(own.get("_old_forward", own.get("forward", type(module).forward)), forwards)
+
+
+def forward_attribute(module: nn.Module) -> str:
+    """Where a module's forward is to be replaced: below accelerate's wrapper, if there is one."""
+    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+
+
+def below_adapter(module: nn.Module) -> Any:
+    """The module itself, or the one that peft's adapter (LoRA) has replaced."""
+    return getattr(module, "base_layer", module)
+
+
+def _is_one_of(forward: Any, forwards: tuple[Callable[..., Any], ...]) -> bool:
+    function = getattr(forward, "__func__", forward)
+    return any(function is one for one in forwards)  # torch 2.11 cannot trace `in`
+
+
+def _is_there(tensor: Tensor) -> bool:
+    return torch.compiler.is_compiling() or (tensor.numel() > 0 and has_storage(tensor))

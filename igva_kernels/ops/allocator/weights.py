@@ -1,0 +1,47 @@
+"""The allocator's weights by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class AllocatorBlockWeights(NamedTuple):
+    """Weights of a block of ``nn.WeightAllocator``, in the order of its ``parameters()``; C is the hidden width."""
+
+    in_proj_weight: Tensor
+    """``[3C, C]``: query, key and value projections."""
+    in_proj_bias: Tensor
+    out_proj_weight: Tensor
+    out_proj_bias: Tensor
+    norm1_weight: Tensor
+    norm1_bias: Tensor
+    ffn1_weight: Tensor
+    ffn1_bias: Tensor
+    ffn2_weight: Tensor
+    ffn2_bias: Tensor
+    norm2_weight: Tensor
+    norm2_bias: Tensor
+
+
+class AllocatorWeights(NamedTuple):
+    """Weights of ``nn.WeightAllocator``."""
+
+    sentence_weight: Tensor
+    sentence_bias: Tensor
+    cls_weight: Tensor
+    cls_bias: Tensor
+    blocks: tuple[AllocatorBlockWeights, ...]
+    head_weight: Tensor
+    head_bias: Tensor
+
+    @classmethod
+    def of(cls, parameters: Sequence[Tensor]) -> AllocatorWeights:
+        """From a flat list in the order of ``parameters()``."""
+        size = len(AllocatorBlockWeights._fields)
+        starts = range(4, len(parameters) - 2, size)
+        blocks = tuple(AllocatorBlockWeights(*parameters[start : start + size]) for start in starts)
+        sentence_weight, sentence_bias, cls_weight, cls_bias = parameters[:4]
+        return cls(sentence_weight, sentence_bias, cls_weight, cls_bias, blocks, parameters[-2], parameters[-1])

@@ -1,0 +1,196 @@
+"""The public operators. A call goes one way: its arguments are checked, an implementation is chosen, one registered
+operator runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from igva_kernels.ops.weighted_mix import spec
+from igva_kernels.ops.weighted_mix.checks import Mix, check_image_range, check_mix, check_projector
+from igva_kernels.ops.weighted_mix.op import OPERATOR
+from igva_kernels.ops.weighted_mix.plan import MixPlan
+from igva_kernels.ops.weighted_mix.steps import Keep, ProjectorWeights
+from igva_kernels.registry import REFERENCE
+from igva_kernels.runtime.context import autocast_dtype, saveable
+from igva_kernels.runtime.dense import Norm
+from igva_kernels.runtime.torch_op import OPS
+
+
+def layer_mix(
+    hidden_states: Sequence[Tensor | None],
+    plan: MixPlan,
+    mix_weights: Tensor | None = None,
+    *,
+    skip_tokens: int = 0,
+    image_index: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """The mixed row ``A``: layers weighted, summed and concatenated in one pass.
+
+    ``A[m, g*D + d] = sum over entries (l, c, s) of block g of s * w[b, c] * h_l[image(b), skip + p, d]``.
+
+    Args:
+        hidden_states: the L hidden states, a sequence of tensors ``[I, T, D]``: separate allocations, any batch and
+            token strides (they may differ between layers). They are never stacked nor copied, unless the last dimension
+            is not contiguous. A layer that the plan does not use may be None.
+        plan: which layers go where.
+        mix_weights: ``[B, C]`` or ``[1, C]`` (broadcast), used in fp32 (fp64 with fp64 layers), differentiable; None
+            where the plan has no columns.
+        skip_tokens: tokens left out at the start of every state (1 for CLIP's CLS); P = T - skip_tokens.
+        image_index: int64 ``[B]``, the image that each row of the batch reads; None where row b reads image b. Out of
+            range: ValueError on a CPU, NaN rows on a GPU.
+        impl: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Returns:
+        ``[B, P, G*D]`` in the layers' dtype, accumulated in fp32 and rounded once.
+
+    Raises:
+        ValueError: shapes, devices or values that do not fit; the message names the argument.
+        TypeError: wrong types or dtypes.
+        NotImplementedError: an explicit ``impl`` that cannot serve the call.
+    """
+    mix = check_mix(hidden_states, plan, mix_weights, skip_tokens, image_index)
+    backend = _select(impl, mix, ())
+    if backend == REFERENCE:
+        return _reference_rows(mix)
+    keep = Keep.SOURCES if mix.weights_need_grad else Keep.NOTHING
+    return OPS.layer_mix(
+        mix.layers, mix.mix_weights, mix.image_index, mix.code, mix.skip_tokens, keep.value, backend
+    )[0]  # fmt: skip
+
+
+def layer_mix_linear(
+    hidden_states: Sequence[Tensor | None],
+    plan: MixPlan,
+    mix_weights: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    norm: Norm | None = None,
+    skip_tokens: int = 0,
+    image_index: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """``act(norm?(A) @ weight.T + bias)``, A and what is not described here as in ``layer_mix``.
+
+    Args:
+        weight: ``[H, G*D]``; A is rounded once to its dtype (or to autocast's).
+        bias: ``[H]`` or None.
+        activation: None, "gelu" (erf), "gelu_tanh", "relu" or "silu".
+        norm: None or ``(weight or None, bias or None, eps)``: LayerNorm over the whole row of A, statistics in fp32
+            from the unrounded mix, one rounding after.
+
+    Returns:
+        ``[B, P, H]`` in the dtype of ``weight`` (or autocast's).
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as in ``layer_mix``.
+    """
+    mix = check_mix(hidden_states, plan, mix_weights, skip_tokens, image_index)
+    weights = ProjectorWeights(weight, bias)
+    norm = check_projector(mix, weights, activation, norm, ("weight", "bias"))
+    return _project(impl, mix, weights, activation, norm)
+
+
+def layer_mix_mlp(
+    hidden_states: Sequence[Tensor | None],
+    plan: MixPlan,
+    mix_weights: Tensor | None,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *,
+    activation: str | None = "gelu",
+    norm: Norm | None = None,
+    skip_tokens: int = 0,
+    image_index: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """``act(norm?(A) @ weight1.T + bias1) @ weight2.T + bias2``: the whole connector.
+
+    A is that of ``layer_mix``; ``activation`` and ``norm`` are those of ``layer_mix_linear``.
+
+    Args:
+        weight1: ``[N, G*D]``; A is rounded once to its dtype (or to autocast's).
+        bias1: ``[N]`` or None.
+        weight2: ``[H, N]``.
+        bias2: ``[H]`` or None.
+
+    Returns:
+        ``[B, P, H]`` in the dtype of ``weight1`` (or autocast's).
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as in ``layer_mix``.
+    """
+    mix = check_mix(hidden_states, plan, mix_weights, skip_tokens, image_index)
+    weights = ProjectorWeights(weight1, bias1, weight2, bias2)
+    norm = check_projector(mix, weights, activation, norm, ("weight1", "bias1", "weight2", "bias2"))
+    return _project(impl, mix, weights, activation, norm)
+
+
+def check_impl(impl: str, device: torch.device, dtype: torch.dtype, activation: str | None = None) -> None:
+    """Nothing, where ``impl`` can serve layers of this device and dtype.
+
+    Raises:
+        ValueError: no such ``impl``.
+        NotImplementedError: an explicit ``impl`` that cannot; the message says why.
+    """
+    OPERATOR.select(impl, device, dtype, (), activation)
+
+
+def _select(impl: str, mix: Mix, tensors: tuple[object, ...], *demands: str | None) -> str:
+    first = mix.layers[0]
+    return OPERATOR.select(impl, first.device, first.dtype, (mix.layers, mix.mix_weights, *tensors), *demands)
+
+
+def _reference_rows(mix: Mix) -> Tensor:
+    layers, mix_weights, index = mix.layers, mix.mix_weights, mix.image_index
+    if index is not None:
+        check_image_range(index, layers[0].shape[0])
+    if torch.is_grad_enabled():  # plain torch saves these themselves
+        layers, mix_weights, index = [saveable(x) for x in layers], saveable(mix_weights), saveable(index)
+    return spec.layer_mix_as_published(
+        layers, mix.plan, mix_weights, skip_tokens=mix.skip_tokens, image_index=index
+    )  # fmt: skip
+
+
+def _project(impl: str, mix: Mix, weights: ProjectorWeights, activation: str | None, norm: Norm | None) -> Tensor:
+    backend = _select(impl, mix, (weights, norm), activation)
+    if backend == REFERENCE:
+        if torch.is_grad_enabled():
+            weights = ProjectorWeights(*map(saveable, weights))
+            norm = None if norm is None else (saveable(norm[0]), saveable(norm[1]), norm[2])
+        return spec.project(_reference_rows(mix), *weights, activation=activation, norm=norm)
+    dtype = autocast_dtype(mix.layers[0].device)
+    if dtype is not None and weights.weight1.dtype != torch.float64:
+        weights = ProjectorWeights(*(None if weight is None else weight.to(dtype) for weight in weights))
+    norm_weight, norm_bias, norm_eps = (None, None, None) if norm is None else norm
+    keep, keep_z = _what_to_keep(mix, weights, activation, norm)
+    return OPS.projector(
+        mix.layers, mix.mix_weights, mix.image_index, weights.weight1, weights.bias1, norm_weight, norm_bias,
+        weights.weight2, weights.bias2, mix.code, mix.skip_tokens, norm_eps, activation, keep.value, keep_z, backend,
+    )[0]  # fmt: skip
+
+
+def _what_to_keep(mix: Mix, weights: ProjectorWeights, activation: str | None, norm: Norm | None) -> tuple[Keep, bool]:
+    """What the backward will need of the mixed row, and whether it needs z."""
+    if not torch.is_grad_enabled():
+        return Keep.NOTHING, False
+    into_rows = mix.weights_need_grad or any(layer.requires_grad for layer in mix.layers)
+    into_norm = norm is not None and (_needs_grad(norm[0]) or _needs_grad(norm[1]))
+    keep = Keep.NOTHING
+    if mix.weights_need_grad:
+        keep = Keep.SOURCES
+    elif weights.weight1.requires_grad or into_norm or (into_rows and norm is not None):
+        keep = Keep.SOURCES if mix.only_taps else Keep.ROWS  # taps lie there anyway
+    into_z = into_rows or into_norm or weights.weight1.requires_grad or _needs_grad(weights.bias1)
+    return keep, (activation is not None and into_z) or _needs_grad(weights.weight2)
+
+
+def _needs_grad(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad

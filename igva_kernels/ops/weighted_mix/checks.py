@@ -1,0 +1,214 @@
+"""The checks of the operators' arguments: every error names the argument, what was given and what is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from igva_kernels.ops.weighted_mix.plan import MixPlan
+from igva_kernels.ops.weighted_mix.program import lower
+from igva_kernels.ops.weighted_mix.steps import ProjectorWeights
+from igva_kernels.runtime.activations import check_activation
+from igva_kernels.runtime.context import check_storage, constant_under_compile, has_values, is_distributed
+from igva_kernels.runtime.dense import Norm, accumulation_dtype
+
+
+class Compact(NamedTuple):
+    """What a call must know of its plan, which reads only some of the hidden states."""
+
+    used: tuple[int, ...]
+    """The layers in use."""
+    code: str
+    """Of the plan over those."""
+    num_columns: int
+    num_blocks: int
+    only_taps: bool
+
+
+class Mix(NamedTuple):
+    """The checked arguments of a mix."""
+
+    layers: list[Tensor]
+    """Those in use."""
+    mix_weights: Tensor | None
+    """``[B, C]`` in the accumulation dtype."""
+    image_index: Tensor | None
+    skip_tokens: int
+    code: str
+    """Of the plan over the layers."""
+    row_width: int
+    """``G * D``."""
+    only_taps: bool
+    weights_need_grad: bool
+
+    @property
+    def plan(self) -> MixPlan:
+        """The plan over the layers."""
+        return _plan(self.code)
+
+
+@constant_under_compile
+def _plan(code: str) -> MixPlan:
+    return MixPlan.from_code(code)
+
+
+@constant_under_compile
+def _compact(code: str, num_states: int | None, length: int) -> Compact:
+    """Of constants only, so that torch.compile evaluates it while it traces."""
+    return _compact_once(code, num_states, length)
+
+
+@cache
+def _compact_once(code: str, num_states: int | None, length: int) -> Compact:
+    used, plan = MixPlan(MixPlan.from_code(code).blocks, num_states).resolve(length).compact()
+    return Compact(used, plan.code, plan.num_columns, plan.num_blocks, not lower(plan).num_sums)
+
+
+def check_mix(
+    hidden_states: Sequence[Tensor | None],
+    plan: MixPlan,
+    mix_weights: Tensor | None,
+    skip_tokens: int,
+    image_index: Tensor | None,
+) -> Mix:
+    """The arguments that every public operator has, without the layers that the plan does not use."""
+    if not isinstance(plan, MixPlan):
+        raise TypeError(f"plan: need a MixPlan, got {type(plan).__name__}")
+    if isinstance(hidden_states, Tensor) or not isinstance(hidden_states, Sequence):
+        raise TypeError(
+            f"hidden_states: need a sequence of tensors [I, T, D], got {type(hidden_states).__name__}; "
+            f"pass the states as they are, not stacked"
+        )
+    used, code, num_columns, num_blocks, only_taps = _compact(plan.code, plan.num_states, len(hidden_states))
+    layers = check_layers(hidden_states, used)
+    num_images, num_tokens, width = layers[0].shape
+    if isinstance(skip_tokens, bool) or not isinstance(skip_tokens, int):
+        raise TypeError(f"skip_tokens: need an int, got {type(skip_tokens).__name__}")
+    if not 0 <= skip_tokens <= num_tokens:
+        raise ValueError(f"skip_tokens: got {skip_tokens}, need 0 to {num_tokens}, the tokens of a hidden state")
+    num_rows = num_images
+    if image_index is not None:
+        check_image_index(image_index, layers[0].device, num_images)
+        num_rows = image_index.shape[0]
+    mix_weights = check_mix_weights(mix_weights, num_columns, num_rows, layers[0])
+    need_grad = mix_weights is not None and mix_weights.requires_grad and torch.is_grad_enabled()
+    return Mix(layers, mix_weights, image_index, skip_tokens, code, num_blocks * width, only_taps, need_grad)
+
+
+def check_projector(
+    mix: Mix, weights: ProjectorWeights, activation: str | None, norm: Norm | None, names: Sequence[str]
+) -> Norm | None:
+    """The projector's arguments, its weights by these names; returns the norm, its eps a float."""
+    check_activation(activation)
+    device, first = mix.layers[0].device, weights.weight1
+    width = mix.row_width
+    for i in range(0, len(names), 2):  # a weight and its bias
+        check_weight(names[i], weights[i], device, first, (None, width))
+        width = weights[i].shape[0]  # type: ignore[union-attr]
+        check_weight(names[i + 1], weights[i + 1], device, first, (width,))
+    if norm is None:
+        return None
+    if not isinstance(norm, (tuple, list)) or len(norm) != 3:
+        raise TypeError(f"norm: need None or (weight or None, bias or None, eps), got {norm!r}")
+    norm_weight, norm_bias, eps = norm
+    check_weight("norm[0]", norm_weight, device, norm_weight, (mix.row_width,))
+    check_weight("norm[1]", norm_bias, device, norm_bias, (mix.row_width,))
+    return norm_weight, norm_bias, float(eps)
+
+
+def check_layers(hidden_states: Sequence[Tensor | None], used: tuple[int, ...]) -> list[Tensor]:
+    layers: list[Tensor] = []
+    for index in used:
+        layer = hidden_states[index]
+        if not isinstance(layer, Tensor):
+            if layer is None:
+                raise ValueError(f"hidden_states[{index}]: the plan reads this layer, got None")
+            raise TypeError(f"hidden_states[{index}]: need a tensor [I, T, D], got {type(layer).__name__}")
+        first = layers[0] if layers else layer
+        if layer.dim() != 3 or layer.shape != first.shape:
+            expected = "[I, T, D]" if layer is first or first.dim() != 3 else f"{list(first.shape)} as the others"
+            raise ValueError(f"hidden_states[{index}]: need shape {expected}, got {list(layer.shape)}")
+        if not layer.is_floating_point() or layer.dtype != first.dtype:
+            raise TypeError(f"hidden_states[{index}]: need one floating dtype for all layers, got {layer.dtype}")
+        if layer.device != first.device:
+            raise ValueError(f"hidden_states[{index}]: need all layers on {first.device}, got {layer.device}")
+        layers.append(layer)
+    return layers
+
+
+def check_image_index(image_index: Tensor, device: torch.device, num_images: int) -> None:
+    if not isinstance(image_index, Tensor) or image_index.dtype != torch.int64:
+        given = image_index.dtype if isinstance(image_index, Tensor) else type(image_index).__name__
+        raise TypeError(f"image_index: need an int64 tensor [B], got {given}")
+    if image_index.dim() != 1:
+        raise ValueError(f"image_index: need shape [B], got {list(image_index.shape)}")
+    if image_index.device != device:
+        raise ValueError(f"image_index: need device {device} as the hidden states, got {image_index.device}")
+    if image_index.shape[0] and not num_images:
+        raise ValueError(f"image_index: got {image_index.shape[0]} rows, but the hidden states hold no image")
+
+
+def check_image_range(image_index: Tensor, num_images: int) -> None:
+    """For plain torch, whose indexing would wrap negatives; kernels look themselves, so that compiled code does too."""
+    if image_index.device.type != "cpu" or not has_values(image_index) or not image_index.numel():
+        return
+    lowest, highest = int(image_index.min()), int(image_index.max())
+    if not 0 <= lowest <= highest < num_images:
+        raise ValueError(
+            f"image_index: need values from 0 to {num_images - 1}, the images of the hidden states, got values from "
+            f"{lowest} to {highest}"
+        )
+
+
+def check_mix_weights(mix_weights: Tensor | None, num_columns: int, num_rows: int, first: Tensor) -> Tensor | None:
+    """The weights as ``[B, C]`` in the accumulation dtype."""
+    if mix_weights is None:
+        if num_columns:
+            raise ValueError(f"mix_weights: the plan has {num_columns} weight columns, got None")
+        return None
+    if not isinstance(mix_weights, Tensor) or not mix_weights.is_floating_point():
+        given = mix_weights.dtype if isinstance(mix_weights, Tensor) else type(mix_weights).__name__
+        raise TypeError(f"mix_weights: need a floating tensor [B, C] or [1, C], got {given}")
+    if not num_columns:
+        raise ValueError("mix_weights: the plan has no weight column, need None")
+    if mix_weights.dim() != 2 or mix_weights.shape[1] != num_columns or mix_weights.shape[0] not in (1, num_rows):
+        raise ValueError(
+            f"mix_weights: need shape [{num_rows}, {num_columns}] or [1, {num_columns}] "
+            f"(rows of the batch, columns of the plan), got {list(mix_weights.shape)}"
+        )
+    if mix_weights.device != first.device:
+        raise ValueError(f"mix_weights: need device {first.device} as the hidden states, got {mix_weights.device}")
+    return mix_weights.to(accumulation_dtype(first.dtype)).expand(num_rows, num_columns)
+
+
+def check_weight(
+    name: str, weight: Tensor | None, device: torch.device, like: Tensor | None, shape: tuple[int | None, ...]
+) -> None:
+    """A weight of the projector: its shape (None for any size), its dtype like ``like``'s, its device, its storage."""
+    if weight is None:
+        if name.startswith("weight"):
+            raise TypeError(f"{name}: need a tensor, got None")
+        return
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        given = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"{name}: need a floating tensor, got {given}")
+    if is_distributed(weight):
+        raise TypeError(
+            f"{name}: got a DTensor; call the module that owns it, whose forward gathers it, or pass a local tensor"
+        )
+    if weight.dim() != len(shape) or any(n is not None and n != m for n, m in zip(shape, weight.shape, strict=True)):
+        wanted = ["any" if n is None else n for n in shape]
+        hint = " (G * D, the mixed row)" if name in ("weight", "weight1") else ""
+        gathered = "; a sharded weight is empty outside its owner's forward" if weight.numel() == 0 else ""
+        raise ValueError(f"{name}: need shape {wanted}{hint}, got {list(weight.shape)}{gathered}")
+    assert like is not None
+    if weight.dtype != like.dtype:
+        raise TypeError(f"{name}: need dtype {like.dtype} as the first weight, got {weight.dtype}")
+    if weight.device != device:
+        raise ValueError(f"{name}: need device {device} as the hidden states, got {weight.device}")
+    if not torch.compiler.is_compiling():
+        check_storage(name, weight)

@@ -1,0 +1,212 @@
+"""The mix on the CPU: addresses and strides of torch tensors go to the C++ module."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from igva_kernels.ops.weighted_mix.plan import MixPlan
+from igva_kernels.ops.weighted_mix.program import BLOCK, TERM, Shares, Steps, dots, lower
+from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Mixed, ProjectorWeights, WeightedMix
+from igva_kernels.runtime.cpu import products
+from igva_kernels.runtime.cpu.dense import CpuDense, activations, address, dtype_of, linear_into, module
+from igva_kernels.runtime.dense import Norm, accumulation_dtype
+
+SCRATCH_BYTES = 40 << 20
+"""Of the row blocks of ``project``; with the copied tiles of the weights, its scratch stays below 64 MiB. Blocks are as
+large as that allows: libraries pack the weight again for every one of them, which takes the time of a hundred rows."""
+
+STREAM_BYTES = 4 << 20
+"""Rows that take more are written around the cache: nobody finds them there later."""
+
+
+class CpuWeightedMix(CpuDense, WeightedMix):
+    """Mixing, activations and the gradients of the mix in C++; GEMMs by torch, on row blocks that stay in the cache."""
+
+    def activations(self) -> Collection[str]:
+        return activations()
+
+    def mix(self, args: MixArgs, dtype: torch.dtype, norm: Norm | None = None, keep: Keep = Keep.NOTHING) -> Mixed:
+        """The mixed rows, rounded once to ``dtype``; ``norm`` is applied to the unrounded rows."""
+        first = args.layers[0]
+        if _mixes_fp64(dtype, first.dtype):
+            return self.mix(args, accumulation_dtype(first.dtype), norm, keep).to(dtype)
+        rows = args.new_rows(dtype)
+        raw_rows = torch.empty_like(rows) if keep == Keep.ROWS and norm is not None else None
+        sums = args.new_sums() if keep == Keep.SOURCES else []
+        stats = _new_stats(args, norm)
+        _mix_rows(args, slice(0, args.num_rows * args.num_patches), rows, sums, norm, raw_rows, stats)
+        return Mixed(rows, raw_rows, sums, *stats)
+
+    def mix_weights_grad(self, grad_rows: Tensor, blocks: Sequence[int], args: MixArgs) -> Tensor:
+        """``dw[b, c]`` in the accumulation dtype, summed in an order that depends on the shapes only."""
+        assert args.mix_weights is not None
+        first = args.layers[0]
+        if _mixes_fp64(grad_rows.dtype, first.dtype):
+            grad_rows = grad_rows.to(first.dtype)
+        shape, wide = args.mix_weights.shape, accumulation_dtype(first.dtype)
+        grad = first.new_empty(shape, dtype=wide)
+        wanted = dots(args.plan, tuple(blocks))
+        entries = [*zip(wanted.blocks, wanted.columns, wanted.layers, wanted.scales, strict=True)]
+        module().mix_weights_grad(
+            dtype_of(grad_rows.dtype), dtype_of(first.dtype), args.num_rows, args.num_patches, args.width,
+            *_address(grad_rows), [_address(layer) for layer in args.layers], args.skip_tokens,
+            address(args.image_index), entries, shape[1], first.shape[0], address(grad), torch.get_num_threads(),
+        )  # fmt: skip
+        return grad
+
+    def layer_grads(
+        self,
+        grad_rows: Tensor,
+        shares: Shares,
+        mix_weights: Tensor | None,
+        image_index: Tensor | None,
+        skip_tokens: int,
+        shape: LayerShape,
+    ) -> list[Tensor]:
+        """One gradient ``[I, T, D]`` per signature; skipped tokens get zeros, rows that share an image add in order."""
+        if _mixes_fp64(grad_rows.dtype, shape.dtype):
+            grad_rows = grad_rows.to(shape.dtype)
+        size = (shape.num_images, shape.num_tokens, shape.width)
+        grads = [grad_rows.new_empty(size, dtype=shape.dtype) for _ in range(shares.num_grads)]
+        entries: list[list[tuple[int, int, float]]] = [[]]
+        for *share, end in zip(*shares, strict=True):
+            entries[-1].append(tuple(share))  # type: ignore[arg-type]
+            entries += [[]] * end
+        entries.pop()
+        module().layer_grads(
+            dtype_of(grad_rows.dtype), dtype_of(shape.dtype), grad_rows.shape[0], shape.num_images, grad_rows.shape[1],
+            skip_tokens, shape.width, *_address(grad_rows), _weights(mix_weights), address(image_index), entries,
+            [address(grad) for grad in grads], torch.get_num_threads(),
+        )  # fmt: skip
+        return grads
+
+    def project(
+        self,
+        args: MixArgs,
+        norm: Norm | None,
+        weights: ProjectorWeights,
+        activation: str | None,
+        keep: Keep,
+        keep_z: bool,
+    ) -> tuple[Tensor, Mixed, Tensor | None]:
+        """As in ``WeightedMix``, on blocks of rows: A, Z and Y exist whole only where they are kept."""
+        weight1, bias1, weight2, bias2 = weights
+        first, dtype = args.layers[0], weight1.dtype
+        # The sums of an image that several rows read are written once, which blocks of rows cannot see to.
+        if _mixes_fp64(dtype, first.dtype) or (keep == Keep.SOURCES and args.image_index is not None):
+            return super().project(args, norm, weights, activation, keep, keep_z)
+        batch, patches, total = args.num_rows, args.num_patches, args.num_rows * args.num_patches
+        row_width, hidden = weight1.shape[1], weight1.shape[0]
+        width = hidden if weight2 is None else weight2.shape[0]
+        out = weight1.new_empty((total, width))
+        z = weight1.new_empty((total, hidden)) if keep_z else None
+        kept_rows = weight1.new_empty((total, row_width)) if keep == Keep.ROWS else None
+        sums = args.new_sums() if keep == Keep.SOURCES else []
+        stats = _new_stats(args, norm)
+
+        # Where products are emulated, a block of inference stays in fp32 from the mix to the output.
+        block_dtype = torch.float32 if products.is_emulated(dtype) and keep == Keep.NOTHING and not keep_z else dtype
+        size, own = block_dtype.itemsize, kept_rows is None or norm is not None
+        # Mixed rows that are not kept lie where the output of their block will, if it is as large: nobody reads them
+        # any more when it is written, and every page of fresh memory takes time.
+        lent = own and weight2 is not None and row_width * size <= width * dtype.itemsize
+        row_bytes = size * (hidden + (0 if lent else row_width))
+        step = products.block_rows(total, max(16, SCRATCH_BYTES // max(1, row_bytes)))
+        x_rows = weight1.new_empty((min(step, total), row_width), dtype=block_dtype) if own and not lent else None
+        y_rows = None if weight2 is None else weight1.new_empty((min(step, total), hidden), dtype=block_dtype)
+        for start in range(0, total, step):
+            rows = slice(start, min(start + step, total))
+            count, kept = rows.stop - start, None if kept_rows is None else kept_rows[rows]
+            if lent:
+                memory = out[rows].view(-1)[: count * row_width * size // dtype.itemsize]
+                x = memory.view(block_dtype).view(count, row_width)
+            else:
+                x = kept if x_rows is None else x_rows[:count]
+            assert x is not None
+            _mix_rows(args, rows, x, sums, norm, kept if own else None, stats)
+            y = out[rows] if y_rows is None else y_rows[:count]
+            linear_into(x, weight1, bias1, activation, y, None if z is None else z[rows])
+            if weight2 is not None:
+                linear_into(y, weight2, bias2, None, out[rows])
+        whole = None if kept_rows is None else kept_rows.view(batch, patches, row_width)
+        mixed = Mixed(whole, None, sums, *stats) if norm is None else Mixed(None, whole, sums, *stats)
+        return out.view(batch, patches, width), mixed, z
+
+
+# ---- calls of the C++ module ---------------------------------------------------------------------------------------
+
+Stats = tuple[Tensor | None, Tensor | None]
+
+
+def _mix_rows(
+    args: MixArgs, rows: slice, out: Tensor, sums: Sequence[Tensor], norm: Norm | None, raw_rows: Tensor | None,
+    stats: Stats,
+) -> None:  # fmt: skip
+    """Mix the rows ``b * P + p`` of the slice into ``out`` (and ``raw_rows``: before the norm)."""
+    first, native, threads = args.layers[0], module(), torch.get_num_threads()
+    mean, rstd = stats
+    native_norm = None
+    if norm is not None:
+        assert mean is not None
+        # Named, so that they live until the call returns.
+        weight, bias = (None if p is None else p.to(mean.dtype) for p in norm[:2])
+        native_norm = native.Norm(
+            address(weight), address(bias), norm[2], address(raw_rows), address(mean), address(rstd)
+        )
+    # A norm needs whole rows in the accumulation dtype, a mix alone one block at a time.
+    row = args.width if norm is None else args.width * args.plan.num_blocks
+    scratch = first.new_empty((threads, native.mix_scratch(row)), dtype=accumulation_dtype(first.dtype))
+    native.mix(
+        _program(args.plan, bool(sums)), [_address(layer) for layer in args.layers], dtype_of(first.dtype),
+        dtype_of(out.dtype), _weights(args.mix_weights), address(args.image_index), first.shape[0], args.num_rows,
+        args.skip_tokens, args.num_patches, args.width, rows.start, rows.stop, address(out),
+        [address(each) for each in sums], native_norm, address(scratch), row,
+        out.nbytes > STREAM_BYTES, threads,
+    )  # fmt: skip
+
+
+def _new_stats(args: MixArgs, norm: Norm | None) -> Stats:
+    return (None, None) if norm is None else args.new_stats()
+
+
+def _mixes_fp64(a: torch.dtype, b: torch.dtype) -> bool:
+    """Whether fp64 meets a narrower dtype: no kernel takes the pair."""
+    return (a == torch.float64) != (b == torch.float64)
+
+
+def _address(tensor: Tensor) -> tuple[int, int, int]:
+    """Address and the first two strides, in elements."""
+    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
+
+
+def _weights(tensor: Tensor | None) -> tuple[int, int, int, int]:
+    """The same of ``[B, C]``, and C; zeros where there is no tensor."""
+    return (0, 0, 0, 0) if tensor is None else (*_address(tensor), tensor.shape[1])
+
+
+@cache
+def _program(plan: MixPlan, with_sums: bool) -> Any:
+    """The plan in the tables of the C++ module."""
+    program = lower(plan)
+    return module().Program(_table(program.steps), _table(program.sum_steps) if with_sums else [])
+
+
+def _table(steps: Steps) -> list[list[tuple[int, float, tuple[int, ...]]]]:
+    blocks, block, layers = [], [], []
+    for layer, end, scale, column, _ in zip(*steps, strict=True):
+        layers.append(layer)
+        if end >= TERM:
+            block.append((column, scale, tuple(layers)))
+            layers = []
+        if end == BLOCK:
+            blocks.append(block)
+            block = []
+    return blocks
+
+
+IMPLEMENTATION = CpuWeightedMix()

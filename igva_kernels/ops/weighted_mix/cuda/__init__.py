@@ -1,0 +1,190 @@
+"""The mix on a GPU by CUDA kernels, and on Hopper inside the products. See ``WeightedMix`` for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from igva_kernels.ops.weighted_mix.cuda import gemm, grad_gemm
+from igva_kernels.ops.weighted_mix.cuda.program import (
+    DOT_CHUNK,
+    dtype_pair_is_served,
+    norm_row_fits,
+    program,
+)
+from igva_kernels.ops.weighted_mix.program import Shares, dots
+from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Mixed, ProjectorWeights, WeightedMix
+from igva_kernels.runtime.cuda import launch
+from igva_kernels.runtime.cuda.dense import CudaDense, allows_vectors, chunks
+from igva_kernels.runtime.dense import Norm, accumulation_dtype
+
+
+class CudaWeightedMix(CudaDense, WeightedMix):
+    """The operator by CUDA kernels and cuBLAS."""
+
+    def activations(self) -> Collection[str]:
+        return launch.activations()
+
+    def notes(self) -> list[str]:
+        reason = gemm.why_not_device(torch.cuda.current_device())
+        return [f"fused GEMMs: {'yes' if reason is None else f'no: {reason}'}"]
+
+    def mix(self, args: MixArgs, dtype: torch.dtype, norm: Norm | None = None, keep: Keep = Keep.NOTHING) -> Mixed:
+        """The mixed rows, rounded once to ``dtype``; ``norm`` is applied to the unrounded rows."""
+        first = args.layers[0]
+        if not dtype_pair_is_served(first.dtype, dtype):
+            return self.mix(args, first.dtype, norm, keep).to(dtype)
+        if norm is not None and not norm_row_fits(args.plan.num_blocks * args.width, first.dtype):
+            return self._mix_wide_norm(args, dtype, norm, keep)
+        sums = args.new_sums() if keep == Keep.SOURCES else []
+        if sums and args.image_index is not None:
+            # Sums belong to images and rows to the batch: with an index they are two grids.
+            _launch_mix(MixArgs(args.layers, args.plan, None, None, args.skip_tokens), None, sums)
+        along, rows = sums if args.image_index is None else [], args.new_rows(dtype)
+        if norm is None:
+            _launch_mix(args, rows, along)
+            return Mixed(rows, None, sums)
+        raw_rows, (mean, rstd) = torch.empty_like(rows) if keep == Keep.ROWS else None, args.new_stats()
+        _launch_mix(args, rows, along, norm, raw_rows, mean, rstd)
+        return Mixed(rows, raw_rows, sums, mean, rstd)
+
+    def _mix_wide_norm(self, args: MixArgs, dtype: torch.dtype, norm: Norm, keep: Keep) -> Mixed:
+        """``mix`` where a row is too wide for a multiprocessor: unrounded to memory, then torch's LayerNorm."""
+        wide = accumulation_dtype(args.layers[0].dtype)
+        mixed = self.mix(args, wide, None, keep)
+        assert mixed.rows is not None
+        params = [None if param is None else param.to(wide) for param in norm[:2]]
+        rows, mean, rstd = torch.native_layer_norm(mixed.rows, mixed.rows.shape[-1:], *params, norm[2])
+        raw_rows = mixed.rows.to(dtype) if keep == Keep.ROWS else None
+        return Mixed(rows.to(dtype), raw_rows, mixed.sums, mean.squeeze(-1), rstd.squeeze(-1))
+
+    def mix_weights_grad(self, grad_rows: Tensor, blocks: Sequence[int], args: MixArgs) -> Tensor:
+        """``dw[b, c]``, summed in an order that depends on the shapes only."""
+        assert args.mix_weights is not None
+        first = args.layers[0]
+        grad_rows = _readable(grad_rows, first.dtype)
+        grad = first.new_empty(args.mix_weights.shape, dtype=accumulation_dtype(first.dtype))
+        wanted = dots(args.plan, tuple(blocks))
+        entries = [*zip(wanted.blocks, wanted.layers, wanted.columns, wanted.scales, strict=True)]
+        partials = first.new_empty(
+            (args.num_rows, chunks(args.num_patches, DOT_CHUNK), len(entries)), dtype=torch.float64
+        )
+        vector = allows_vectors(args.width, [grad_rows, *args.layers])
+        with launch.on_device_of(first) as stream:
+            launch.module().mix_weights_grad(
+                launch.dtype(grad_rows), launch.dtype(first), launch.view(grad_rows),
+                launch.views([layer[:, args.skip_tokens :] for layer in args.layers]), entries,
+                launch.data(args.image_index), first.shape[0], args.num_rows, args.num_patches, args.width,
+                DOT_CHUNK, grad.shape[1], partials.data_ptr(), grad.data_ptr(), vector, stream,
+            )  # fmt: skip
+        return grad
+
+    def mix_weights_grad_of_linear(
+        self, grad_z: Tensor, weight1: Tensor, blocks: Sequence[int], args: MixArgs
+    ) -> Tensor:
+        """``mix_weights_grad`` of ``grad_rows = grad_z @ weight1``, which one kernel never stores."""
+        if _why_not_device(grad_z) is not None or grad_gemm.why_not(grad_z, weight1, blocks, args) is not None:
+            return super().mix_weights_grad_of_linear(grad_z, weight1, blocks, args)
+        return grad_gemm.run(grad_z, weight1, blocks, args)
+
+    def layer_grads(
+        self,
+        grad_rows: Tensor,
+        shares: Shares,
+        mix_weights: Tensor | None,
+        image_index: Tensor | None,
+        skip_tokens: int,
+        shape: LayerShape,
+    ) -> list[Tensor]:
+        """One gradient ``[I, T, D]`` per signature; rows that share an image add in row order."""
+        grad_rows = _readable(grad_rows, shape.dtype)
+        size = (shape.num_images, shape.num_tokens, shape.width)
+        grads = [grad_rows.new_empty(size, dtype=shape.dtype) for _ in range(shares.num_grads)]
+        entries: list[list[tuple[int, int, float]]] = [[]]
+        for *share, end in zip(*shares, strict=True):
+            entries[-1].append(tuple(share))  # type: ignore[arg-type]
+            entries += [[]] * end
+        entries.pop()
+        with launch.on_device_of(grad_rows) as stream:
+            launch.module().layer_grads(
+                launch.dtype(grad_rows), launch.dtype(grads[0]), launch.view(grad_rows), entries,
+                launch.weights(mix_weights), launch.data(image_index), grad_rows.shape[0], *size[:2],
+                skip_tokens, shape.width, [grad.data_ptr() for grad in grads],
+                allows_vectors(shape.width, [grad_rows, *grads]), stream,
+            )  # fmt: skip
+        return grads
+
+    def why_not_fused(
+        self,
+        args: MixArgs,
+        norm: Norm | None,
+        weights: ProjectorWeights,
+        activation: str | None,
+        keep: Keep,
+    ) -> str | None:
+        """None if one kernel mixes and multiplies at once, otherwise why ``project`` takes two."""
+        return _why_not_device(args.layers[0]) or gemm.why_not(
+            args, norm, weights.weight1, weights.bias1, activation, keep
+        )
+
+    def project(
+        self,
+        args: MixArgs,
+        norm: Norm | None,
+        weights: ProjectorWeights,
+        activation: str | None,
+        keep: Keep,
+        keep_z: bool,
+    ) -> tuple[Tensor, Mixed, Tensor | None]:
+        """``(out [B, P, H], mixed, z [M, H] if kept)``."""
+        if self.why_not_fused(args, norm, weights, activation, keep) is not None:
+            return super().project(args, norm, weights, activation, keep, keep_z)
+        sums = args.new_sums() if keep == Keep.SOURCES else []
+        out, z = gemm.run(args, weights.weight1, weights.bias1, activation, keep_z, sums)
+        if weights.weight2 is not None:
+            if keep_z and z is None:
+                z = out
+            out = F.linear(out, weights.weight2, weights.bias2)
+        return out.view(args.num_rows, args.num_patches, out.shape[-1]), Mixed(None, None, sums), z
+
+
+def _why_not_device(tensor: Tensor) -> str | None:
+    """None if the fused GEMMs run where the tensor is, otherwise why not."""
+    index = tensor.device.index
+    return gemm.why_not_device(-1 if index is None else index)
+
+
+def _launch_mix(
+    args: MixArgs, rows: Tensor | None, sums: Sequence[Tensor], norm: Norm | None = None, raw: Tensor | None = None,
+    mean: Tensor | None = None, rstd: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Rows and sums in one launch; without ``rows`` the sums alone."""
+    first = args.layers[0]
+    vector = allows_vectors(args.width, [*args.layers, *sums])
+    call = [
+        program(args.plan, bool(sums)), launch.views(args.layers), args.skip_tokens, launch.dtype(first),
+        launch.weights(args.mix_weights), launch.data(args.image_index), first.shape[0], args.num_rows,
+        args.num_patches, args.width, launch.data(rows), launch.dtype(rows), [out.data_ptr() for out in sums],
+    ]  # fmt: skip
+    with launch.on_device_of(first) as stream:
+        if norm is None:
+            launch.module().mix(*call, vector, stream)
+            return
+        weight, bias, eps = norm
+        launch.module().mix_norm(
+            *call, launch.data(weight), launch.dtype(weight), launch.data(bias), launch.dtype(bias), eps,
+            launch.data(raw), launch.data(mean), launch.data(rstd), vector, stream,
+        )  # fmt: skip
+
+
+def _readable(grad_rows: Tensor, layers: torch.dtype) -> Tensor:
+    """The gradient of the mixed row as the kernels read it: adjacent channels, fp64 beside fp64 layers only."""
+    if not dtype_pair_is_served(layers, grad_rows.dtype):
+        grad_rows = grad_rows.to(layers)
+    return grad_rows if grad_rows.stride(-1) == 1 else grad_rows.contiguous()
+
+
+IMPLEMENTATION = CudaWeightedMix()

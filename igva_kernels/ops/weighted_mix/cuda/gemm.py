@@ -1,0 +1,167 @@
+"""The first Linear with the mix hidden behind it (gemm_sm90.cu): when it serves a call, and what it is told.
+
+Its rows are flat, skipped tokens included, so a tap must lie as one matrix ``[I * T, D]``. Everything else takes the
+mix kernel and torch's GEMM; ``why_not`` says why.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from igva_kernels.ops.weighted_mix.cuda.program import program
+from igva_kernels.ops.weighted_mix.plan import MixPlan, is_tap
+from igva_kernels.ops.weighted_mix.steps import Keep, MixArgs
+from igva_kernels.runtime.cuda import launch
+from igva_kernels.runtime.cuda.dense import allows_vectors, chunks
+from igva_kernels.runtime.dense import Norm
+
+TILE_M, TILE_N, TILE_K, CLUSTER, MAX_TAPS = 128, 256, 64, 2, 8
+
+SWITCH = "IGVA_KERNELS_FUSED_GEMM"
+"""Environment variable that switches the fused GEMMs on: they stay off until they have been measured on a card."""
+
+Operands = tuple[int, int, int, bool]
+"""A block of A: (tensor map, first column there, position in the mixed row, whether it is mixed)."""
+
+
+class GemmPlan(NamedTuple):
+    """How the kernel reads the mixed row."""
+
+    taps: tuple[int, ...]
+    """Layers that the copy engine reads where they lie, one tensor map each; the scratch F has the map after them."""
+    blocks: tuple[Operands, ...]
+    """In the order of the multiplication: taps first, since they wait for nothing."""
+    mixed: MixPlan | None
+    """The mixed blocks, over ``mixed_layers``; they are the columns of F."""
+    mixed_layers: tuple[int, ...]
+
+
+@cache
+def lower(plan: MixPlan) -> GemmPlan:
+    """The plan as the kernel takes it."""
+    mixed = [g for g, block in enumerate(plan.blocks) if not is_tap(block)]
+    taps = [g for g in range(plan.num_blocks) if g not in mixed]
+    layers = tuple(dict.fromkeys(plan.blocks[g][0].layer for g in taps))
+    blocks: list[Operands] = [(layers.index(plan.blocks[g][0].layer), 0, g, False) for g in taps]
+    if not mixed:
+        return GemmPlan(layers, tuple(blocks), None, ())
+    mixed_layers, mixed_plan = MixPlan(tuple(plan.blocks[g] for g in mixed)).compact()
+    return GemmPlan(layers, tuple(blocks), mixed_plan, mixed_layers)
+
+
+def operands(plan: GemmPlan, mixed_positions: Sequence[int], width: int) -> list[Operands]:
+    """All blocks: those of F after the taps."""
+    scratch = [(len(plan.taps), i * width, g, True) for i, g in enumerate(mixed_positions)]
+    return [*plan.blocks, *scratch]
+
+
+def why_not(
+    args: MixArgs, norm: Norm | None, weight: Tensor, bias: Tensor | None, activation: str | None, keep: Keep
+) -> str | None:
+    """None if the kernel can serve the call on a Hopper GPU, otherwise why not: a function of shapes and layouts."""
+    first, plan = args.layers[0], lower(args.plan)
+    tokens = first.shape[1]
+    if args.image_index is not None:
+        return "image_index: its rows are not those of the layers"
+    if norm is not None:
+        return "it has no LayerNorm"
+    if keep == Keep.ROWS:
+        return "the mixed row is kept for backward, and this kernel never has it whole"
+    if activation not in (None, "gelu"):
+        return f"its epilogue has GELU only, not {activation}"
+    if first.dtype not in (torch.bfloat16, torch.float16) or weight.dtype != first.dtype:
+        return f"it takes bf16 or fp16 throughout, not {first.dtype} layers and {weight.dtype} weights"
+    if args.width % TILE_K:
+        return f"a layer must be a multiple of {TILE_K} wide, not {args.width}"
+    if weight.shape[0] % 8:
+        return f"the output must be a multiple of 8 wide, not {weight.shape[0]}"
+    if len(plan.taps) > MAX_TAPS or args.plan.num_blocks > 2 * MAX_TAPS:
+        return f"it takes {MAX_TAPS} taps and {2 * MAX_TAPS} blocks, not {len(plan.taps)} and {args.plan.num_blocks}"
+    if not first.numel() or not args.num_patches or not weight.shape[0]:
+        return "there is nothing to compute"
+    if first.shape[0] * tokens + CLUSTER * TILE_M >= 2**31:
+        return "there are more rows than 32 bits count"
+    for layer in plan.taps:
+        tap = args.layers[layer]
+        if tap.shape[0] > 1 and tap.stride(0) != tokens * tap.stride(1):
+            return f"layer {layer} is not flat: its images are {tap.stride(0)} elements apart, not T * {tap.stride(1)}"
+        if tap.stride(1) < args.width:
+            return f"layer {layer} has tokens that overlap"
+    rows_overlap = weight.stride(0) < weight.shape[1]
+    if weight.stride(1) != 1 or rows_overlap or (bias is not None and (bias.stride(0) != 1 or bias.data_ptr() % 4)):
+        return "weight or bias is not contiguous"
+    read = [args.layers[layer] for layer in (*plan.taps, *plan.mixed_layers)]
+    if not allows_vectors(args.width, read) or not allows_vectors(weight.shape[1], [weight]):
+        return "an address or a stride is not a multiple of 16 bytes"
+    return None
+
+
+def why_not_device(index: int) -> str | None:
+    """None if this device runs the kernel and it is switched on, otherwise why not."""
+    if os.environ.get(SWITCH) != "1":
+        return f"on an H100 and an H200 the mix kernel and cuBLAS are faster; {SWITCH}=1 switches it on"
+    return why_not_capability(index)
+
+
+@cache
+def why_not_capability(index: int) -> str | None:
+    """None if this device can run the kernel, switched on or not, otherwise why not."""
+    if not hasattr(launch.module(), "gemm_sm90"):
+        return "the module was built without architecture 90a, or by an nvcc before 12.5"
+    capability = torch.cuda.get_device_capability(index)
+    return None if capability == (9, 0) else f"it needs compute capability 9.0, not {capability[0]}.{capability[1]}"
+
+
+def row_tiles(rows: int) -> int:
+    """Tiles of rows, of whole clusters."""
+    return CLUSTER * chunks(rows, CLUSTER * TILE_M)
+
+
+def grid(rows: int, columns: int, mixes: bool, multiprocessors: int) -> int:
+    """Blocks of the launch: one a multiprocessor, in whole clusters. Those without a tile still mix."""
+    most = max(CLUSTER, multiprocessors // CLUSTER * CLUSTER)
+    return most if mixes else min(most, row_tiles(rows) * chunks(columns, TILE_N))
+
+
+def num_flags(rows: int) -> int:
+    """The ticket, and a flag for every tile of rows."""
+    return 1 + row_tiles(rows)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def run(
+    args: MixArgs, weight: Tensor, bias: Tensor | None, activation: str | None, keep_z: bool, sums: Sequence[Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """``(y, z if kept)``, each ``[M, H]``; the sums of ``plan.reduced()`` are written on the way."""
+    plan, first = lower(args.plan), args.layers[0]
+    (images, tokens, width), columns = first.shape, weight.shape[0]
+    rows, positions = images * tokens, [g for g, block in enumerate(args.plan.blocks) if not is_tap(block)]
+    y = first.new_empty((images * args.num_patches, columns))
+    z = torch.empty_like(y) if keep_z and activation is not None else None
+    mixed: Any = None
+    scratch = flags = None
+    if plan.mixed is not None:
+        mixed = program(plan.mixed, bool(sums))
+        scratch = first.new_empty((rows, len(positions) * width))
+        flags = torch.zeros(num_flags(rows), dtype=torch.int32, device=first.device)
+    with launch.on_device_of(first) as stream:
+        launch.module().gemm_sm90(
+            launch.dtype(first), [(args.layers[layer].data_ptr(), args.layers[layer].stride(1)) for layer in plan.taps],
+            operands(plan, positions, width), images, tokens, args.skip_tokens, width,
+            (weight.data_ptr(), weight.stride(0), weight.shape[1]), columns, launch.data(bias),
+            launch.activation(activation), y.data_ptr(), launch.data(z), mixed,
+            launch.views([args.layers[layer] for layer in plan.mixed_layers]), launch.weights(args.mix_weights),
+            [out.data_ptr() for out in sums], launch.data(scratch), launch.data(flags),
+            grid(rows, columns, mixed is not None, multiprocessors(first.device)), stream,
+        )  # fmt: skip
+    return y, z

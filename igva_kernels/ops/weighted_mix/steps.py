@@ -1,0 +1,359 @@
+"""What an implementation executes: the mix, the projector over it, and their gradients, composed of a few steps.
+
+``WeightedMix`` writes the composition once, in plain torch where a step has no kernel; a backend's subclass overrides
+the steps for which it has kernels, or a whole composition where it fuses more. Nothing here is differentiated by
+autograd: ``op`` registers the pairs ``mix`` / ``mix_backward`` and ``project`` / ``project_backward``.
+
+Symbols: B rows of the batch, I images, T tokens, P = T - skip patches, D width of a layer, C weight columns, G blocks,
+H language-model width, M = B * P.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from igva_kernels.ops.weighted_mix.plan import MixPlan
+from igva_kernels.ops.weighted_mix.program import Program, Shares, lower
+from igva_kernels.registry import Implementation
+from igva_kernels.runtime.activations import ACTIVATIONS
+from igva_kernels.runtime.dense import Dense, Norm, accumulation_dtype
+
+
+class Keep(str, Enum):
+    """What the forward keeps so that the backward can rebuild the mixed row."""
+
+    NOTHING = "nothing"
+    ROWS = "rows"
+    """The mixed row itself, before any norm: enough where the mix weights take no gradient."""
+    SOURCES = "sources"
+    """The weight-free sums of ``plan.reduced()``; its taps are inputs already."""
+
+
+@dataclass(frozen=True)
+class MixArgs:
+    """The inputs of the mix, validated: layers ``[I, T, D]``, every one of them used by the plan.
+
+    Kernels take any batch and token strides, but channels that are adjacent and an index that is dense: what lies
+    otherwise is copied here. So is every state of transformers' SigLIP, laid out as its patch convolution leaves it.
+    """
+
+    layers: Sequence[Tensor]
+    plan: MixPlan
+    mix_weights: Tensor | None
+    """``[B, C]`` in fp32, or in fp64 where the layers are."""
+    image_index: Tensor | None
+    """``[B]`` int64, or None where row b reads image b."""
+    skip_tokens: int
+
+    def __post_init__(self) -> None:
+        layers = [x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous() for x in self.layers]
+        object.__setattr__(self, "layers", layers)
+        if self.image_index is not None:
+            object.__setattr__(self, "image_index", self.image_index.contiguous())
+
+    @property
+    def program(self) -> Program:
+        """The plan as kernels take it."""
+        return lower(self.plan)
+
+    @property
+    def num_rows(self) -> int:
+        """B."""
+        return (self.layers[0] if self.image_index is None else self.image_index).shape[0]
+
+    @property
+    def num_patches(self) -> int:
+        """P."""
+        return self.layers[0].shape[1] - self.skip_tokens
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.layers[0].shape[2]
+
+    def new_rows(self, dtype: torch.dtype) -> Tensor:
+        """Memory for the mixed rows ``[B, P, G*D]``."""
+        shape = (self.num_rows, self.num_patches, self.plan.num_blocks * self.width)
+        return self.layers[0].new_empty(shape, dtype=dtype)
+
+    def new_sums(self) -> list[Tensor]:
+        """Memory for the kept sums, ``[I, P, D]`` each."""
+        first = self.layers[0]
+        shape = (first.shape[0], self.num_patches, self.width)
+        return [first.new_empty(shape) for _ in range(self.program.num_sums)]
+
+    def new_stats(self) -> tuple[Tensor, Tensor]:
+        """Memory for the mean and rstd of the rows, ``[B, P]`` each."""
+        shape, dtype = (self.num_rows, self.num_patches), accumulation_dtype(self.layers[0].dtype)
+        return self.layers[0].new_empty(shape, dtype=dtype), self.layers[0].new_empty(shape, dtype=dtype)
+
+    def over_sources(self, sources: Sequence[Tensor]) -> MixArgs:
+        """The same operator over the outputs of ``plan.reduced()``: taps with all T tokens, sums ``[I, P, D]``."""
+        program = self.program
+        views = [
+            source if layer is None else source[:, self.skip_tokens :]
+            for layer, source in zip(program.sources, sources, strict=True)
+        ]
+        return MixArgs(views, program.reduced, self.mix_weights, self.image_index, 0)
+
+
+class LayerShape(NamedTuple):
+    """What the backward must know of the layers it no longer has."""
+
+    num_images: int
+    num_tokens: int
+    width: int
+    dtype: torch.dtype
+
+
+class Mixed(NamedTuple):
+    """What the mix returns."""
+
+    rows: Tensor | None
+    """``[B, P, G*D]``, normalised where a norm was given; None where ``project`` never held them whole."""
+    raw_rows: Tensor | None = None
+    """Keep.ROWS with a norm: the rows before it."""
+    sums: Sequence[Tensor] = ()
+    """Keep.SOURCES: one ``[I, P, D]`` in the layers' dtype per source that is not a tap."""
+    mean: Tensor | None = None
+    """``[B, P]`` in the accumulation dtype, with a norm."""
+    rstd: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> Mixed:
+        """The same with its rows in another dtype."""
+        rows, raw_rows = (None if x is None else x.to(dtype) for x in (self.rows, self.raw_rows))
+        return self._replace(rows=rows, raw_rows=raw_rows)
+
+
+class ProjectorWeights(NamedTuple):
+    """Weights of the projector; ``weight2`` is None for a single Linear."""
+
+    weight1: Tensor
+    bias1: Tensor | None = None
+    weight2: Tensor | None = None
+    bias2: Tensor | None = None
+
+
+class ProjectorNeeds(NamedTuple):
+    """Which gradients of the projector are asked for."""
+
+    mix_weights: bool
+    layers: bool
+    weight1: bool
+    bias1: bool
+    norm_weight: bool
+    norm_bias: bool
+    weight2: bool
+    bias2: bool
+
+    @property
+    def rows(self) -> bool:
+        """Whether a gradient reaches the mixed row as the first product reads it."""
+        return self.mix_weights or self.layers or self.norm_weight or self.norm_bias
+
+    @property
+    def z(self) -> bool:
+        """Whether a gradient reaches the result of the first product."""
+        return self.rows or self.weight1 or self.bias1
+
+
+class ProjectorSaved(NamedTuple):
+    """What the backward of the projector has of its forward."""
+
+    sources: MixArgs | None
+    """The mix over the reduced sources, with Keep.SOURCES."""
+    rows: Tensor | None
+    """The mixed row before the norm ``[B, P, G*D]``, with Keep.ROWS."""
+    mean: Tensor | None
+    """``[B, P]``, with a norm."""
+    rstd: Tensor | None
+    z: Tensor | None
+    """``[M, H]``, where the activation or ``weight2`` needs it."""
+
+
+class WeightedMix(Dense, Implementation):
+    """The operator in plain torch around the steps that every implementation must have."""
+
+    def activations(self) -> Collection[str]:
+        """Those that its kernels know."""
+        return ACTIVATIONS
+
+    def why_not(self, *demands: str | None) -> str | None:
+        """See ``Implementation.why_not``; the demand is the activation."""
+        unknown = [name for name in demands if name is not None and name not in self.activations()]
+        return f"its kernels have no activation {unknown[0]!r}" if unknown else None
+
+    # ---- steps -----------------------------------------------------------------------------------------------------
+
+    def mix(self, args: MixArgs, dtype: torch.dtype, norm: Norm | None = None, keep: Keep = Keep.NOTHING) -> Mixed:
+        """The mixed rows, rounded once to ``dtype``; ``norm`` is applied to the unrounded rows."""
+        raise NotImplementedError
+
+    def mix_weights_grad(self, grad_rows: Tensor, blocks: Sequence[int], args: MixArgs) -> Tensor:
+        """``dw[b, c] = sum over p, d and the entries (l, c, s) of s * grad_A[b, p, g*D + d] * h_l[image(b), p, d]``.
+
+        Args:
+            grad_rows: ``[B, P, len(blocks) * D]``, those blocks of the gradient of the mixed row.
+            blocks: which blocks of ``args.plan`` they are: every block that has a column.
+            args: the mix over the reduced sources.
+
+        Returns:
+            ``[B, C]`` in the accumulation dtype, summed in a fixed order.
+        """
+        raise NotImplementedError
+
+    def layer_grads(
+        self,
+        grad_rows: Tensor,
+        shares: Shares,
+        mix_weights: Tensor | None,
+        image_index: Tensor | None,
+        skip_tokens: int,
+        shape: LayerShape,
+    ) -> list[Tensor]:
+        """One gradient ``[I, T, D]`` in the layers' dtype per signature in ``shares``.
+
+        ``grad_rows`` is ``[B, P, G*D]``. Skipped tokens get zeros; rows that share an image add in row order.
+        """
+        raise NotImplementedError
+
+    def mix_linear(
+        self,
+        args: MixArgs,
+        norm: Norm | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str | None,
+        keep: Keep,
+        keep_z: bool,
+    ) -> tuple[Tensor, Tensor | None, Mixed]:
+        """``linear`` of the mixed rows ``(y [M, N], z, mixed)``; the rows may be None where they need not be kept."""
+        mixed = self.mix(args, weight.dtype, norm, keep)
+        assert mixed.rows is not None
+        y, z = self.linear(mixed.rows.flatten(0, 1), weight, bias, activation, keep_z)
+        return y, z, mixed
+
+    def mix_weights_grad_of_linear(
+        self, grad_z: Tensor, weight1: Tensor, blocks: Sequence[int], args: MixArgs
+    ) -> Tensor:
+        """``mix_weights_grad`` of ``grad_rows = grad_z @ weight1``; only the blocks that have weights are computed."""
+        grad_rows = self.matmul(grad_z, take_blocks(weight1, blocks, args.width))
+        shape = (args.num_rows, args.num_patches, len(blocks) * args.width)
+        return self.mix_weights_grad(grad_rows.view(shape), blocks, args)
+
+    # ---- compositions ----------------------------------------------------------------------------------------------
+
+    def project(
+        self,
+        args: MixArgs,
+        norm: Norm | None,
+        weights: ProjectorWeights,
+        activation: str | None,
+        keep: Keep,
+        keep_z: bool,
+    ) -> tuple[Tensor, Mixed, Tensor | None]:
+        """``(out [B, P, H], mixed, z [M, H] if kept)``."""
+        y, z, mixed = self.mix_linear(args, norm, weights.weight1, weights.bias1, activation, keep, keep_z)
+        if keep != Keep.ROWS or norm is not None:
+            # The rows end here, before the second product allocates its result.
+            mixed = mixed._replace(rows=None)
+        if weights.weight2 is not None:
+            if keep_z and z is None:
+                z = y
+            y, _ = self.linear(y, weights.weight2, weights.bias2, None, False)
+        return y.view(args.num_rows, args.num_patches, y.shape[-1]), mixed, z
+
+    def mix_backward(self, grad_rows: Tensor, sources: MixArgs) -> Tensor:
+        """The gradient of the mix weights ``[B, C]`` from that of the mixed row ``[B, P, G*D]``."""
+        blocks = sources.program.weighted_blocks
+        return self.mix_weights_grad(take_blocks(grad_rows, blocks, sources.width), blocks, sources)
+
+    def project_backward(
+        self,
+        grad_out: Tensor,
+        saved: ProjectorSaved,
+        norm: Norm | None,
+        weights: ProjectorWeights,
+        activation: str | None,
+        needs: ProjectorNeeds,
+    ) -> dict[str, Tensor | None]:
+        """The gradients that are asked for by the names of ``ProjectorNeeds``; "rows" is what ``layer_grads`` reads."""
+        grad = grad_out.flatten(0, 1)
+        grads: dict[str, Tensor | None] = {"bias2": grad.sum(0)} if needs.bias2 else {}
+        grad_z = None
+        if needs.z or needs.weight2:
+            grad_z = self._second_linear_backward(grad, weights.weight2, saved.z, activation, needs, grads)
+        if grad_z is None:
+            return grads
+        rows = self._first_linear_backward(grad_z, saved, norm, weights.weight1.dtype, needs, grads)
+        if needs.rows:
+            self._rows_backward(grad_z, rows, saved, norm, weights.weight1, grad_out.shape[:2], needs, grads)
+        return grads
+
+    def _second_linear_backward(
+        self, grad: Tensor, weight2: Tensor | None, z: Tensor | None, activation: str | None, needs: ProjectorNeeds,
+        grads: dict[str, Tensor | None],
+    ) -> Tensor | None:  # fmt: skip
+        """Adds "weight2" and "bias1"; returns the gradient of z ``[M, H]`` where one is needed."""
+        if needs.z:
+            grad_z, y, grads["bias1"] = self.linear_grad_input(grad, weight2, z, activation, needs.weight2, needs.bias1)
+        else:
+            assert z is not None
+            grad_z, y = None, z if activation is None else ACTIVATIONS[activation](z)
+        if needs.weight2:
+            assert y is not None
+            grads["weight2"] = self.matmul(grad.t(), y)
+        return grad_z
+
+    def _first_linear_backward(
+        self, grad_z: Tensor, saved: ProjectorSaved, norm: Norm | None, dtype: torch.dtype, needs: ProjectorNeeds,
+        grads: dict[str, Tensor | None],
+    ) -> Tensor | None:  # fmt: skip
+        """Adds "weight1"; returns the mixed rows before the norm where a norm needs them."""
+        rows = normal = saved.rows
+        if saved.sources is not None and (needs.weight1 or norm is not None):
+            mixed = self.mix(saved.sources, dtype, norm, Keep.ROWS)
+            normal, rows = mixed.rows, mixed.rows if norm is None else mixed.raw_rows
+        elif norm is not None and rows is not None:
+            normal = F.layer_norm(rows, rows.shape[-1:], *norm)
+        if needs.weight1:
+            assert normal is not None
+            grads["weight1"] = self.matmul(grad_z.t(), normal.flatten(0, 1))
+        return None if norm is None else rows
+
+    def _rows_backward(
+        self, grad_z: Tensor, rows: Tensor | None, saved: ProjectorSaved, norm: Norm | None, weight1: Tensor,
+        shape: torch.Size, needs: ProjectorNeeds, grads: dict[str, Tensor | None],
+    ) -> None:  # fmt: skip
+        """Adds "rows", "norm_weight", "norm_bias" and "mix_weights"."""
+        if norm is None and not needs.layers:
+            assert saved.sources is not None
+            blocks = saved.sources.program.weighted_blocks
+            grads["mix_weights"] = self.mix_weights_grad_of_linear(grad_z, weight1, blocks, saved.sources)
+            return
+        grad_rows = self.matmul(grad_z, weight1)
+        if norm is not None:
+            assert rows is not None and saved.mean is not None and saved.rstd is not None
+            grad_rows, grads["norm_weight"], grads["norm_bias"] = self.norm_backward(
+                grad_rows, rows.flatten(0, 1), norm, saved.mean.flatten(), saved.rstd.flatten(),
+                needs.norm_weight or needs.norm_bias,
+            )  # fmt: skip
+        grads["rows"] = grad_rows = grad_rows.view(*shape, weight1.shape[1])
+        if needs.mix_weights:
+            assert saved.sources is not None
+            grads["mix_weights"] = self.mix_backward(grad_rows, saved.sources)
+
+
+def take_blocks(x: Tensor, blocks: Sequence[int], width: int) -> Tensor:
+    """The blocks of the last dimension ``[..., G*D] -> [..., len(blocks)*D]``, a view where they are adjacent."""
+    first, last = blocks[0], blocks[-1]
+    if list(blocks) == list(range(first, last + 1)):
+        return x[..., first * width : (last + 1) * width]
+    return torch.cat([x[..., g * width : (g + 1) * width] for g in blocks], dim=-1)

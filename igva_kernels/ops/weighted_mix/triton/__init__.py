@@ -1,0 +1,102 @@
+"""The mix by Triton kernels. See ``WeightedMix`` for every method.
+
+    mix and its gradients                    Triton, always
+    mix_linear                               a GEMM that reads the layers itself, or the mix and ``linear``
+    mix_weights_grad_of_linear               a GEMM with the dots in its epilogue, or cuBLAS and the dot kernel
+
+``cost`` chooses where there is a choice, from shapes alone: the same call takes the same kernels in every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from igva_kernels.ops.weighted_mix.program import Shares
+from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Mixed, WeightedMix
+from igva_kernels.ops.weighted_mix.triton import cost, gemm
+from igva_kernels.ops.weighted_mix.triton import mix as mix_kernels
+from igva_kernels.runtime.config import GemmConfig
+from igva_kernels.runtime.dense import Norm
+from igva_kernels.runtime.triton import norm as norm_kernels
+from igva_kernels.runtime.triton.common import KERNEL_ACTIVATIONS
+from igva_kernels.runtime.triton.dense import TritonDense, can_read, config_of
+
+
+class TritonWeightedMix(TritonDense, WeightedMix):
+    """The operator by Triton kernels and cuBLAS."""
+
+    def activations(self) -> Collection[str]:
+        return KERNEL_ACTIVATIONS
+
+    def mix(self, args: MixArgs, dtype: torch.dtype, norm: Norm | None = None, keep: Keep = Keep.NOTHING) -> Mixed:
+        return mix_kernels.mix(args, dtype, norm, keep, config_of(args.layers[0]).rows["mix"])
+
+    def mix_weights_grad(self, grad_rows: Tensor, blocks: Sequence[int], args: MixArgs) -> Tensor:
+        return mix_kernels.mix_weights_grad(grad_rows, blocks, args, config_of(grad_rows).rows["mix_weights_grad"])
+
+    def mix_weights_grad_of_linear(
+        self, grad_z: Tensor, weight1: Tensor, blocks: Sequence[int], args: MixArgs
+    ) -> Tensor:
+        chosen = cost.mix_weights_grad_of_linear(
+            config_of(grad_z), grad_z.shape[0], len(blocks) * args.width, grad_z.shape[1], grad_z.dtype
+        )
+        if chosen is not None and can_read(grad_z, weight1, *args.layers):
+            return gemm.mix_weights_grad_of_linear(grad_z, weight1, blocks, args, chosen)
+        return super().mix_weights_grad_of_linear(grad_z, weight1, blocks, args)
+
+    def layer_grads(
+        self,
+        grad_rows: Tensor,
+        shares: Shares,
+        mix_weights: Tensor | None,
+        image_index: Tensor | None,
+        skip_tokens: int,
+        shape: LayerShape,
+    ) -> list[Tensor]:
+        rows = config_of(grad_rows).rows["layer_grads"]
+        return mix_kernels.layer_grads(grad_rows, shares, mix_weights, image_index, skip_tokens, shape, rows)
+
+    def mix_linear(
+        self,
+        args: MixArgs,
+        norm: Norm | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str | None,
+        keep: Keep,
+        keep_z: bool,
+    ) -> tuple[Tensor, Tensor | None, Mixed]:
+        chosen = self._prologue(args, norm, weight, activation, keep)
+        if chosen is None:
+            return super().mix_linear(args, norm, weight, bias, activation, keep, keep_z)
+        if norm is None:
+            y, z = gemm.mix_linear(args, weight, bias, activation, keep_z, chosen)
+            return y, z, Mixed(None)
+        rows = config_of(weight).rows["mix"]
+        stats = mix_kernels.mix(args, weight.dtype, norm, Keep.NOTHING, rows, stats_only=True)
+        assert stats.mean is not None and stats.rstd is not None
+        folded, column_sums, shift = norm_kernels.fold_norm(weight, bias, norm)
+        fold = (stats.mean, stats.rstd, column_sums)
+        y, z = gemm.mix_linear(args, folded, shift, activation, keep_z, chosen, fold)
+        return y, z, stats
+
+    def _prologue(
+        self, args: MixArgs, norm: Norm | None, weight: Tensor, activation: str | None, keep: Keep
+    ) -> GemmConfig | None:
+        """The tile of a GEMM that reads the layers itself, where one pays and nothing needs the rows as such."""
+        needs_rows = keep == Keep.ROWS or (keep == Keep.SOURCES and args.program.num_sums)
+        # One row offset serves all layers, and their tiles go to the matrix units as they are.
+        layouts = {(layer.stride(0), layer.stride(1), layer.dtype) for layer in args.layers}
+        if needs_rows or len(layouts) > 1 or args.layers[0].dtype != weight.dtype:
+            return None
+        chosen = cost.mix_linear(
+            config_of(weight), args.plan, args.width, args.num_rows * args.num_patches, weight.shape[0], weight.dtype,
+            activation is not None, norm is not None,
+        )  # fmt: skip
+        return chosen if chosen is not None and can_read(weight, *args.layers) else None
+
+
+IMPLEMENTATION = TritonWeightedMix()

@@ -1,0 +1,192 @@
+"""The operators, the backends, and which implementation a call gets: ``impl=`` is resolved here for all of them.
+
+An operator is a folder of ``ops``: its specification, its implementations (a module per backend, named after it, that
+exports ``IMPLEMENTATION``) and the cases by which they are judged (``cases.py``). A backend is a folder of ``runtime``.
+Both are found by looking, so a new one appears in ``info``, ``verify``, the benchmarks and the tests by being there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from igva_kernels.runtime.backend import Backend
+from igva_kernels.runtime.config import fastest_first
+from igva_kernels.runtime.context import constant_under_compile, why_only_torch
+from igva_kernels.testing import Case
+
+REFERENCE = "reference"
+"""The implementation that every operator has: the plain torch code that people write."""
+
+
+class Implementation:
+    """An operator's code for one backend."""
+
+    def why_not(self, *demands: Any) -> str | None:
+        """None if it can serve a call with these demands of its operator, otherwise the reason why not."""
+        return None
+
+    def notes(self) -> list[str]:
+        """What ``igva-kernels info`` should say of it on this machine."""
+        return []
+
+
+class BackendStatus(NamedTuple):
+    """Whether a backend can run on this machine."""
+
+    name: str
+    available: bool
+    devices: tuple[str, ...]
+    """Device types that it serves here."""
+    reason: str
+    """Why it cannot run; empty where it can."""
+
+
+class Operator:
+    """An operator of this package, known to the registry from its construction on.
+
+    Args:
+        name: as ``igva-kernels info`` prints it.
+        package: the package with its implementations and cases.
+    """
+
+    def __init__(self, name: str, package: str) -> None:
+        self.name, self.package = name, package
+        _OPERATORS[name] = self
+
+    def implementation(self, backend: str) -> Any:
+        """Its code for a backend; None where it has none. Importing that touches no driver."""
+        return getattr(self.module(backend), "IMPLEMENTATION", None)
+
+    def cases(self) -> Sequence[Case]:
+        """The calls by which ``verify`` and the tests judge the implementations."""
+        return getattr(self.module("cases"), "CASES", ())
+
+    def module(self, name: str) -> ModuleType | None:
+        """A module of its package; None where it has none of this name."""
+        return _module(f"{self.package}.{name}")
+
+    def why_not(self, backend: str, device: torch.device, dtype: torch.dtype, *demands: Any) -> str | None:
+        """None if a backend can serve such a call here, otherwise the reason why not.
+
+        Args:
+            backend: its name.
+            device: of the tensors.
+            dtype: of the tensors.
+            demands: what else decides it, constants that ``Implementation.why_not`` understands.
+        """
+        reason = all_backends()[backend].why_not(device, dtype)
+        if reason is not None:
+            return reason
+        implementation = self.implementation(backend)
+        if implementation is None:
+            return f"the {backend} backend has no kernels for {self.name}"
+        return implementation.why_not(*demands)
+
+    def select(self, impl: str, device: torch.device, dtype: torch.dtype, tensors: Sequence[Any], *demands: Any) -> str:
+        """The backend that serves ``impl``, or "reference".
+
+        Args:
+            impl: a name, or "auto".
+            device: of the tensors.
+            dtype: of the tensors.
+            tensors: of the call, also in sequences; what is None or no tensor does not count.
+            demands: see ``why_not``.
+
+        Raises:
+            ValueError: no such ``impl``.
+            NotImplementedError: an explicit ``impl`` that cannot serve the call.
+        """
+        backend = _choose(self.name, impl, device, dtype, demands)
+        reason = None if backend == REFERENCE else why_only_torch(tensors)
+        if reason is None:
+            return backend
+        if impl != "auto":
+            raise NotImplementedError(
+                f"impl={impl!r} cannot serve the call while {reason}: the kernels have first derivatives in reverse "
+                f"mode only; impl='reference' or 'auto' can"
+            )
+        return REFERENCE
+
+    def candidates(self, device: torch.device, dtype: torch.dtype, *demands: Any) -> list[str]:
+        """The backends that "auto" may take for such a call, the fastest first."""
+        able = [
+            name
+            for name, backend in all_backends().items()
+            if device.type in backend.devices and self.why_not(name, device, dtype, *demands) is None
+        ]
+        return able if len(able) < 2 else fastest_first(device, able)
+
+
+_OPERATORS: dict[str, Operator] = {}
+
+
+def operators() -> dict[str, Operator]:
+    """Every operator by name."""
+    _import_folders("igva_kernels.ops")
+    return _OPERATORS
+
+
+@cache
+def all_backends() -> dict[str, Backend]:
+    """Every backend by name, in the order of ``Backend.rank``."""
+    found = [importlib.import_module(name).BACKEND for name in _import_folders("igva_kernels.runtime")]
+    return {backend.name: backend for backend in sorted(found, key=lambda backend: backend.rank)}
+
+
+def backends() -> list[BackendStatus]:
+    """What can run here and, for each backend that cannot, why."""
+    present = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    statuses = [BackendStatus(REFERENCE, True, tuple(present), "")]
+    for name, backend in all_backends().items():
+        reasons = {device: backend.why_not(torch.device(device), torch.float32) for device in ("cpu", "cuda")}
+        devices = tuple(device for device in present if reasons[device] is None)
+        reason = "" if devices else reasons[backend.devices[0]] or f"no {backend.devices[0]} device"
+        statuses.append(BackendStatus(name, bool(devices), devices, reason))
+    return statuses
+
+
+def implementations() -> tuple[str, ...]:
+    """What ``impl=`` takes."""
+    return "auto", REFERENCE, *all_backends()
+
+
+@constant_under_compile
+def _choose(operator: str, impl: str, device: torch.device, dtype: torch.dtype, demands: tuple[Any, ...]) -> str:
+    if impl == REFERENCE:
+        return impl
+    chosen = operators()[operator]
+    if impl == "auto":
+        return next(iter(chosen.candidates(device, dtype, *demands)), REFERENCE)
+    if impl not in all_backends():
+        raise ValueError(f"impl: got {impl!r}, need one of {', '.join(map(repr, implementations()))}")
+    reason = chosen.why_not(impl, device, dtype, *demands)
+    if reason is not None:
+        raise NotImplementedError(f"impl={impl!r} cannot serve {dtype} tensors on {str(device)!r}: {reason}")
+    return impl
+
+
+@cache
+def _module(name: str) -> ModuleType | None:
+    try:
+        found = find_spec(name)
+    except ModuleNotFoundError:  # not even the package that it would be in
+        found = None
+    return None if found is None else importlib.import_module(name)
+
+
+@cache
+def _import_folders(package: str) -> tuple[str, ...]:
+    """Imports every package inside a package, and names them."""
+    inner = pkgutil.iter_modules(importlib.import_module(package).__path__)
+    names = tuple(f"{package}.{module.name}" for module in inner if module.ispkg)
+    for name in names:
+        importlib.import_module(name)
+    return names

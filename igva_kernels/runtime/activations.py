@@ -1,0 +1,54 @@
+"""The activations: for each its forward, its gradient, and the name by which every kernel language knows it.
+
+This is the only list. A kernel that lacks one of these raises or is passed over by ``impl="auto"``; a name that is not
+in it is a ValueError wherever it is given. How to add one is in CONTRIBUTING.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An elementwise function of z. Its key in ``ACTIVATIONS`` is also its name in C++ and Triton."""
+
+    forward: Callable[[Tensor], Tensor]
+    """``act(z)``, differentiable any number of times."""
+    backward: Callable[[Tensor, Tensor], Tensor]
+    """``grad * act'(z)`` from ``(grad, z)``."""
+    forward_: Callable[[Tensor], Tensor]
+    """``forward`` in place."""
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """``act(z)``."""
+        return self.forward(z)
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": Activation(F.gelu, lambda grad, z: _aten.gelu_backward(grad, z), lambda z: _aten.gelu_(z)),
+    "gelu_tanh": Activation(
+        lambda z: F.gelu(z, approximate="tanh"),
+        lambda grad, z: _aten.gelu_backward(grad, z, approximate="tanh"),
+        lambda z: _aten.gelu_(z, approximate="tanh"),
+    ),
+    "relu": Activation(F.relu, lambda grad, z: _aten.threshold_backward(grad, z, 0), lambda z: _aten.relu_(z)),
+    "silu": Activation(F.silu, lambda grad, z: _aten.silu_backward(grad, z), lambda z: _aten.silu_(z)),
+}
+
+
+def check_activation(name: str | None) -> None:
+    """None and the names of ``ACTIVATIONS`` pass.
+
+    Raises:
+        ValueError: any other name.
+    """
+    if name is not None and name not in ACTIVATIONS:
+        raise ValueError(f"activation: got {name!r}, need None or one of {', '.join(map(repr, ACTIVATIONS))}")

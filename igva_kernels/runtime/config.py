@@ -1,0 +1,192 @@
+"""The configuration of a card: shipped as JSON, one file per architecture, or measured there by ``igva-kernels tune``.
+
+A file holds the tile shapes of every Triton kernel, at most three each, the card's rates, from which ``cost`` chooses,
+and which backend is the fastest there, which ``impl="auto"`` takes. ``tune`` writes the same file under the device's
+name into ``$IGVA_KERNELS_CONFIG_DIR`` (``~/.cache/igva_kernels/triton``), which goes before the shipped one. Files are
+read once per process; nothing is timed or written outside ``tune``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+SHIPPED = Path(__file__).parent / "configs"
+
+
+class RowTile(NamedTuple):
+    """Tile of a kernel over rows."""
+
+    block_p: int
+    block_d: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """A kernel over rows (mix, its gradients, norm): elements of one layer a program holds, and its warps."""
+
+    elements: int
+    num_warps: int
+
+    def tile(self, width: int, num_rows: int, whole_blocks: int = 0) -> RowTile:
+        """The tile for rows of this width; with ``whole_blocks`` a tile spans the width and that many blocks stay in
+        registers."""
+        divisor = width & -width
+        if whole_blocks or divisor < 128:
+            # Masked where the width is no power of two.
+            block_d = _next_power_of_2(width)
+            block_d = block_d if whole_blocks else min(block_d, self.elements)
+        else:
+            block_d = min(divisor, self.elements)
+        block_p = min(max(1, self.elements // block_d), _next_power_of_2(num_rows))
+        if not whole_blocks:
+            return RowTile(block_p, block_d, self.num_warps)
+        # At most 64 fp32 values of the row a thread; beyond that no more warps than read 16 bytes a thread.
+        needed, useful = _next_power_of_2(-(-whole_blocks * block_d // 2048)), max(1, block_d // 256)
+        return RowTile(1, block_d, min(max(needed, min(self.num_warps, useful)), 16))
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """A GEMM kernel: tile, warps, pipeline stages, and in how many column slices its epilogue works."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    slices: int
+    tma: bool
+    efficiency: float
+    """Share of the card's matrix rate that a full wave of tiles reaches."""
+    group_m: int = 8
+    """Row tiles that run over all column tiles together, for the L2 cache."""
+
+
+@dataclass(frozen=True)
+class DeviceRates:
+    """What the cost model knows of a card."""
+
+    sms: int
+    matmul_tflops: float
+    """Dense bf16, as a large cuBLAS product reaches it."""
+    copy_gbps: float
+    """Device memory, bytes read plus bytes written."""
+    l2_gbps: float
+    """L2 cache, bytes read."""
+    launch_us: float
+    """Gap between two small kernels of one stream."""
+
+
+@dataclass(frozen=True, eq=False)
+class Config:
+    """Everything that is chosen for one card."""
+
+    status: str
+    """Where the figures come from: "modelled", "measured", or "interpreted" (no card: Triton is always chosen)."""
+    backends: tuple[str, ...]
+    """Kernel backends for this card, the fastest first: impl="auto" takes the first that can serve."""
+    rates: DeviceRates
+    rows: dict[str, RowConfig]
+    """By kernel."""
+    gemms: dict[str, tuple[GemmConfig, ...]]
+    """By kernel."""
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether there is no card, and what counts is that kernels run at all."""
+        return self.status == "interpreted"
+
+    def to_json(self) -> str:
+        """The file's text; ``from_json`` reads it."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        """The configuration that ``to_json`` wrote; KeyError, TypeError or ValueError for anything else."""
+        data: dict[str, Any] = json.loads(text)
+        return cls(
+            data["status"],
+            tuple(data["backends"]),
+            DeviceRates(**data["rates"]),
+            {name: RowConfig(**row) for name, row in data["rows"].items()},
+            {name: tuple(GemmConfig(**tile) for tile in tiles) for name, tiles in data["gemms"].items()},
+        )
+
+
+def tuned_dir() -> Path:
+    """Where ``tune`` writes."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "igva_kernels" / "triton"
+    return Path(os.environ.get("IGVA_KERNELS_CONFIG_DIR", default))
+
+
+def file_name(device_name: str) -> str:
+    """The configuration file of a device: ``NVIDIA H200`` -> ``NVIDIA_H200.json``."""
+    return "".join(c if c.isalnum() else "_" for c in device_name) + ".json"
+
+
+def shipped(architecture: str) -> Config:
+    """The shipped configuration of an architecture: "sm_80", "sm_90" or "sm_100"."""
+    return Config.from_json((SHIPPED / f"{architecture}.json").read_text())
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """Whose configurations a card runs. Consumer Blackwell (sm_120) has neither wgmma nor tcgen05 and small shared
+    memory: it is served as Ampere."""
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(capability[0], "sm_80")
+
+
+@cache
+def of_device(index: int | None) -> Config:
+    """The configuration of a CUDA device; None is the interpreter, which runs the shipped sm_90 tiles, made small."""
+    if index is None:
+        return _small(shipped("sm_90"))
+    name = file_name(torch.cuda.get_device_name(index))
+    base = shipped(architecture(torch.cuda.get_device_capability(index)))
+    for folder in (tuned_dir(), SHIPPED):
+        if (folder / name).is_file():
+            try:
+                found = Config.from_json((folder / name).read_text())
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{folder / name}: not a configuration of this version ({error!r}); delete it, or write it anew "
+                    f"with `igva-kernels tune`"
+                ) from error
+            # What was measured before a kernel was written says nothing of it.
+            return replace(found, rows=base.rows | found.rows, gemms=base.gemms | found.gemms)
+    return base
+
+
+def fastest_first(device: torch.device, backends: Sequence[str]) -> list[str]:
+    """These backends in the order that the device's configuration knows; on a CPU, in their own."""
+    if device.type != "cuda":
+        return list(backends)
+    known = of_device(torch.cuda.current_device() if device.index is None else device.index).backends
+    # Those that were built after it was measured come last.
+    return sorted(backends, key=lambda name: known.index(name) if name in known else len(known))
+
+
+def _small(config: Config) -> Config:
+    """The same choices with tiles for the interpreter, whose tests have a few dozen rows."""
+    return Config(
+        "interpreted",
+        config.backends,
+        config.rates,
+        {name: RowConfig(1024, row.num_warps) for name, row in config.rows.items()},
+        {
+            name: tuple(GemmConfig(64, 64, 64, 4, 2, gemm.slices, gemm.tma, gemm.efficiency, 2) for gemm in gemms)
+            for name, gemms in config.gemms.items()
+        },
+    )
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()

@@ -1,0 +1,119 @@
+"""What torch does around a call: torch.func, forward-mode AD, autocast, inference mode, other threads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_Tensor = TypeVar("_Tensor", Tensor, Tensor | None)
+
+
+def constant_under_compile(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Let torch.compile evaluate a function of constants while it traces.
+
+    It is ``torch.compiler.assume_constant_result``, without the two seconds of importing the compiler.
+    """
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn
+
+
+@constant_under_compile
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Autocast's dtype where it is on for this device; None where it is off, or unknown to torch (meta)."""
+    if not _has_autocast(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def why_only_torch(values: Iterable[Any]) -> str | None:
+    """What is being done to a call with these tensors that plain torch alone supports; None where nothing is.
+
+    The kernels have a backward, and neither a forward-mode derivative nor a rule for a batch of calls: through them a
+    tangent would be lost without a word.
+    """
+    # torch's own; without it, the operators themselves refuse a transform (``torch_op``).
+    if getattr(torch._C, "_are_functorch_transforms_active", bool)():
+        return f"{transform()} is active"
+    # Code that is being compiled shows no tangents; when it runs, the operators look again.
+    seen = not torch.compiler.is_compiling() and has_tangent(values)
+    return "forward-mode AD is active and a tensor carries a tangent" if seen else None
+
+
+def transform() -> str:
+    """The innermost transform that is active: torch.func's grad, vmap, jvp or functionalize, or autograd's own vmap."""
+    if torch.compiler.is_compiling():
+        return "torch.func"
+    innermost = torch._C._functorch.peek_interpreter_stack()
+    return "is_grads_batched" if innermost is None else f"torch.func's {innermost.key().name.lower()}"
+
+
+def has_tangent(values: Iterable[Any]) -> bool:
+    """Whether a tensor among these, or in a sequence among these, carries a tangent of forward-mode AD."""
+    if getattr(forward_ad, "_current_level", 0) < 0:  # outside forward-mode AD that is all it costs
+        return False
+    # Below a dispatch mode autograd is excluded, and torch could not look.
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
+        return _has_tangent(values)
+
+
+def _has_tangent(values: Iterable[Any]) -> bool:
+    return any(
+        forward_ad.unpack_dual(value).tangent is not None
+        if isinstance(value, Tensor)
+        else isinstance(value, (tuple, list)) and _has_tangent(value)
+        for value in values
+    )
+
+
+def has_storage(tensor: Tensor) -> bool:
+    """Whether there is memory behind a tensor, real or pretended (a meta tensor's); torch.func's wrappers show none."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.untyped_storage().size() > 0
+
+
+def check_storage(name: str, weight: Tensor) -> None:
+    """A kernel that is given a pointer would read memory which is no longer the weight's."""
+    if weight.numel() and not has_storage(weight):
+        raise ValueError(
+            f"{name}: its storage has been freed, as sharded training does outside the forward of the module that owns "
+            f"it; read the weight inside that forward"
+        )
+
+
+def is_distributed(tensor: Any) -> bool:
+    """Whether it is a DTensor, whose values are spread over processes."""
+    return hasattr(tensor, "device_mesh")
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether Python may look at the values: not those of meta and fake tensors, nor of torch.func's wrappers."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        or tensor.untyped_storage().device.type == "meta"
+    )
+
+
+def saveable(tensor: _Tensor) -> _Tensor:
+    """The tensor as autograd can save it: one that was made under inference mode is copied."""
+    if tensor is None or torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    return tensor.clone()
+
+
+class PerThread(threading.local):
+    """State of a call on an object that threads share: each has its own, and a copy of the object starts afresh."""
+
+    def __reduce__(self) -> Any:
+        return type(self), ()

@@ -1,0 +1,23 @@
+"""The CPU backend: C++ kernels, chosen by instruction set at run time, around the products of torch's libraries."""
+
+from __future__ import annotations
+
+import torch
+
+from igva_kernels.runtime.backend import Backend
+from igva_kernels.runtime.cpu import native
+
+DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}
+"""What the kernels read and write, by the names of the C++ module."""
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """See ``Backend.why_not``."""
+    if device.type != "cpu":
+        return f"it serves CPU tensors, not {device.type!r}"
+    if dtype not in DTYPES:
+        return f"it serves {', '.join(str(d) for d in DTYPES)}, not {dtype}"
+    return native.load()[1] or None
+
+
+BACKEND = Backend("cpu", 2, ("cpu",), why_not)

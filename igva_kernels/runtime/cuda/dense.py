@@ -1,0 +1,101 @@
+"""Dense steps by CUDA kernels around torch's products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from igva_kernels.runtime.cuda import launch
+from igva_kernels.runtime.dense import Dense, Norm, NormGrads, accumulation_dtype, norm_param_grads
+
+VECTOR_BYTES = 16
+
+BIAS_CHUNK = 64
+"""Rows of a block of the column sums for the bias: few enough for one image to fill a card."""
+
+NORM_CHUNK = 128
+"""Rows of a block of the column sums for the norm's parameters."""
+
+
+class CudaDense(Dense):
+    """``Dense`` with everything but the products in CUDA kernels."""
+
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, keep_z: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """``y = act(z)`` and, if asked for and not ``y`` itself, ``z = x @ weight.T + bias``; x is ``[M, K]``."""
+        z = F.linear(x, weight, bias)
+        if activation is None:
+            return z, None
+        y = torch.empty_like(z) if keep_z else z
+        with launch.on_device_of(z) as stream:
+            launch.module().activation(
+                launch.dtype(z), launch.activation(activation), z.numel(), z.data_ptr(), y.data_ptr(), stream
+            )
+        return y, z if keep_z else None
+
+    def linear_grad_input(
+        self,
+        grad_out: Tensor,
+        weight: Tensor | None,
+        z: Tensor | None,
+        activation: str | None,
+        need_y: bool,
+        need_bias: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The product by torch, everything else in one kernel. See ``Dense``."""
+        if activation is None:
+            return super().linear_grad_input(grad_out, weight, z, activation, need_y, need_bias)
+        assert z is not None
+        grad_y = grad_out if weight is None else self.matmul(grad_out, weight)
+        grad_y, z = grad_y.contiguous(), z.contiguous()
+        grad_z = torch.empty_like(z) if weight is None else grad_y  # the caller's gradient is not ours to overwrite
+        y = torch.empty_like(z) if need_y else None
+        (rows, columns), chunk = z.shape, BIAS_CHUNK
+        partials = None
+        if need_bias:
+            partials = z.new_empty((chunks(rows, chunk), columns), dtype=accumulation_dtype(z.dtype))
+        with launch.on_device_of(z) as stream:
+            launch.module().activation_grad(
+                launch.dtype(z), launch.activation(activation), rows, columns, grad_y.data_ptr(), z.data_ptr(),
+                grad_z.data_ptr(), launch.data(y), launch.data(partials), chunk,
+                allows_vectors(columns, [grad_y, z]), stream,
+            )  # fmt: skip
+        return grad_z, y, None if partials is None else partials.sum(0).to(z.dtype)
+
+    def norm_backward(
+        self, grad_out: Tensor, rows: Tensor, norm: Norm, mean: Tensor, rstd: Tensor, need_params: bool
+    ) -> NormGrads:
+        """LayerNorm's gradients by one kernel. See ``Dense``."""
+        if mean.dtype != accumulation_dtype(rows.dtype) or grad_out.dtype != rows.dtype:
+            return super().norm_backward(grad_out, rows, norm, mean, rstd, need_params)
+        grad_out, rows = grad_out.contiguous(), rows.contiguous()
+        grad_rows = torch.empty_like(rows)
+        (count, width), chunk = rows.shape, NORM_CHUNK
+        partials = mean.new_empty((chunks(count, chunk), 2, width)) if need_params else None
+        weight = norm[0]
+        with launch.on_device_of(rows) as stream:
+            launch.module().norm_grad(
+                launch.dtype(rows), count, width, grad_out.data_ptr(), rows.data_ptr(), mean.data_ptr(),
+                rstd.data_ptr(), launch.data(weight), launch.dtype(weight), grad_rows.data_ptr(),
+                launch.data(partials), chunk, allows_vectors(width, [grad_out, rows]), stream,
+            )  # fmt: skip
+        return NormGrads(grad_rows, *norm_param_grads(None if partials is None else partials.sum(0), norm))
+
+
+def allows_vectors(width: int, tensors: Iterable[Tensor]) -> bool:
+    """Whether rows of ``width`` elements can be read in 16-byte pieces: every address and stride is a multiple."""
+    return all(
+        width * tensor.element_size() % VECTOR_BYTES == 0
+        and tensor.data_ptr() % VECTOR_BYTES == 0
+        and all(stride * tensor.element_size() % VECTOR_BYTES == 0 for stride in tensor.stride()[:-1])
+        for tensor in tensors
+    )
+
+
+def chunks(count: int, size: int) -> int:
+    """Chunks of ``size`` that cover ``count``."""
+    return -(-count // size)

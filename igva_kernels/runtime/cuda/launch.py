@@ -1,0 +1,133 @@
+"""The compiled CUDA module, and how tensors and the current stream reach it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator, Sequence
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from igva_kernels.runtime.cpu import native
+
+DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}
+
+
+@cache
+def load() -> tuple[ModuleType | None, str]:
+    """``(module, "")``, or ``(None, why not)``."""
+    try:
+        return importlib.import_module("igva_kernels._cuda"), ""
+    except ImportError as error:
+        if not isinstance(error, ModuleNotFoundError):
+            return None, f"the compiled CUDA module does not load: {error}"
+        built = native.build_info()
+        reason = built.get("cuda", {}).get("reason") or built.get("reason")
+        return None, reason or "the CUDA module was never built; run `pip install .` where nvcc is found"
+
+
+def module() -> Any:
+    """The compiled module; only called where ``load`` has found it."""
+    return load()[0]
+
+
+def why_not_device(device: torch.device) -> str | None:
+    """None if the module's kernels run on this CUDA device, otherwise the reason why not."""
+    if torch.version.hip is not None:
+        return "only CUDA is supported, this torch is built for ROCm"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return _why_not_index(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _why_not_index(index: int) -> str | None:
+    driver, runtime = module().versions()
+    if driver // 1000 < runtime // 1000:
+        return (
+            f"the module was built with CUDA {_version(runtime)} and needs a driver of that major version, "
+            f"this one supports CUDA {_version(driver)}"
+        )
+    capability = torch.cuda.get_device_capability(index)
+    built = native.build_info().get("cuda", {})
+    archs, ptx = built.get("archs", []), built.get("ptx") or None
+    if not runs_on(archs, ptx, capability):
+        major, minor = capability
+        return (
+            f"the module has code for {', '.join(archs)}{f' and PTX for {ptx}' if ptx else ''}, the device has compute "
+            f"capability {major}.{minor}; rebuild with IGVA_KERNELS_CUDA_ARCHS={major}{minor}"
+        )
+    return None
+
+
+def runs_on(archs: Sequence[str], ptx: str | None, capability: tuple[int, int]) -> bool:
+    """Whether machine code for ``archs``, or the PTX of one, runs on a device.
+
+    Machine code runs on its own major version from its own minor version on; with an "a" on its own version only. PTX
+    is compiled by the driver for any newer device.
+    """
+    major, minor = capability
+    for arch in archs:
+        own = divmod(int(arch.rstrip("af")), 10)
+        if own == capability or (not arch.endswith("a") and own[0] == major and own[1] <= minor):
+            return True
+    return ptx is not None and divmod(int(ptx), 10) <= (major, minor)
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+@contextlib.contextmanager
+def on_device_of(tensor: Tensor) -> Iterator[int]:
+    """The device of ``tensor`` made current, for torch and for the module; yields its current stream."""
+    if not tensor.is_cuda:  # the tests' emulation
+        yield 0
+        return
+    with torch.cuda.device(tensor.device):
+        module().set_device(tensor.device.index)
+        yield torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def dtype(tensor: Tensor | None) -> Any:
+    """The module's name of the tensor's dtype; that of fp32 where there is no tensor."""
+    return getattr(module().DType, DTYPES[torch.float32 if tensor is None else tensor.dtype])
+
+
+def activation(name: str | None) -> Any:
+    """The module's name of an activation.
+
+    Raises:
+        NotImplementedError: it has none of this name.
+    """
+    if name is not None and name not in activations():
+        raise NotImplementedError(f"impl='cuda': its kernels have no activation {name!r}")
+    return getattr(module().Activation, name or "none")
+
+
+def activations() -> tuple[str, ...]:
+    """Those that the module's kernels know."""
+    return tuple(name for name in module().Activation.__members__ if name != "none")
+
+
+def data(tensor: Tensor | None) -> int:
+    """The address; 0 where there is no tensor."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def view(tensor: Tensor) -> tuple[int, int, int]:
+    """``(address, stride of the first dimension, of the second)`` of ``[I, T, D]``."""
+    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
+
+
+def views(tensors: Sequence[Tensor]) -> list[tuple[int, int, int]]:
+    return [view(tensor) for tensor in tensors]
+
+
+def weights(tensor: Tensor | None) -> tuple[int, int, int]:
+    """``(address, row stride, column stride)`` of ``[B, C]``; zeros where there is no tensor."""
+    return (0, 0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0), tensor.stride(1))

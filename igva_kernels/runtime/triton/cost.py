@@ -1,0 +1,81 @@
+"""Which kernel, with which tile, for a shape: the cheapest by a small model, cuBLAS among the choices.
+
+A matrix product takes waves of tiles; a pass over memory takes its bytes; a small kernel its launch gap:
+
+    product = ceil(tiles / slots) * slots * tile FLOPs / (rate * efficiency)        pass = bytes / copy bandwidth
+
+The rates and efficiencies are a card's (``config``): modelled in the shipped files, measured in those that ``tune``
+writes. Only differences between choices matter, so what all of them pay is left out. A choice is a pure function of
+shapes, remembered, and takes no time inside a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+
+from igva_kernels.runtime.config import Config, GemmConfig
+
+
+def product_us(config: Config, rows: int, columns: int, length: int, gemm: GemmConfig) -> float:
+    """A Triton GEMM ``[rows, length] @ [length, columns]``."""
+    area = gemm.block_m * gemm.block_n
+    tiles = -(-rows // gemm.block_m) * -(-columns // gemm.block_n)
+    # Tiles of 128 x 128 and smaller run two to an SM: one computes while the other stores.
+    slots = config.rates.sms * (2 if area <= 128 * 128 else 1)
+    waves = -(-tiles // slots)
+    return waves * slots * 2.0 * area * length / (config.rates.matmul_tflops * gemm.efficiency * 1e6)
+
+
+def cublas_us(config: Config, rows: int, columns: int, length: int) -> float:
+    """The same product by cuBLAS, which chooses among tiles too."""
+    tiles = ((256, 128), (128, 128), (64, 128), (64, 64))
+    gemms = (GemmConfig(m, n, 64, 8, 3, 1, True, 1.0) for m, n in tiles)
+    return min(product_us(config, rows, columns, length, gemm) for gemm in gemms)
+
+
+def pass_us(config: Config, elements: float, dtype: torch.dtype) -> float:
+    """An elementwise kernel that moves ``elements``."""
+    return elements * dtype.itemsize / (config.rates.copy_gbps * 1e3) + config.rates.launch_us
+
+
+def choose(
+    config: Config, name: str, dtype: torch.dtype, cost: Callable[[GemmConfig], float], rival: float
+) -> GemmConfig | None:
+    """The cheapest tile of a kernel by its ``cost`` in microseconds; None where that of its ``rival`` is lower."""
+    if config.interpreted:
+        return config.gemms[name][0]
+    if dtype.itemsize != 2:
+        # cuBLAS, with whatever torch allows it to do to fp32; Triton's exact fp32 product leaves the matrix units idle.
+        return None
+    best = min(config.gemms[name], key=cost)
+    return best if cost(best) < rival else None
+
+
+@lru_cache(maxsize=1024)
+def linear(
+    config: Config, rows: int, columns: int, length: int, dtype: torch.dtype, activation: bool
+) -> GemmConfig | None:
+    """The tile for ``linear``; None for cuBLAS, which has the bias, and an activation kernel."""
+    if not activation and not config.interpreted:
+        return None
+    return choose(
+        config, "linear", dtype, lambda gemm: product_us(config, rows, columns, length, gemm),
+        cublas_us(config, rows, columns, length) + pass_us(config, 2 * rows * columns, dtype),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def linear_grad_input(
+    config: Config, rows: int, columns: int, length: int, dtype: torch.dtype, need_y: bool, need_bias: bool
+) -> GemmConfig | None:
+    """The tile for ``linear_grad_input``; None for cuBLAS, elementwise kernels and a sum."""
+    # Both read Z and write dZ (and Y). Elementwise kernels move dY twice more, and read Z again for Y, dZ for its sum.
+    passes = pass_us(config, 2 * rows * columns, dtype)
+    passes += (need_y + need_bias) * pass_us(config, rows * columns, dtype)
+    return choose(
+        config, "linear_grad_input", dtype, lambda gemm: product_us(config, rows, columns, length, gemm),
+        cublas_us(config, rows, columns, length) + passes,
+    )  # fmt: skip

@@ -1,0 +1,168 @@
+"""Measures a card and writes its configuration file: rates, at most three tiles per kernel with their efficiencies, and
+which backend is the fastest.
+
+Nothing is searched inside a step: ``config`` reads the file once per process, ``cost`` computes from it.
+
+Tiles are timed on CUDA-graph replays of the real launchers, with random data, at the rows of a small, a middle and a
+large batch of the IGVA connector on CLIP-L/336; the best of each stays. An efficiency is the model's time at 100 % over
+the measured time, so that the model reproduces the large batch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from igva_kernels.ops.weighted_mix.triton.tuning import block
+from igva_kernels.registry import all_backends, operators
+from igva_kernels.runtime import config
+from igva_kernels.runtime.config import Config, DeviceRates, GemmConfig, RowConfig
+from igva_kernels.runtime.triton import cost
+
+DEVICE = "cuda"
+BATCHES = (1, 8, 32)
+
+ROWS = [RowConfig(elements, warps) for elements in (512, 1024, 2048, 4096) for warps in (2, 4, 8)]
+
+Job = Callable[[], object]
+
+
+def tune(
+    device: int | None = None, output: Path | None = None, log: Callable[[str], None] | None = None
+) -> tuple[Path, Config]:
+    """Tunes the kernels for a CUDA device; takes a few minutes, most of them compiling.
+
+    Args:
+        device: index; the current device by default.
+        output: the file to write. Default: where this machine's processes look for it, ``config.tuned_dir()``.
+        log: told one line per measurement.
+
+    Returns:
+        The file written, and what it holds. Processes that start later use it, and so does this one.
+
+    Raises:
+        RuntimeError: there is no CUDA device.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("tune measures a CUDA device, and torch sees none")
+    index = torch.cuda.current_device() if device is None else device
+    log = log or (lambda line: None)
+    with torch.cuda.device(index), torch.no_grad():
+        shipped = config.shipped(config.architecture(torch.cuda.get_device_capability(index)))
+        rates = _rates(index, shipped)
+        log(f"{rates}")
+        blank = replace(shipped, status="measured", rates=rates)
+        jobs = [found for operator in operators().values() if (found := operator.module("triton.tuning")) is not None]
+        tuned = replace(
+            blank,
+            rows={name: _best_rows(name, job(), log) for each in jobs for name, job in each.ROW_JOBS.items()},
+            gemms={name: _best_tiles(name, job, blank, log) for each in jobs for name, job in each.GEMM_JOBS.items()},
+        )
+        path = output or config.tuned_dir() / config.file_name(torch.cuda.get_device_name(index))
+        _write(path, tuned)
+        tuned = replace(tuned, backends=_by_speed(torch.device(DEVICE, index), log))  # as that file makes them
+        _write(path, tuned)
+    return path, tuned
+
+
+def _write(path: Path, tuned: Config) -> None:
+    """Whole or not at all: every process that starts on this card reads the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_text(tuned.to_json())
+    unfinished.replace(path)
+    config.of_device.cache_clear()
+
+
+def _by_speed(device: torch.device, log: Callable[[str], None]) -> tuple[str, ...]:
+    """The backends that serve this card, by the time that the IGVA block takes them; each batch size counts alike."""
+    weighted_mix, found = operators()["weighted_mix"], {}
+    for name, backend in all_backends().items():
+        if DEVICE in backend.devices and backend.why_not(device, torch.bfloat16) is None:
+            implementation = weighted_mix.implementation(name)
+            times = [time_us(block(implementation, batch)) for batch in BATCHES]
+            found[name] = math.prod(times)
+            log(f"{name}: {', '.join(f'{us:.1f}' for us in times)} us per block at batch {BATCHES}")
+    return tuple(sorted(found, key=lambda name: found[name]))
+
+
+def time_us(job: Job, repeats: int = 20) -> float:
+    """Median time of ``job`` in a CUDA graph."""
+    job()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        job()
+    graph.replay()
+    starts, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(repeats)] for _ in range(2))
+    for start, end in zip(starts, ends, strict=True):
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    times = sorted(start.elapsed_time(end) for start, end in zip(starts, ends, strict=True))
+    return times[repeats // 2] * 1e3
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16)
+
+
+def _rates(index: int, shipped: Config) -> DeviceRates:
+    source = _random(1 << 29)
+    target = torch.empty_like(source)
+    copy = 2 * source.nbytes / time_us(lambda: target.copy_(source)) / 1e3
+    a, b = _random(8192, 8192), _random(8192, 8192)
+    matmul = 2 * 8192**3 / time_us(lambda: a @ b) / 1e6
+    tiny = _random(32)
+
+    def hundred() -> None:
+        for _ in range(100):
+            tiny.add_(1)
+
+    sms = torch.cuda.get_device_properties(index).multi_processor_count
+    # The L2 rate matters for one rare choice only, and stays modelled.
+    return DeviceRates(sms, round(matmul, 1), round(copy, 1), shipped.rates.l2_gbps, round(time_us(hundred) / 100, 2))
+
+
+def _best_rows(name: str, job: Callable[[RowConfig], object], log: Callable[[str], None]) -> RowConfig:
+    times = {rows: time_us(partial(job, rows)) for rows in ROWS}
+    best = min(times, key=times.__getitem__)
+    log(f"{name}: {best}, {times[best]:.1f} us")
+    return best
+
+
+def _best_tiles(
+    name: str, job: Callable[..., Any], blank: Config, log: Callable[[str], None]
+) -> tuple[GemmConfig, ...]:
+    jobs = [job(batch) for batch in BATCHES]
+    times: dict[GemmConfig, list[float]] = {}
+    for tile in _candidates(name, blank):
+        with suppress(OutOfResources, PTXASError):  # a neighbour may need more than the card has
+            times[tile] = [time_us(partial(job, tile)) for job, _ in jobs]
+    best = dict.fromkeys(min(times, key=lambda tile: times[tile][i]) for i in reversed(range(len(BATCHES))))
+    tuned = []
+    for tile in best:
+        rows, columns, length = jobs[-1][1]
+        at_full_rate = cost.product_us(blank, rows, columns, length, replace(tile, efficiency=1.0))
+        tuned.append(replace(tile, efficiency=round(at_full_rate / times[tile][-1], 3)))
+        log(f"{name}: {tuned[-1]}, {', '.join(f'{us:.1f}' for us in times[tile])} us at batch {BATCHES}")
+    return tuple(tuned)
+
+
+def _candidates(name: str, blank: Config) -> Iterator[GemmConfig]:
+    """The shipped tiles and their neighbours."""
+    for tile in blank.gemms[name]:
+        for stages in (tile.num_stages, tile.num_stages + 1):
+            for slices in (tile.slices, 2 * tile.slices if tile.slices < 4 else 1):
+                yield replace(tile, num_stages=stages, slices=slices, efficiency=1.0)
