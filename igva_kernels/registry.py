@@ -87,7 +87,7 @@ class Operator:
             return reason
         implementation = self.implementation(backend)
         if implementation is None:
-            return f"the {backend} backend has no kernels for {self.name}"
+            return f"the {backend} backend has no kernels for the operator {self.name}"
         return implementation.why_not(*demands)
 
     def select(self, impl: str, device: torch.device, dtype: torch.dtype, tensors: Sequence[Any], *demands: Any) -> str:

@@ -26,8 +26,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import igva_kernels as ik
-from igva_kernels import MixPlan, native, reference
+from igva_kernels import MixPlan
 from igva_kernels.runtime.activations import ACTIVATIONS
+from igva_kernels.runtime.cpu import native
 
 WIDTHS = [0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 70]
 """Around the widths of vectors, and of unrolled ones."""
@@ -183,7 +184,7 @@ def bound(call: Call, tensors: dict[str, Tensor]) -> tuple[list[Tensor | None], 
     def mix(plan: MixPlan, of: dict[str, Tensor]) -> Tensor:
         states = [of.get(f"layer{i}") for i in range(call.states)]
         options = {"skip_tokens": call.skip, "image_index": of.get("image_index")}
-        return reference.layer_mix(states, plan.resolve(call.states), of.get("mix_weights"), **options)
+        return plain_torch.layer_mix(states, plan.resolve(call.states), of.get("mix_weights"), **options)
 
     row, factor = mix(MixPlan(blocks), leaves), 1.0
     if call.op == "layer_mix":

@@ -6,9 +6,9 @@ import torch
 
 import igva_kernels as ik
 from igva_kernels import MixPlan
-from igva_kernels.backends.base import Keep
-from igva_kernels.library import _sources
 from igva_kernels.nn import WeightAllocator
+from igva_kernels.ops.weighted_mix.program import lower
+from igva_kernels.ops.weighted_mix.steps import Keep
 
 OPS = torch.ops.igva_kernels
 
@@ -107,17 +107,20 @@ def check_public(name, argument, layout, dtype, impl):
 def _kept(keep, tensors, impl):
     """``(sources, rows, stats, z)`` as a forward with this ``keep`` saves them."""
     layers = [tensors[f"layer{i}"] for i in range(3)]
-    _, saved = OPS.layer_mix_mlp(
+    _, saved = OPS.projector(
         layers, *(tensors[n] for n in ["mix_weights", "image_index", *_OF_LINEAR, "weight2", "bias2"]),
         PLAN.code, SKIP, EPS, "gelu", keep.value, True, impl,
     )  # fmt: skip
     *kept, mean, rstd, z = saved
     if keep == Keep.ROWS:
         return [], kept[0], [mean, rstd], z
-    return _sources(layers, PLAN.code, kept), None, [mean, rstd], z
+    return lower(PLAN).gather(layers, kept), None, [mean, rstd], z
 
 
-REGISTERED = [*OUTPUTS, "layer_mix_backward", "projector_backward: sources", "projector_backward: rows"]
+REGISTERED = [
+    "layer_mix", "projector: one Linear", "projector: two", "layer_mix_backward", "projector_backward: sources",
+    "projector_backward: rows",
+]  # fmt: skip
 
 
 def registered_calls(impl):
@@ -130,8 +133,8 @@ def registered_calls(impl):
     shape, needs = [IMAGES, TOKENS, WIDTH], [True] * 3
     calls = {
         "layer_mix": [layers, *mix, PLAN.code, SKIP, Keep.SOURCES.value, impl],
-        "layer_mix_linear": [layers, *mix, *linear, *options],
-        "layer_mix_mlp": [layers, *mix, *linear, t["weight2"], t["bias2"], *options],
+        "projector: one Linear": [layers, *mix, *linear, None, None, *options],
+        "projector: two": [layers, *mix, *linear, t["weight2"], t["bias2"], *options],
         "layer_mix_backward": [
             t["grad of layer_mix"], _kept(Keep.SOURCES, t, impl)[0], *mix, PLAN.code, SKIP, shape, torch.float32,
             [True, *needs], impl,

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 import pytest
 import torch
 
-from igva_kernels import cli, dispatch, info, verify
+from igva_kernels import cli, info, registry, verify
 from igva_kernels.testing import Verdict
 from igva_kernels.version import __version__
 
@@ -17,7 +17,7 @@ from igva_kernels.version import __version__
 def test_info_names_every_backend_and_why_it_cannot_run(capsys):
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
-    for status in dispatch.backends():
+    for status in registry.backends():
         assert status.name in text
         assert status.available or status.reason in text
     assert __version__ in text

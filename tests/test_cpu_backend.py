@@ -4,28 +4,35 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+import plain_torch
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from igva_kernels import cli, native, ops, reference, testing
-from igva_kernels.backends import cpu
-from igva_kernels.backends.base import Keep, LayerShape, MixArgs, ProjectorWeights
-from igva_kernels.backends.cpu import backend, gemm
-from igva_kernels.backends.cpu.features import Cpu, allowed, this_cpu
+import igva_kernels as ik
+from igva_kernels import cli, testing
 from igva_kernels.ops.weighted_mix import MixPlan, is_tap
+from igva_kernels.ops.weighted_mix import cpu as backend
+from igva_kernels.ops.weighted_mix.program import Shares, shares
+from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, ProjectorWeights
 from igva_kernels.runtime.activations import ACTIVATIONS
+from igva_kernels.runtime.cpu import dense, native
+from igva_kernels.runtime.cpu import products as gemm
+from igva_kernels.runtime.cpu.features import Cpu, allowed, this_cpu
 from igva_kernels.testing import measure_memory, relative_error
 
 MODULE, WHY_NOT = native.load()
 pytestmark = pytest.mark.skipif(MODULE is None, reason=WHY_NOT)
 
-CPU = cpu.BACKEND
+CPU = backend.IMPLEMENTATION
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+TAP_SHARE = Shares((0,), (-1,), (1.0,), (1,))
+"""The gradient of a layer that is block 0 as it is."""
 LOW = [torch.bfloat16, torch.float16]
 PLANS = {
     "igva": MixPlan.igva(6, 3, -2).resolve(7).compact()[1],
@@ -115,15 +122,14 @@ def to64(args):
 
 
 def plain_mix(args):
-    return reference.layer_mix(
+    return plain_torch.layer_mix(
         args.layers, args.plan, args.mix_weights, skip_tokens=args.skip_tokens, image_index=args.image_index
     )
 
 
 def plain_sums(args):
-    sources = args.plan.reduced()[0]
-    sums = MixPlan(tuple(block for block in sources.blocks if not is_tap(block)))
-    rows = reference.layer_mix(args.layers, sums, skip_tokens=args.skip_tokens)
+    sums = MixPlan(tuple(block for block in args.plan.reduced()[0].blocks if not is_tap(block)))
+    rows = plain_torch.layer_mix(args.layers, sums, skip_tokens=args.skip_tokens)
     return rows.split(args.width, dim=-1)
 
 
@@ -173,14 +179,14 @@ def test_norm_takes_its_statistics_from_the_unrounded_row(isa, dtype, affine, wi
     size = 2 * width
     for judge in within_rule(dtype):
         args, _ = make(PLANS["igva"], dtype, width=width, index=[2, 0, 2])
-        args = MixArgs([layer + 3 for layer in args.layers], *list(vars(args).values())[1:])  # a mean to cancel
+        args = replace(args, layers=[layer + 3 for layer in args.layers])  # a mean to cancel
         weight, bias = (torch.randn(size).to(dtype), torch.randn(size).to(dtype)) if affine else (None, None)
         mixed = CPU.mix(args, dtype, (weight, bias, 1e-5), Keep.ROWS)
         rows = plain_mix(to64(args))
         wide = [None if p is None else p.double() for p in (weight, bias)]
         plain = F.layer_norm(plain_mix(args), (size,), weight, bias, 1e-5)
         judge.add(mixed.rows, F.layer_norm(rows, (size,), *wide, 1e-5), plain, "normalised")
-        judge.add(mixed.kept[0], rows, plain_mix(args), "rows", rounded_once=True)
+        judge.add(mixed.raw_rows, rows, plain_mix(args), "rows", rounded_once=True)
         tolerance = 1e-12 if dtype == torch.float64 else 1e-5
         torch.testing.assert_close(mixed.mean.double(), rows.mean(-1), rtol=tolerance, atol=tolerance)
         rstd = (rows.var(-1, correction=0) + 1e-5).rsqrt()
@@ -193,7 +199,7 @@ def test_kept_sums_are_written_once_an_image(isa, dtype, index):
     for judge in within_rule(dtype):
         args, exact = make(PLANS["igva"], dtype, width=20, index=index)
         mixed = CPU.mix(args, dtype, None, Keep.SOURCES)
-        for triple in zip(mixed.kept, plain_sums(exact), plain_sums(args), strict=True):
+        for triple in zip(mixed.sums, plain_sums(exact), plain_sums(args), strict=True):
             judge.add(*triple, "sums", rounded_once=True)
         judge.add(mixed.rows, plain_mix(exact), plain_mix(args), "rows", rounded_once=True)
 
@@ -204,7 +210,7 @@ def test_writing_around_the_cache_changes_nothing(isa, dtype, monkeypatch):
     through = CPU.mix(args, dtype, None, Keep.SOURCES)
     monkeypatch.setattr(backend, "STREAM_BYTES", 0)
     around = CPU.mix(args, dtype, None, Keep.SOURCES)
-    for a, b in zip([through.rows, *through.kept], [around.rows, *around.kept], strict=True):
+    for a, b in zip([through.rows, *through.sums], [around.rows, *around.sums], strict=True):
         assert torch.equal(a, b)
 
 
@@ -218,7 +224,7 @@ def test_an_image_out_of_range_is_refused_before_memory_is_touched(index):
         CPU.mix_weights_grad(grad[..., 16:], [1], args)
     shape = LayerShape(3, 6, 16, torch.float32)
     with pytest.raises(ValueError, match="image_index"):
-        CPU.layer_grads(grad, [((0, None, 1.0),)], None, args.image_index, 1, shape)
+        CPU.layer_grads(grad, TAP_SHARE, None, args.image_index, 1, shape)
 
 
 def test_what_a_plan_names_must_have_been_handed_in():
@@ -230,9 +236,11 @@ def test_what_a_plan_names_must_have_been_handed_in():
         with pytest.raises(ValueError, match=f"plan: it names {message}"):
             torch.ops.igva_kernels.layer_mix(states, weights, None, plan.code, 0, "nothing", "cpu")
     with pytest.raises(ValueError, match="plan: it names weight column 1, got 1"):
-        CPU.layer_grads(torch.ones(1, 2, 8), [((0, 1, 1.0),)], weights, None, 0, LayerShape(1, 2, 8, torch.float32))
+        CPU.layer_grads(
+            torch.ones(1, 2, 8), Shares((0,), (1,), (1.0,), (1,)), weights, None, 0, LayerShape(1, 2, 8, torch.float32)
+        )
     with pytest.raises(ValueError, match="image_index: need one for 3 rows of 1 images, got None"):
-        CPU.layer_grads(torch.ones(3, 2, 8), [((0, None, 1.0),)], None, None, 0, LayerShape(1, 2, 8, torch.float32))
+        CPU.layer_grads(torch.ones(3, 2, 8), TAP_SHARE, None, None, 0, LayerShape(1, 2, 8, torch.float32))
 
 
 # ---- activations ---------------------------------------------------------------------------------------------------
@@ -246,14 +254,14 @@ def every_sixteen_bits(dtype):
 def test_conversions_agree_with_torch(isa, dtype):
     low = every_sixteen_bits(dtype)[None]
     wide = torch.empty(low.shape)
-    backend._epilogue(low.float(), None, narrow := torch.empty_like(low), None)
+    dense.epilogue(low.float(), None, narrow := torch.empty_like(low), None)
     assert torch.equal(narrow.isnan(), low.isnan())
     assert torch.equal(narrow[~low.isnan()], low[~low.isnan()])
     # Halfway cases and their neighbours, overflow and subnormals.
     bits = low.float().view(torch.int32)
     for shift in (-1, 1, 0x7FFF, 0x8000, 0x8001, 0xFFF, 0x1000, 0x1001):
         wide = (bits + shift).view(torch.float32)
-        backend._epilogue(wide, None, narrow, None)
+        dense.epilogue(wide, None, narrow, None)
         assert torch.equal(narrow.nan_to_num(nan=7.0), wide.to(dtype).nan_to_num(nan=7.0))
 
 
@@ -261,7 +269,7 @@ def test_conversions_agree_with_torch(isa, dtype):
 def test_activations_in_fp32_are_right_to_a_few_ulps(isa, activation):
     x = torch.cat([torch.linspace(-12, 12, 20001), torch.logspace(-30, 30, 601), -torch.logspace(-30, 0, 301)])[None]
     z = torch.empty_like(x)
-    backend._epilogue(x, activation, y := torch.empty_like(x), z)
+    dense.epilogue(x, activation, y := torch.empty_like(x), z)
     assert torch.equal(x, z)
     exact_x = x.double().requires_grad_()
     exact = ACTIVATIONS[activation](exact_x)
@@ -270,7 +278,7 @@ def test_activations_in_fp32_are_right_to_a_few_ulps(isa, activation):
     grad = torch.randn(x.shape)
     exact.backward(grad.double())
     again = torch.empty_like(x)
-    backend._activation_grad(grad, x, activation, grad_z := torch.empty_like(x), again)
+    dense.activation_grad(grad, x, activation, grad_z := torch.empty_like(x), again)
     assert torch.equal(again, y)
     torch.testing.assert_close(grad_z.double(), exact_x.grad, rtol=1e-6, atol=1e-6)
 
@@ -281,7 +289,7 @@ def test_activations_of_what_is_not_finite_or_extreme(isa, activation, dtype):
     inf = float("inf")
     big = torch.finfo(dtype).max
     x = torch.tensor([[float("nan"), inf, -inf, big, -big, 0.0, -0.0, torch.finfo(dtype).tiny, 88.0, -88.0]]).to(dtype)
-    backend._epilogue(x, activation, y := torch.empty_like(x), None)
+    dense.epilogue(x, activation, y := torch.empty_like(x), None)
     # fp64, because torch's own GELU of large fp32 values is infinite or NaN.
     torch.testing.assert_close(y, ACTIVATIONS[activation](x.double()).to(dtype), equal_nan=True)
 
@@ -522,16 +530,13 @@ def test_gradients_of_the_mix_obey_the_error_rule(isa, dtype, plan, index):
         grad_rows = torch.randn(args.num_rows, args.num_patches, plan.num_blocks * args.width).to(dtype)
         exact_layers, exact_weights = autograd_of_mix(exact, grad_rows.double())
         plain_layers, plain_weights = autograd_of_mix(args, grad_rows)
-        signatures = [
-            tuple((g, e.column, e.scale) for g, block in enumerate(plan.blocks) for e in block if e.layer == layer)
-            for layer in range(len(args.layers))
-        ]
+        wanted, own = shares(plan, (True,) * len(args.layers))
         shape = LayerShape(3, 40, 21, dtype)
-        actual_layers = CPU.layer_grads(grad_rows, signatures, args.mix_weights, args.image_index, 1, shape)
+        grads = CPU.layer_grads(grad_rows, wanted, args.mix_weights, args.image_index, 1, shape)
+        actual_layers = [grads[i] for i in own]
         for layer, triple in enumerate(zip(actual_layers, exact_layers, plain_layers, strict=True)):
             judge.add(*triple, f"layer {layer}")
-        sums = iter(CPU.mix(args, dtype, None, Keep.SOURCES).kept)
-        sources = [args.layers[b[0].layer] if is_tap(b) else next(sums) for b in plan.reduced()[0].blocks]
+        sources = args.program.gather(args.layers, CPU.mix(args, dtype, None, Keep.SOURCES).sums)
         blocks = plan.weighted_blocks
         taken = torch.cat([grad_rows[..., g * 21 : (g + 1) * 21] for g in blocks], dim=-1)
         actual_weights = CPU.mix_weights_grad(taken, blocks, args.over_sources(sources))
@@ -544,13 +549,12 @@ def test_gradients_cross_dtypes(isa, layer_dtype):
     args, exact = make(PLANS["igva"], layer_dtype, skip=0)
     grad_rows = torch.randn(3, 6, 32)
     _, exact_weights = autograd_of_mix(exact, grad_rows.double())
-    sources = [*CPU.mix(args, layer_dtype, None, Keep.SOURCES).kept]
+    sources = [*CPU.mix(args, layer_dtype, None, Keep.SOURCES).sums]
     sources.insert(0, args.layers[PLANS["igva"].blocks[0][0].layer])
     actual = CPU.mix_weights_grad(grad_rows[..., 16:], [1], args.over_sources(sources))
     assert relative_error(actual, exact_weights) < 0.02
-    signature = ((0, None, 1.0),)
     shape = LayerShape(3, 6, 16, layer_dtype)
-    (actual,) = CPU.layer_grads(grad_rows, [signature], None, None, 0, shape)
+    (actual,) = CPU.layer_grads(grad_rows, TAP_SHARE, None, None, 0, shape)
     assert torch.equal(actual, grad_rows[..., :16].to(layer_dtype))
 
 
@@ -562,14 +566,13 @@ def test_the_number_of_threads_changes_no_bit():
 
     def run():
         mixed = CPU.mix(args, torch.bfloat16, norm, Keep.ROWS)
-        kept = CPU.mix(args, torch.float32, None, Keep.SOURCES).kept
-        sums = iter(kept)
-        sources = [args.layers[b[0].layer] if is_tap(b) else next(sums) for b in plan.reduced()[0].blocks]
+        kept = CPU.mix(args, torch.float32, None, Keep.SOURCES).sums
+        sources = args.program.gather(args.layers, kept)
         dw = CPU.mix_weights_grad(grad_rows[..., : args.width], [0], args.over_sources(sources))
-        signatures = [((0, 1, 0.5), (1, None, 1.0)), ((1, None, 2.0),)]
+        wanted = Shares((0, 1, 1), (1, -1, -1), (0.5, 1.0, 2.0), (0, 1, 1))
         shape = LayerShape(3, 200, 128, torch.float32)
-        layers = CPU.layer_grads(grad_rows, signatures, args.mix_weights, args.image_index, 1, shape)
-        return [mixed.rows, *mixed.kept, mixed.mean, mixed.rstd, *kept, dw, *layers]
+        layers = CPU.layer_grads(grad_rows, wanted, args.mix_weights, args.image_index, 1, shape)
+        return [mixed.rows, mixed.raw_rows, mixed.mean, mixed.rstd, *kept, dw, *layers]
 
     threads = torch.get_num_threads()
     try:
@@ -598,8 +601,8 @@ def plain_project(args, norm, weights, activation):
         activation=activation, norm=norm, skip_tokens=args.skip_tokens, image_index=args.image_index
     )  # fmt: skip
     if weights.weight2 is None:
-        return reference.layer_mix_linear(args.layers, args.plan, args.mix_weights, *weights[:2], **options)
-    return reference.layer_mix_mlp(args.layers, args.plan, args.mix_weights, *weights, **options)
+        return plain_torch.layer_mix_linear(args.layers, args.plan, args.mix_weights, *weights[:2], **options)
+    return plain_torch.layer_mix_mlp(args.layers, args.plan, args.mix_weights, *weights, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -626,10 +629,10 @@ def test_project_obeys_the_error_rule_whatever_it_keeps(dtype, form, keep, keep_
             z = z.view(args.num_rows, args.num_patches, -1)
             judge.add(z, plain_project(exact, norm, first, None), plain_project(args, norm, first, None), "z")
         if keep == Keep.ROWS:
-            rows = mixed.rows if norm is None else mixed.kept[0]
+            rows = mixed.rows if norm is None else mixed.raw_rows
             judge.add(rows, plain_mix(exact), plain_mix(args), "rows", rounded_once=True)
         if keep == Keep.SOURCES:
-            for triple in zip(mixed.kept, plain_sums(exact), plain_sums(args), strict=True):
+            for triple in zip(mixed.sums, plain_sums(exact), plain_sums(args), strict=True):
                 judge.add(*triple, "sums", rounded_once=True)
         if norm is not None and keep != Keep.NOTHING:
             torch.testing.assert_close(mixed.mean.double(), plain_mix(exact).mean(-1), rtol=1e-4, atol=1e-4)
@@ -693,7 +696,7 @@ def run_python(code, environment=None):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 def test_the_process_has_one_openmp_runtime_and_torch_brought_it():
     done = run_python(
-        "import re, torch, igva_kernels.native as native\n"
+        "import re, torch, igva_kernels.runtime.cpu.native as native\n"
         "omp = lambda line: re.match('lib(g|i)?omp', line.rsplit('/', 1)[-1])\n"
         "runtimes = lambda: {line.split()[-1] for line in open('/proc/self/maps') if omp(line)}\n"
         "before = runtimes()\n"
@@ -730,13 +733,13 @@ def every_kernel(args, sources, grad_rows, z, grad_y):
     norm = (torch.ones(512), torch.zeros(512), 1e-5)
     mixed, normal = CPU.mix(args, torch.float32, None, Keep.SOURCES), CPU.mix(args, torch.float32, norm, Keep.ROWS)
     y, copy, grad_z, again = (torch.empty_like(z) for _ in range(4))
-    backend._epilogue(z, "gelu", y, copy)
-    backend._activation_grad(grad_y, z, "gelu", grad_z, again)
+    dense.epilogue(z, "gelu", y, copy)
+    dense.activation_grad(grad_y, z, "gelu", grad_z, again)
     shape = LayerShape(2, 40, 256, torch.float32)
-    signatures = [((0, None, 1.0),), ((1, 0, 0.5), (0, None, 2.0))]
-    layers = CPU.layer_grads(grad_rows, signatures, args.mix_weights, args.image_index, 1, shape)
+    wanted = Shares((0, 1, 0), (-1, 0, -1), (1.0, 0.5, 2.0), (1, 0, 1))
+    layers = CPU.layer_grads(grad_rows, wanted, args.mix_weights, args.image_index, 1, shape)
     weights = CPU.mix_weights_grad(grad_rows[..., 256:], [1], sources)
-    of_mixes = [mixed.rows, *mixed.kept, normal.rows, *normal.kept, normal.mean, normal.rstd]
+    of_mixes = [mixed.rows, *mixed.sums, normal.rows, normal.raw_rows, normal.mean, normal.rstd]
     return [*of_mixes, y, copy, grad_z, again, weights, *layers]
 
 
@@ -836,8 +839,8 @@ def test_fewer_threads_than_torch_asks_for_change_no_answer(variable, value, gra
     """oneDNN leaves parts of a product undone there, so that it must not be asked."""
     done = run_python(
         "import torch, igva_kernels as ik\n"
-        "from igva_kernels import native\n"
-        "from igva_kernels.backends.cpu import gemm\n"
+        "from igva_kernels.runtime.cpu import native\n"
+        "from igva_kernels.runtime.cpu import products as gemm\n"
         f"assert tuple(native.load()[0].granted_threads(n) for n in (1, 2, 3)) == {granted}\n"
         "torch.manual_seed(0)\n"
         "torch.set_num_threads(2)\n"
@@ -920,6 +923,6 @@ def test_an_instruction_set_that_cannot_be_forced_is_named_and_breaks_nothing_el
     assert cli.main(["info"]) == 0
     assert reason in capsys.readouterr().out
     states, plan = [torch.randn(1, 3, 4) for _ in range(2)], MixPlan.concat([0, 1])
-    assert torch.equal(ops.layer_mix(states, plan), torch.cat(states, -1))
+    assert torch.equal(ik.layer_mix(states, plan), torch.cat(states, -1))
     with pytest.raises(NotImplementedError, match="IGVA_KERNELS_CPU_ISA: got 'avx9000'"):
-        ops.layer_mix(states, plan, impl="cpu")
+        ik.layer_mix(states, plan, impl="cpu")

@@ -5,13 +5,14 @@ import pytest
 import strides
 import torch
 from cuda_tools import emulated_module, include
+from igva_kernels.backends.cuda import BACKEND, gemm, grad_gemm, launch, programs
 from seeds import seeded
 
 import igva_kernels as ik
 from igva_kernels import MixPlan, verify
-from igva_kernels.backends.base import ACTIVATION_GRADS, Keep, MixArgs, ProjectorWeights, take_blocks
-from igva_kernels.backends.cuda import BACKEND, gemm, grad_gemm, launch, programs
+from igva_kernels.ops.weighted_mix import cases
 from igva_kernels.ops.weighted_mix.cases import Case
+from igva_kernels.ops.weighted_mix.steps import Keep, MixArgs, ProjectorWeights, take_blocks
 
 pytestmark = pytest.mark.skipif(include() is None, reason="the emulation needs the headers of a CUDA toolkit")
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gpu_tools import check_memory, same
+from igva_kernels.backends.cuda import BACKEND, gemm, grad_gemm
 from seeds import seeded
 
 import igva_kernels as ik
 from igva_kernels import MixPlan, verify
-from igva_kernels.backends.base import Keep, MixArgs
-from igva_kernels.backends.cuda import BACKEND, gemm, grad_gemm
+from igva_kernels.ops.weighted_mix import cases
+from igva_kernels.ops.weighted_mix.steps import Keep, MixArgs
 from igva_kernels.testing import capture, within_rule
 
 REASON = BACKEND.why_not(torch.device("cuda"), torch.bfloat16)

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-
-from igva_kernels import MixPlan, dispatch
-from igva_kernels.backends.base import Keep, MixArgs
 from igva_kernels.backends.cuda import gemm, grad_gemm, launch, programs
+
+from igva_kernels import MixPlan
+from igva_kernels.ops.weighted_mix.steps import Keep, MixArgs
 
 IGVA = MixPlan.igva(6, 3)
 
@@ -257,7 +257,7 @@ def test_import_touches_no_driver_and_needs_no_module():
 import sys
 sys.modules["igva_kernels._cuda"] = None
 import torch
-from igva_kernels import dispatch
+from igva_kernels import registry
 assert dispatch.get("cuda").why_not(torch.device("cuda"), torch.float32)
 assert not torch.cuda.is_initialized()
 """

@@ -2,13 +2,14 @@
 
 import math
 
+import plain_torch
 import pytest
 import torch
 from seeds import seeded
 from torch import nn
 from torch.nn.utils import parametrize
 
-from igva_kernels import MixPlan, dispatch, reference
+from igva_kernels import MixPlan, registry
 from igva_kernels.nn import (
     LayerMixProjector,
     WeightAllocator,
@@ -19,7 +20,7 @@ from igva_kernels.nn import (
     negative_entropy,
 )
 
-IMPLS = ["reference", *(s.name for s in dispatch.backends() if s.name in ("cpu", "cuda") and "cpu" in s.devices)]
+IMPLS = ["reference", *(s.name for s in registry.backends() if s.name in ("cpu", "cuda") and "cpu" in s.devices)]
 PLAN = MixPlan.igva(4, 2)
 
 
@@ -134,7 +135,7 @@ def test_a_summary_is_the_cls_of_a_group_mean_or_its_mean_over_the_tokens(impl, 
 def test_summaries_of_the_reduced_sources_are_those_of_the_layers():
     hidden = states()
     sources, plan = PLAN.reduced()
-    reduced = [reference.layer_mix(hidden, MixPlan((block,))) for block in sources.blocks]
+    reduced = [plain_torch.layer_mix(hidden, MixPlan((block,))) for block in sources.blocks]
     close(column_summaries(reduced, plan, impl="reference"), column_summaries(hidden, PLAN, impl="reference"))
 
 
@@ -206,7 +207,7 @@ def test_every_road_through_the_projector_leads_to_the_same_outputs_and_gradient
 def test_the_projector_is_the_specification():
     hidden, weights, module = states(), torch.rand(2, 2), projector(activation="gelu_tanh", layernorm_eps=1e-3)
     norm, one, two = module.projector_layernorm, module.linear_1, module.linear_2
-    want = reference.layer_mix_mlp(
+    want = plain_torch.layer_mix_mlp(
         hidden, PLAN, weights, one.weight, one.bias, two.weight, two.bias,
         activation="gelu_tanh", norm=(norm.weight, norm.bias, 1e-3), skip_tokens=1,
     )  # fmt: skip
@@ -217,7 +218,7 @@ def test_the_projector_is_the_specification():
 def test_the_projector_reads_reduced_sources_and_many_rows_of_one_image(impl):
     hidden, weights, index = states(), torch.rand(3, 2), torch.tensor([1, 1, 0])
     sources, plan = PLAN.reduced()
-    reduced = [reference.layer_mix(hidden, MixPlan((block,))) for block in sources.blocks]
+    reduced = [plain_torch.layer_mix(hidden, MixPlan((block,))) for block in sources.blocks]
     out = projector(impl)(reduced, weights, plan=plan, image_index=index)
     close(out, projector()([h[index] for h in hidden], weights))
 

@@ -2,16 +2,18 @@
 
 import re
 
+import plain_torch
 import pytest
 import torch
 from seeds import seeded
 
 import igva_kernels as ik
-from igva_kernels import MixPlan, dispatch, reference, verify
+from igva_kernels import MixPlan, registry, verify
+from igva_kernels.ops.weighted_mix import cases
 from igva_kernels.testing import relative_error
 
 # The interpreted Triton kernels have a suite of their own.
-BACKENDS = [s.name for s in dispatch.backends() if s.name in ("cpu", "cuda") and "cpu" in s.devices]
+BACKENDS = [s.name for s in registry.backends() if s.name in ("cpu", "cuda") and "cpu" in s.devices]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IGVA = MixPlan.igva(6, 3)
 
@@ -35,7 +37,7 @@ def make(images=2, tokens=5, width=8, hidden=12, dtype=torch.float32, plan=IGVA,
 
 
 def test_a_kernel_backend_runs_here():
-    assert BACKENDS, [tuple(status) for status in dispatch.backends()]
+    assert BACKENDS, [tuple(status) for status in registry.backends()]
 
 
 @pytest.mark.parametrize("dtype", verify.DTYPES)
@@ -99,11 +101,11 @@ def test_strided_states_of_different_layouts_are_read_where_they_lie(impl):
     states = [layout(h) for layout, h in zip(layouts, base, strict=True)]
     for skip in (0, 2):
         actual = ik.layer_mix(states, IGVA, weights, skip_tokens=skip, impl=impl)
-        expected = reference.layer_mix([h.contiguous() for h in states], IGVA, weights, skip_tokens=skip)
+        expected = plain_torch.layer_mix([h.contiguous() for h in states], IGVA, weights, skip_tokens=skip)
         torch.testing.assert_close(actual, expected)
         mlp = ik.layer_mix_mlp(states, IGVA, weights, *params, skip_tokens=skip, impl=impl)
         torch.testing.assert_close(
-            mlp, reference.layer_mix_mlp(states, IGVA, weights, *params, skip_tokens=skip), rtol=1e-4, atol=1e-4
+            mlp, plain_torch.layer_mix_mlp(states, IGVA, weights, *params, skip_tokens=skip), rtol=1e-4, atol=1e-4
         )
 
 
@@ -118,7 +120,7 @@ def test_empty_and_single_batches(impl, images, skip):
     actual = [leaf.grad.clone() for leaf in expected]
     for leaf in expected:
         leaf.grad = None
-    reference.layer_mix_mlp(states, IGVA, weights, *params, skip_tokens=skip).sum().backward()
+    plain_torch.layer_mix_mlp(states, IGVA, weights, *params, skip_tokens=skip).sum().backward()
     for grad, leaf in zip(actual, expected, strict=True):
         torch.testing.assert_close(grad, leaf.grad, rtol=1e-4, atol=1e-4)
 
@@ -132,7 +134,7 @@ def test_one_row_of_weights_serves_the_whole_batch(impl):
     states, weights, params = make(grad=True)
     shared = weights.detach()[:1].clone().requires_grad_()
     out = ik.layer_mix_mlp(states, IGVA, shared, *params, impl=impl)
-    expected = reference.layer_mix_mlp(states, IGVA, shared.expand(2, -1), *params)
+    expected = plain_torch.layer_mix_mlp(states, IGVA, shared.expand(2, -1), *params)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
     (grad,) = torch.autograd.grad(out.square().sum(), shared)
     (expected_grad,) = torch.autograd.grad(expected.square().sum(), shared)
@@ -166,7 +168,7 @@ def test_unused_layers_may_be_none_also_beside_a_trainable_one(impl):
     states[0] = None
     out = ik.layer_mix(states, IGVA, weights, impl=impl)
     (grad, grad_w) = torch.autograd.grad(out.square().sum(), [states[3], weights])
-    expected = reference.layer_mix(states, IGVA, weights)
+    expected = plain_torch.layer_mix(states, IGVA, weights)
     (expected_grad, expected_w) = torch.autograd.grad(expected.square().sum(), [states[3], weights])
     torch.testing.assert_close(grad, expected_grad)
     torch.testing.assert_close(grad_w, expected_w)
@@ -206,7 +208,9 @@ def test_layers_keep_their_dtype_and_the_row_takes_the_weights(impl):
     params = [p.float() for p in params]
     out = ik.layer_mix_mlp(states, IGVA, weights, *params, impl=impl)
     assert out.dtype == torch.float32
-    exact = reference.layer_mix_mlp([h.double() for h in states], IGVA, weights.double(), *(p.double() for p in params))
+    exact = plain_torch.layer_mix_mlp(
+        [h.double() for h in states], IGVA, weights.double(), *(p.double() for p in params)
+    )
     assert relative_error(out, exact) < 1e-6  # the row was rounded to fp32, not to the layers' bf16
     assert ik.layer_mix(states, IGVA, weights, impl=impl).dtype == torch.bfloat16
 

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from igva_kernels.backends.cpu import backend as cpu_backend
 from seeds import seeded
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,8 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import igva_kernels as ik
-from igva_kernels import dispatch
-from igva_kernels.backends.cpu import backend as cpu_backend
+from igva_kernels import registry
 from igva_kernels.integrations.lazy import LazyConcat
 from igva_kernels.nn import is_plain
 from igva_kernels.testing import measure_memory
@@ -26,7 +26,7 @@ from hosts import VISION, features, gradients, host_inputs, host_model, matrices
 from threads import in_threads
 from transformers import AttentionInterface
 
-KERNELS = [s.name for s in dispatch.backends() if s.name in ("cpu", "cuda") and "cpu" in s.devices]
+KERNELS = [s.name for s in registry.backends() if s.name in ("cpu", "cuda") and "cpu" in s.devices]
 IMPL = KERNELS[0] if KERNELS else "reference"
 needs_kernel = pytest.mark.skipif(not KERNELS, reason="no kernel serves CPU tensors here")
 

@@ -4,10 +4,11 @@ import dataclasses
 import json
 import pickle
 
+import plain_torch
 import pytest
 import torch
 
-from igva_kernels import MixPlan, reference
+from igva_kernels import MixPlan
 from igva_kernels.ops.weighted_mix.plan import Entry, Term, is_tap, terms
 
 
@@ -35,7 +36,7 @@ def test_igva_uniform_is_igva_with_equal_weights():
     weights = torch.full((2, 4), 0.25, dtype=torch.float64)
     assert MixPlan.igva_uniform().num_columns == 0
     torch.testing.assert_close(
-        reference.layer_mix(states, MixPlan.igva_uniform()), reference.layer_mix(states, MixPlan.igva(), weights)
+        plain_torch.layer_mix(states, MixPlan.igva_uniform()), plain_torch.layer_mix(states, MixPlan.igva(), weights)
     )
 
 
@@ -182,5 +183,7 @@ def test_the_reduced_plan_over_its_sources_is_the_plan(plan):
     states = [torch.randn(2, 3, 4, dtype=torch.float64) for _ in range(7)]
     weights = torch.randn(2, plan.num_columns, dtype=torch.float64) if plan.num_columns else None
     sources, reduced = plan.reduced()
-    sums = [reference.layer_mix(states, MixPlan((block,))) for block in sources.blocks]
-    torch.testing.assert_close(reference.layer_mix(sums, reduced, weights), reference.layer_mix(states, plan, weights))
+    sums = [plain_torch.layer_mix(states, MixPlan((block,))) for block in sources.blocks]
+    torch.testing.assert_close(
+        plain_torch.layer_mix(sums, reduced, weights), plain_torch.layer_mix(states, plan, weights)
+    )

@@ -8,9 +8,10 @@ import torch
 from seeds import seeded
 
 from igva_kernels import MixPlan, testing, verify
-from igva_kernels.dispatch import backends
-from igva_kernels.testing import Judge, draws, relative_error
+from igva_kernels.ops.weighted_mix import cases
 from igva_kernels.ops.weighted_mix.cases import MIX_WEIGHTS_GRAD, OUTPUT, Case
+from igva_kernels.registry import backends
+from igva_kernels.testing import Judge, draws, relative_error
 
 pytestmark = pytest.mark.skipif(
     not any(status.name == "cpu" and status.available for status in backends()), reason="no kernels to plant a fault in"

@@ -1,10 +1,11 @@
 """The specification against the operator's formula entry by entry, and against the published code's steps."""
 
+import plain_torch
 import pytest
 import torch
 import torch.nn.functional as F
 
-from igva_kernels import MixPlan, reference
+from igva_kernels import MixPlan
 
 PLANS = {
     "igva": MixPlan.igva(6, 3),
@@ -37,7 +38,7 @@ def test_the_mix_is_the_sum_over_its_entries(name, skip, image_index):
     rows = 2 if index is None else 3
     weights = torch.randn(rows, plan.num_columns, dtype=torch.float64) if plan.num_columns else None
     torch.testing.assert_close(
-        reference.layer_mix(states, plan, weights, skip_tokens=skip, image_index=index),
+        plain_torch.layer_mix(states, plan, weights, skip_tokens=skip, image_index=index),
         entry_by_entry(states, plan, weights, skip, index),
     )
 
@@ -52,7 +53,7 @@ def test_the_block_is_igva_as_its_authors_compute_it():
     fused = (torch.stack(groups, 1) * weights[:, :, None, None]).sum(1)
     row = torch.cat([states[-2][:, 1:], fused[:, 1:]], -1)
     expected = F.linear(F.gelu(F.linear(row, w1, b1)), w2, b2)
-    actual = reference.layer_mix_mlp(states, MixPlan.igva(), weights, w1, b1, w2, b2, skip_tokens=1)
+    actual = plain_torch.layer_mix_mlp(states, MixPlan.igva(), weights, w1, b1, w2, b2, skip_tokens=1)
     assert torch.equal(actual, expected)
 
 
@@ -62,7 +63,7 @@ def test_norm_is_layer_norm_over_the_whole_row():
     gamma, beta = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
     row = torch.cat([states[0], states[2]], -1)
     row = (row - row.mean(-1, keepdim=True)) / (row.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt() * gamma + beta
-    actual = reference.layer_mix_linear(states, plan, None, w, norm=(gamma, beta, 1e-5), activation="silu")
+    actual = plain_torch.layer_mix_linear(states, plan, None, w, norm=(gamma, beta, 1e-5), activation="silu")
     torch.testing.assert_close(actual, F.silu(row @ w.T))
 
 
@@ -70,5 +71,5 @@ def test_gradcheck_of_the_reference():
     states = [torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(7)]
     weights = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda w, *h: reference.layer_mix(h, PLANS["igva"], w, skip_tokens=1), (weights, *states)
+        lambda w, *h: plain_torch.layer_mix(h, PLANS["igva"], w, skip_tokens=1), (weights, *states)
     )

@@ -4,13 +4,14 @@ import copy
 import gc
 import weakref
 
+import plain_torch
 import pytest
 import torch
 from threads import in_threads
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 import igva_kernels as ik
-from igva_kernels import MixPlan, reference
+from igva_kernels import MixPlan
 from igva_kernels.streaming import encoder_layers
 
 SIZES = dict(
@@ -53,7 +54,7 @@ def test_the_sources_give_the_one_shot_mix(tower, pixels, name, mode):
     assert all(source.shape == states[0].shape for source in stream.sources)
     torch.testing.assert_close(
         ik.layer_mix(stream.sources, stream.plan, weights, skip_tokens=1),
-        reference.layer_mix(states, plan, weights, skip_tokens=1),
+        plain_torch.layer_mix(states, plan, weights, skip_tokens=1),
     )
 
 
@@ -75,7 +76,7 @@ def test_low_precision_sums_are_accumulated_in_fp32_and_rounded_once(pixels, mod
     states = tower(pixels.bfloat16(), output_hidden_states=True).hidden_states
     with ik.stream_hidden_states(tower, plan, mode=mode) as stream:
         tower(pixels.bfloat16())
-    exact = reference.layer_mix([s.double() for s in states], plan)[..., 32:]
+    exact = plain_torch.layer_mix([s.double() for s in states], plan)[..., 32:]
     assert stream.sources[1].dtype == torch.bfloat16
     torch.testing.assert_close(stream.sources[1], exact.bfloat16(), rtol=2**-7, atol=1e-6)
 
@@ -198,7 +199,7 @@ def test_two_towers_and_two_streams_at_once(pixels):
             weights = weights_of(plan)
             torch.testing.assert_close(
                 ik.layer_mix(stream.sources, stream.plan, weights),
-                reference.layer_mix(states, plan.resolve(7), weights),
+                plain_torch.layer_mix(states, plan.resolve(7), weights),
             )
 
 
@@ -213,7 +214,7 @@ def test_threads_with_plans_of_their_own_share_a_tower():
         for i in [(client + turn) % 4 for turn in range(8)]:
             with torch.no_grad(), ik.stream_hidden_states(tower, plan, mode=mode) as stream:
                 tower(images[i])
-            expected = reference.layer_mix(states[i], plan.resolve(7))
+            expected = plain_torch.layer_mix(states[i], plan.resolve(7))
             torch.testing.assert_close(ik.layer_mix(stream.sources, stream.plan), expected)
             torch.testing.assert_close(tower(images[i]).last_hidden_state, states[i][-1])
 
@@ -269,7 +270,7 @@ def test_a_compiled_tower_streams(pixels):
     tower = CLIPVisionModel(CLIPVisionConfig(**{**SIZES, "num_hidden_layers": 2})).eval().requires_grad_(False)
     plan = MixPlan.igva(2, 2)
     weights = weights_of(plan)
-    expected = reference.layer_mix(tower(pixels, output_hidden_states=True).hidden_states, plan, weights)
+    expected = plain_torch.layer_mix(tower(pixels, output_hidden_states=True).hidden_states, plan, weights)
     compiled = torch.compile(tower, backend="aot_eager")
     compiled(pixels)
     with ik.stream_hidden_states(compiled, plan) as stream:
@@ -289,7 +290,7 @@ def test_a_tower_on_an_offloading_device_map_streams(pixels):
     tower = CLIPVisionModel(CLIPVisionConfig(**SIZES)).eval().requires_grad_(False)
     plan = MixPlan.igva(6, 3)
     weights = weights_of(plan)
-    expected = reference.layer_mix(tower(pixels, output_hidden_states=True).hidden_states, plan, weights)
+    expected = plain_torch.layer_mix(tower(pixels, output_hidden_states=True).hidden_states, plan, weights)
     cpu_offload(tower, execution_device=torch.device("cpu"))
     with ik.stream_hidden_states(tower, plan) as stream:
         tower(pixels)

@@ -5,8 +5,8 @@ import strides
 import torch
 
 import igva_kernels as ik
-from igva_kernels import native
-from igva_kernels.backends.base import MixArgs
+from igva_kernels.ops.weighted_mix.steps import MixArgs
+from igva_kernels.runtime.cpu import native
 
 pytestmark = pytest.mark.skipif(native.load()[0] is None, reason=native.load()[1])
 

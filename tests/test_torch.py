@@ -3,16 +3,17 @@
 import subprocess
 import sys
 
+import plain_torch
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import igva_kernels as ik
-from igva_kernels import MixPlan, dispatch, reference
+from igva_kernels import MixPlan, registry
 from igva_kernels.testing import relative_error, within_rule
 
-BACKENDS = [s.name for s in dispatch.backends() if s.name in ("cpu", "cuda") and "cpu" in s.devices]
+BACKENDS = [s.name for s in registry.backends() if s.name in ("cpu", "cuda") and "cpu" in s.devices]
 IGVA = MixPlan.igva(6, 3)
 OPS = torch.ops.igva_kernels
 
@@ -48,10 +49,10 @@ def test_opcheck_passes_for_every_operator(impl, dtype, grad, layers_grad):
     keep = "sources" if grad else "nothing"
     torch.library.opcheck(OPS.layer_mix.default, (layers, weights, index, plan.code, 1, keep, impl))
     keep, keep_z = "sources" if grad else "rows" if layers_grad else "nothing", grad or layers_grad
-    linear = (layers, weights, index, w1, b1, None, None, plan.code, 1, 1e-5, "gelu", keep, keep_z, impl)
-    torch.library.opcheck(OPS.layer_mix_linear.default, linear)
+    linear = (layers, weights, index, w1, b1, None, None, None, None, plan.code, 1, 1e-5, "gelu", keep, keep_z, impl)
+    torch.library.opcheck(OPS.projector.default, linear)
     mlp = (layers, weights, None, w1, b1, None, None, w2, b2, plan.code, 1, None, "gelu", keep, keep_z, impl)
-    torch.library.opcheck(OPS.layer_mix_mlp.default, mlp)
+    torch.library.opcheck(OPS.projector.default, mlp)
 
 
 @pytest.mark.plain_memory
@@ -59,7 +60,7 @@ def test_opcheck_passes_where_the_mixed_row_is_kept(impl):
     states, _, (w1, b1, w2, b2) = make()
     plan = MixPlan.igva_uniform(6, 3).compact()[1]
     args = (states[1:], None, None, w1, b1, None, None, w2, b2, plan.code, 1, 1e-5, "gelu", "rows", True, impl)
-    torch.library.opcheck(OPS.layer_mix_mlp.default, args)
+    torch.library.opcheck(OPS.projector.default, args)
 
 
 @pytest.mark.plain_memory
@@ -91,7 +92,7 @@ def test_a_dispatch_mode_sees_the_operators_in_eager(impl):
     states, weights, params = make()
     with Spy():
         ik.layer_mix_mlp(states, IGVA, weights, *params, impl=impl).sum().backward()
-    assert "igva_kernels::layer_mix_mlp" in seen
+    assert "igva_kernels::projector" in seen
     assert "igva_kernels::projector_backward" in seen
 
 
@@ -164,14 +165,14 @@ def test_autocast_casts_weights_and_the_row_but_never_the_layers(impl):
         states, weights, params = make(tokens=33, width=64, hidden=48)
         with torch.autocast("cpu", torch.bfloat16):
             out = ik.layer_mix_mlp(states, IGVA, weights, *params, impl=impl)
-            plain = reference.layer_mix_mlp(states, IGVA, weights, *params)
+            plain = plain_torch.layer_mix_mlp(states, IGVA, weights, *params)
             assert ik.layer_mix(states, IGVA, weights, impl=impl).dtype == torch.float32
         assert out.dtype == plain.dtype == torch.bfloat16
         leaves = [weights, *params]
         grads = torch.autograd.grad(out.float().square().sum(), leaves)
         plain_grads = torch.autograd.grad(plain.float().square().sum(), leaves)
         exact_weights, *exact_params = (leaf.detach().double().requires_grad_() for leaf in leaves)
-        exact = reference.layer_mix_mlp([h.double() for h in states], IGVA, exact_weights, *exact_params)
+        exact = plain_torch.layer_mix_mlp([h.double() for h in states], IGVA, exact_weights, *exact_params)
         exact_grads = torch.autograd.grad(exact.square().sum(), [exact_weights, *exact_params])
         judge.add(out, exact, plain, "output")
         names = ("mix_weights", "weight1", "bias1", "weight2", "bias2")
@@ -255,7 +256,7 @@ def test_a_concat_saves_its_taps_where_they_lie_and_no_row(impl, norm):
     run = lambda: ik.layer_mix_mlp(states, plan, None, *params, **options, impl=impl)  # noqa: E731
     rows = images * (tokens - 1)
     assert saved_bytes(run, [*leaves, *states]) == rows * (hidden + 2 * norm) * 4
-    plain = reference.layer_mix_mlp(states, plan.resolve(7), None, *params, **options)
+    plain = plain_torch.layer_mix_mlp(states, plan.resolve(7), None, *params, **options)
     grads, expected = (torch.autograd.grad(out.square().sum(), leaves) for out in (run(), plain))
     for actual, wanted in zip(grads, expected, strict=True):
         assert relative_error(actual, wanted) < 1e-4
@@ -286,7 +287,7 @@ def test_only_the_gradients_asked_for_are_computed(impl, frozen):
     named = dict(zip(("weights", "w1", "b1", "w2", "b2"), (weights, *params), strict=True))
     named[frozen].requires_grad_(False)
     out = ik.layer_mix_mlp(states, IGVA, named["weights"], *params, impl=impl)
-    expected = reference.layer_mix_mlp(states, IGVA, named["weights"], *params)
+    expected = plain_torch.layer_mix_mlp(states, IGVA, named["weights"], *params)
     leaves = [leaf for name, leaf in named.items() if name != frozen]
     for actual, wanted in zip(
         torch.autograd.grad(out.square().sum(), leaves), torch.autograd.grad(expected.square().sum(), leaves),

@@ -9,10 +9,10 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import igva_kernels as ik
-from igva_kernels import MixPlan, dispatch
+from igva_kernels import MixPlan, registry
 from igva_kernels.nn import LayerMixProjector, TextAllocator, WeightAllocator
 
-KERNELS = [s.name for s in dispatch.backends() if s.name in ("cpu", "cuda") and "cpu" in s.devices]
+KERNELS = [s.name for s in registry.backends() if s.name in ("cpu", "cuda") and "cpu" in s.devices]
 IMPLS = ["reference", "auto"]
 PLAN = MixPlan.igva(6, 3)
 OPS = torch.ops.igva_kernels

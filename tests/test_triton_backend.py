@@ -7,10 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from igva_kernels.backends.triton import BACKEND, backend, config, gemm, launch
 
 import igva_kernels as ik
-from igva_kernels import dispatch
-from igva_kernels.backends.triton import BACKEND, backend, config, gemm, launch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 import torch
 from gpu_tools import check_memory, same
+from igva_kernels.backends.triton import BACKEND, backend, config
 from seeds import seeded
 
 import igva_kernels as ik
 from igva_kernels import MixPlan, verify
-from igva_kernels.backends.triton import BACKEND, backend, config
 from igva_kernels.nn import WeightAllocator, column_summaries
+from igva_kernels.ops.weighted_mix import cases
 from igva_kernels.testing import capture, relative_error, within_rule
 
 REASON = BACKEND.why_not(torch.device("cuda"), torch.bfloat16)

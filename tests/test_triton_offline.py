@@ -5,19 +5,18 @@ import os
 
 import pytest
 import torch
+from igva_kernels.library import _signatures
 
 from igva_kernels import MixPlan
-from igva_kernels.backends.base import AllocatorWeights, Keep, LayerShape, MixArgs
-from igva_kernels.library import _signatures
 from igva_kernels.nn import WeightAllocator
+from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 pytest.importorskip("triton")
 
-from triton_build import SHARED_MEMORY, build, record, specialised
-
 from igva_kernels.backends.triton import allocator, config, gemm, mix, norm
+from triton_build import SHARED_MEMORY, build, record, specialised
 
 ARCHITECTURES = {80: "sm_80", 90: "sm_90", 100: "sm_100"}
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}

@@ -6,7 +6,9 @@ import pytest
 import torch
 from seeds import seeded
 
-from igva_kernels import dispatch, ops, testing, verify
+import igva_kernels as ik
+from igva_kernels import testing, verify
+from igva_kernels.ops.weighted_mix import cases
 from igva_kernels.testing import Judge, draws, measure_memory, relative_error, within_rule
 
 CASE = cases.SMALL_CASES[0]
@@ -188,7 +190,7 @@ def test_memory_of_a_call():
     assert result.ndim == 0
     assert memory.peak == pytest.approx(2 * x.nbytes, rel=0.01)
     assert memory.kept < 1024
-    _, memory = measure_memory(lambda: ops.layer_mix([x.view(1, -1, 16)], _tap(), impl="reference"))
+    _, memory = measure_memory(lambda: ik.layer_mix([x.view(1, -1, 16)], _tap(), impl="reference"))
     assert memory.kept == pytest.approx(x.nbytes, rel=0.01)
 
 

@@ -5,14 +5,14 @@ from hosts import liven
 from seeds import seeded
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, SiglipVisionConfig
 
-from igva_kernels import dispatch
+from igva_kernels import registry
 from igva_kernels.models import LlavaIgvaConfig, LlavaIgvaForConditionalGeneration
 
 IMAGE, PAD, EMBED, VISION, TEXT = 60, 0, 12, 16, 32
 PATCHES = 4
 """Visual tokens an image: 28 / 14 squared."""
 
-FUSED = [s.name for s in dispatch.backends() if s.name in ("cpu", "cuda") and "cpu" in s.devices]
+FUSED = [s.name for s in registry.backends() if s.name in ("cpu", "cuda") and "cpu" in s.devices]
 """Kernels that serve CPU tensors here."""
 
 

@@ -9,11 +9,10 @@ from typing import NamedTuple
 
 import torch
 import triton
+from igva_kernels.backends.triton import allocator, gemm, mix, norm
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
-
-from igva_kernels.backends.triton import allocator, gemm, mix, norm
 
 SHARED_MEMORY = {80: 101_376, 90: 232_448, 100: 232_448}
 """Bytes a block may use. The sm_80 file serves 8.6 and 8.9 too, which have less than 8.0."""

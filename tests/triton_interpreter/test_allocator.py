@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from igva_kernels.backends.triton import allocator as kernels
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from igva_kernels.backends.triton import allocator as kernels
 from igva_kernels.nn import WeightAllocator
 from igva_kernels.testing import within_rule
 

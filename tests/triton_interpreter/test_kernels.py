@@ -3,16 +3,18 @@
 import dataclasses
 
 import numpy as np
+import plain_torch
 import pytest
 import torch
+from igva_kernels.backends.triton import BACKEND, gemm, mix
+from igva_kernels.backends.triton.config import GemmConfig, of_device
 from seeds import seeded
 
 import igva_kernels as ik
-from igva_kernels import MixPlan, reference, verify
-from igva_kernels.backends.base import ACTIVATION_GRADS, Backend, Keep, LayerShape, MixArgs
-from igva_kernels.backends.triton import BACKEND, gemm, mix
-from igva_kernels.backends.triton.config import GemmConfig, of_device
+from igva_kernels import MixPlan, verify
 from igva_kernels.nn import column_summaries
+from igva_kernels.ops.weighted_mix import cases
+from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs
 from igva_kernels.runtime.activations import ACTIVATIONS
 from igva_kernels.testing import within_rule
 
@@ -93,7 +95,7 @@ def test_layers_are_read_where_they_lie(same):
     layers = [strided(2, 6, 32, 1 + i * (not same), 8 * (1 + i * (not same))) for i in range(5)]
     plan = make_plan(5, 2)
     weights = torch.randn(2, 2)
-    expected = reference.layer_mix(layers, plan, weights, skip_tokens=1)
+    expected = plain_torch.layer_mix(layers, plan, weights, skip_tokens=1)
     actual = ik.layer_mix(layers, plan, weights, skip_tokens=1, impl="triton")
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
@@ -129,7 +131,7 @@ def test_what_is_kept(index, norm):
     # The sum that two blocks share is kept once, the single layers not at all.
     (total,) = mixed.kept
     torch.testing.assert_close(total, (layers[1] + layers[2])[:, 1:] / 2)
-    plain = reference.layer_mix(layers, plan, args.mix_weights, skip_tokens=1, image_index=index)
+    plain = plain_torch.layer_mix(layers, plan, args.mix_weights, skip_tokens=1, image_index=index)
     if norm is None:
         torch.testing.assert_close(mixed.rows, plain, rtol=1e-5, atol=1e-5)
         return
@@ -150,7 +152,7 @@ def test_an_image_that_does_not_exist_gives_nan_rows_and_nothing_else():
     args = MixArgs(layers, plan, weights, index, 1)
     rows = BACKEND.mix(args, torch.float32).rows
     good = [0, 3]
-    expected = reference.layer_mix(layers, plan, weights[good], skip_tokens=1, image_index=index[good])
+    expected = plain_torch.layer_mix(layers, plan, weights[good], skip_tokens=1, image_index=index[good])
     torch.testing.assert_close(rows[good], expected, rtol=1e-5, atol=1e-5)
     assert rows[[1, 2]].isnan().all()
     grad = torch.randn(4, 3, 32)

@@ -7,10 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from igva_kernels.backends.triton import config, cost, tune
 from triton.runtime.errors import OutOfResources
 
-from igva_kernels import dispatch
-from igva_kernels.backends.triton import config, cost, tune
 from igva_kernels.ops.weighted_mix import MixPlan
 
 
