@@ -137,7 +137,7 @@ def registered_calls(impl):
         "projector: two": [layers, *mix, *linear, t["weight2"], t["bias2"], *options],
         "layer_mix_backward": [
             t["grad of layer_mix"], _kept(Keep.SOURCES, t, impl)[0], *mix, PLAN.code, SKIP, shape, torch.float32,
-            [True, *needs], impl,
+            [True, True, *needs], impl,
         ],
     }  # fmt: skip
     for keep in (Keep.SOURCES, Keep.ROWS):

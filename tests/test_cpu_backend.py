@@ -19,7 +19,7 @@ from igva_kernels import cli, testing
 from igva_kernels.ops.weighted_mix import MixPlan, is_tap
 from igva_kernels.ops.weighted_mix import cpu as backend
 from igva_kernels.ops.weighted_mix.program import Shares, shares
-from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, ProjectorWeights
+from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Projector
 from igva_kernels.runtime.activations import ACTIVATIONS
 from igva_kernels.runtime.cpu import dense, native
 from igva_kernels.runtime.cpu import products as gemm
@@ -591,18 +591,18 @@ def projector(dtype, row, hidden=24, width=20):
     def draw(*shape):
         return (torch.randn(shape) / shape[-1] ** 0.5).to(dtype)
 
-    return ProjectorWeights(draw(hidden, row), draw(hidden), draw(width, hidden), draw(width))
+    return Projector(draw(hidden, row), draw(hidden), draw(width, hidden), draw(width))
 
 
 def plain_project(args, norm, weights, activation):
-    weights = ProjectorWeights(*(None if w is None else w.to(args.layers[0].dtype) for w in weights))
+    weights = Projector(*(None if w is None else w.to(args.layers[0].dtype) for w in weights[:4]))
     norm = None if norm is None else (*(p.to(args.layers[0].dtype) for p in norm[:2]), norm[2])
     options = dict(
         activation=activation, norm=norm, skip_tokens=args.skip_tokens, image_index=args.image_index
     )  # fmt: skip
     if weights.weight2 is None:
         return plain_torch.layer_mix_linear(args.layers, args.plan, args.mix_weights, *weights[:2], **options)
-    return plain_torch.layer_mix_mlp(args.layers, args.plan, args.mix_weights, *weights, **options)
+    return plain_torch.layer_mix_mlp(args.layers, args.plan, args.mix_weights, *weights[:4], **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -620,7 +620,7 @@ def test_project_obeys_the_error_rule_whatever_it_keeps(dtype, form, keep, keep_
         if form == "no bias":
             weights = weights._replace(bias1=None, bias2=None)
         norm = (torch.rand(40).to(dtype), torch.randn(40).to(dtype), 1e-5) if form == "norm" else None
-        out, mixed, z = CPU.project(args, norm, weights, activation, keep, keep_z)
+        out, mixed, z = CPU.project(args, weights._replace(norm=norm, activation=activation), keep, keep_z)
 
         plain = plain_project(args, norm, weights, activation)
         judge.add(out, plain_project(exact, norm, weights, activation), plain, "output")
@@ -644,7 +644,7 @@ def test_project_of_nothing_and_of_one_row(images, skip, products):
     args, exact = make(PLANS["igva"], torch.float32, images=images, skip=skip)
     weights = projector(torch.float32, 32)
     for keep in Keep:
-        out, _, z = CPU.project(args, None, weights, "gelu", keep, True)
+        out, _, z = CPU.project(args, weights._replace(activation="gelu"), keep, True)
         assert out.shape == (images, 6 - skip, 20)
         assert z.shape == (images * (6 - skip), 24)
         torch.testing.assert_close(out.double(), plain_project(exact, None, weights, "gelu"), rtol=1e-5, atol=1e-5)
@@ -662,7 +662,7 @@ def test_inference_at_real_widths_needs_less_than_64_mib_beside_the_output(dtype
     layer = torch.randn(2, 577, 1024).to(dtype)
     args = MixArgs([layer] * len(CLIP.layers), CLIP, torch.rand(2, 4), None, 1)
     weights = projector(dtype, 2048, 4096, 4096)
-    (out, _, _), memory = measure_memory(lambda: CPU.project(args, None, weights, "gelu", Keep.NOTHING, False))
+    (out, _, _), memory = measure_memory(lambda: CPU.project(args, weights._replace(activation="gelu"), Keep.NOTHING, False))
     assert memory.kept <= out.nbytes + 4096
     assert memory.peak <= out.nbytes + (64 << 20)
 

@@ -71,7 +71,7 @@ def test_opcheck_passes_for_the_backward_operators(impl):
     saved = [states[5], *(torch.randn(2, 4, 8) for _ in range(3))]
     assert sources.num_blocks == len(saved)
     shape, needs = [2, 5, 8], [True] * 6
-    mix = (torch.randn(2, 4, 16), saved, weights, None, plan.code, 1, shape, torch.float32, [True, *needs], impl)
+    mix = (torch.randn(2, 4, 16), saved, weights, None, plan.code, 1, shape, torch.float32, [True, True, *needs], impl)
     torch.library.opcheck(OPS.layer_mix_backward.default, mix)
     asked = [True, True, True, True, False, False, True, True]
     projector = (

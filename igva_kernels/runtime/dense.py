@@ -94,5 +94,6 @@ def norm_param_grads(sums: Tensor | None, norm: Norm) -> tuple[Tensor | None, Te
     """The gradients of a norm's weight and bias from their sums ``[2, N]``, each in its parameter's dtype."""
     if sums is None:
         return None, None
-    weight, bias = (None if p is None else grad.to(p.dtype) for grad, p in zip(sums, norm[:2], strict=True))
+    # Copies: an operator's results must not share memory.
+    weight, bias = (None if p is None else grad.to(p.dtype, copy=True) for grad, p in zip(sums, norm[:2], strict=True))
     return weight, bias

@@ -27,7 +27,10 @@ Differentiate = Callable[[Tensor, SimpleNamespace, SimpleNamespace], Mapping[str
 """``differentiate(grad, needs, saved)``: the gradients by the names of the arguments; one that is left out is None."""
 
 
-def define(schema: str, kernel: Kernel, fake: Kernel, save: Save | None, differentiate: Differentiate) -> None:
+def define(
+    schema: str, kernel: Kernel, fake: Kernel, save: Save | None, differentiate: Differentiate,
+    left_out: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:  # fmt: skip
     """Registers an operator that returns its result, or ``(result, tensors that its backward needs)``.
 
     Args:
@@ -36,11 +39,15 @@ def define(schema: str, kernel: Kernel, fake: Kernel, save: Save | None, differe
         fake: returns empty tensors like those of ``kernel``.
         save: None where nothing is needed.
         differentiate: may raise, where there is no derivative.
+        left_out: values for arguments that the schema does not have, for functions that serve several schemas.
+
+    Returns:
+        The operator as a function of its arguments by name; what its schema does not have is passed over.
     """
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     arguments = [argument.name for argument in getattr(OPS, name).default._schema.arguments]
-    _LIBRARY.impl(name, _without_autocast(_by_name(kernel, arguments)), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _without_autocast(_by_name(kernel, arguments, left_out)), "CompositeExplicitAutograd")
     # Where torch.func and autograd's vmap enter: below, jvp would drop tangents, the others fail without a reason.
     for key in ("FuncTorchDynamicLayerFrontMode", "Batched"):
         if torch._C._parse_dispatch_key(key) is not None:  # as long as this torch has it
@@ -51,7 +58,7 @@ def define(schema: str, kernel: Kernel, fake: Kernel, save: Save | None, differe
         if isinstance(output, tuple):
             ctx.mark_non_differentiable(*output[1])
         if save is not None:
-            _save(ctx, _by_name(lambda given: save(given, output), arguments)(*inputs))
+            _save(ctx, _by_name(lambda given: save(given, output), arguments, left_out)(*inputs))
 
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         needs = dict(zip(arguments, ctx.needs_input_grad, strict=True))
@@ -59,13 +66,16 @@ def define(schema: str, kernel: Kernel, fake: Kernel, save: Save | None, differe
         nothing = {name: [None] * len(n) if isinstance(n, (list, tuple)) else None for name, n in needs.items()}
         return tuple(grads.get(name, nothing[name]) for name in arguments)
 
-    torch.library.register_fake(f"{NAMESPACE}::{name}", _by_name(fake, arguments), lib=_LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", _by_name(fake, arguments, left_out), lib=_LIBRARY)
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    return lambda **values: getattr(OPS, name)(*(values[argument] for argument in arguments))
 
 
-def _by_name(function: Kernel, names: Sequence[str]) -> Callable[..., Any]:
+def _by_name(function: Kernel, names: Sequence[str], left_out: Mapping[str, Any] | None) -> Callable[..., Any]:
+    more = left_out or {}
+
     def run(*args: Any, **kwargs: Any) -> Any:
-        return function(SimpleNamespace(**dict(zip(names, args)), **kwargs))  # noqa: B905  the rest are keywords
+        return function(SimpleNamespace(**{**more, **dict(zip(names, args, strict=False)), **kwargs}))
 
     return run
 

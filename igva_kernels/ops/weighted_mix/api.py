@@ -12,7 +12,7 @@ from igva_kernels.ops.weighted_mix import spec
 from igva_kernels.ops.weighted_mix.checks import Mix, check_image_range, check_mix, check_projector
 from igva_kernels.ops.weighted_mix.op import OPERATOR
 from igva_kernels.ops.weighted_mix.plan import MixPlan
-from igva_kernels.ops.weighted_mix.steps import Keep, ProjectorWeights
+from igva_kernels.ops.weighted_mix.steps import Keep, Projector
 from igva_kernels.registry import REFERENCE
 from igva_kernels.runtime.context import autocast_dtype, saveable
 from igva_kernels.runtime.dense import Norm
@@ -91,9 +91,8 @@ def layer_mix_linear(
         ValueError, TypeError, NotImplementedError: as in ``layer_mix``.
     """
     mix = check_mix(hidden_states, plan, mix_weights, skip_tokens, image_index)
-    weights = ProjectorWeights(weight, bias)
-    norm = check_projector(mix, weights, activation, norm, ("weight", "bias"))
-    return _project(impl, mix, weights, activation, norm)
+    projector = Projector(weight, bias, None, None, norm, activation)
+    return _project(impl, mix, check_projector(mix, projector, ("weight", "bias")))
 
 
 def layer_mix_mlp(
@@ -128,9 +127,8 @@ def layer_mix_mlp(
         ValueError, TypeError, NotImplementedError: as in ``layer_mix``.
     """
     mix = check_mix(hidden_states, plan, mix_weights, skip_tokens, image_index)
-    weights = ProjectorWeights(weight1, bias1, weight2, bias2)
-    norm = check_projector(mix, weights, activation, norm, ("weight1", "bias1", "weight2", "bias2"))
-    return _project(impl, mix, weights, activation, norm)
+    projector = Projector(weight1, bias1, weight2, bias2, norm, activation)
+    return _project(impl, mix, check_projector(mix, projector, ("weight1", "bias1", "weight2", "bias2")))
 
 
 def check_impl(impl: str, device: torch.device, dtype: torch.dtype, activation: str | None = None) -> None:
@@ -159,37 +157,40 @@ def _reference_rows(mix: Mix) -> Tensor:
     )  # fmt: skip
 
 
-def _project(impl: str, mix: Mix, weights: ProjectorWeights, activation: str | None, norm: Norm | None) -> Tensor:
+def _project(impl: str, mix: Mix, projector: Projector) -> Tensor:
+    *weights, norm, activation = projector
     backend = _select(impl, mix, (weights, norm), activation)
+    norm_weight, norm_bias, norm_eps = (None, None, None) if norm is None else norm
     if backend == REFERENCE:
         if torch.is_grad_enabled():
-            weights = ProjectorWeights(*map(saveable, weights))
-            norm = None if norm is None else (saveable(norm[0]), saveable(norm[1]), norm[2])
+            weights = [saveable(weight) for weight in weights]
+            norm = None if norm is None else (saveable(norm_weight), saveable(norm_bias), norm[2])
         return spec.project(_reference_rows(mix), *weights, activation=activation, norm=norm)
     dtype = autocast_dtype(mix.layers[0].device)
-    if dtype is not None and weights.weight1.dtype != torch.float64:
-        weights = ProjectorWeights(*(None if weight is None else weight.to(dtype) for weight in weights))
-    norm_weight, norm_bias, norm_eps = (None, None, None) if norm is None else norm
-    keep, keep_z = _what_to_keep(mix, weights, activation, norm)
+    if dtype is not None and projector.weight1.dtype != torch.float64:
+        weights = [None if weight is None else weight.to(dtype) for weight in weights]
+    weight1, bias1, weight2, bias2 = weights
+    keep, keep_z = _what_to_keep(mix, projector)
     return OPS.projector(
-        mix.layers, mix.mix_weights, mix.image_index, weights.weight1, weights.bias1, norm_weight, norm_bias,
-        weights.weight2, weights.bias2, mix.code, mix.skip_tokens, norm_eps, activation, keep.value, keep_z, backend,
+        mix.layers, mix.mix_weights, mix.image_index, weight1, bias1, norm_weight, norm_bias, weight2, bias2,
+        mix.code, mix.skip_tokens, norm_eps, activation, keep.value, keep_z, backend,
     )[0]  # fmt: skip
 
 
-def _what_to_keep(mix: Mix, weights: ProjectorWeights, activation: str | None, norm: Norm | None) -> tuple[Keep, bool]:
+def _what_to_keep(mix: Mix, projector: Projector) -> tuple[Keep, bool]:
     """What the backward will need of the mixed row, and whether it needs z."""
     if not torch.is_grad_enabled():
         return Keep.NOTHING, False
+    weight1, bias1, weight2, _, norm, activation = projector
     into_rows = mix.weights_need_grad or any(layer.requires_grad for layer in mix.layers)
     into_norm = norm is not None and (_needs_grad(norm[0]) or _needs_grad(norm[1]))
     keep = Keep.NOTHING
     if mix.weights_need_grad:
         keep = Keep.SOURCES
-    elif weights.weight1.requires_grad or into_norm or (into_rows and norm is not None):
+    elif weight1.requires_grad or into_norm or (into_rows and norm is not None):
         keep = Keep.SOURCES if mix.only_taps else Keep.ROWS  # taps lie there anyway
-    into_z = into_rows or into_norm or weights.weight1.requires_grad or _needs_grad(weights.bias1)
-    return keep, (activation is not None and into_z) or _needs_grad(weights.weight2)
+    into_z = into_rows or into_norm or weight1.requires_grad or _needs_grad(bias1)
+    return keep, (activation is not None and into_z) or _needs_grad(weight2)
 
 
 def _needs_grad(tensor: Tensor | None) -> bool:

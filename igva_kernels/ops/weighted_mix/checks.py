@@ -11,10 +11,10 @@ from torch import Tensor
 
 from igva_kernels.ops.weighted_mix.plan import MixPlan
 from igva_kernels.ops.weighted_mix.program import lower
-from igva_kernels.ops.weighted_mix.steps import ProjectorWeights
+from igva_kernels.ops.weighted_mix.steps import Projector
 from igva_kernels.runtime.activations import check_activation
 from igva_kernels.runtime.context import check_storage, constant_under_compile, has_values, is_distributed
-from igva_kernels.runtime.dense import Norm, accumulation_dtype
+from igva_kernels.runtime.dense import accumulation_dtype
 
 
 class Compact(NamedTuple):
@@ -99,25 +99,23 @@ def check_mix(
     return Mix(layers, mix_weights, image_index, skip_tokens, code, num_blocks * width, only_taps, need_grad)
 
 
-def check_projector(
-    mix: Mix, weights: ProjectorWeights, activation: str | None, norm: Norm | None, names: Sequence[str]
-) -> Norm | None:
-    """The projector's arguments, its weights by these names; returns the norm, its eps a float."""
-    check_activation(activation)
-    device, first = mix.layers[0].device, weights.weight1
-    width = mix.row_width
+def check_projector(mix: Mix, projector: Projector, names: Sequence[str]) -> Projector:
+    """The projector, its eps a float; its weights and biases are called ``names`` in errors."""
+    check_activation(projector.activation)
+    device, first, width = mix.layers[0].device, projector.weight1, mix.row_width
     for i in range(0, len(names), 2):  # a weight and its bias
-        check_weight(names[i], weights[i], device, first, (None, width))
-        width = weights[i].shape[0]  # type: ignore[union-attr]
-        check_weight(names[i + 1], weights[i + 1], device, first, (width,))
-    if norm is None:
-        return None
-    if not isinstance(norm, (tuple, list)) or len(norm) != 3:
-        raise TypeError(f"norm: need None or (weight or None, bias or None, eps), got {norm!r}")
-    norm_weight, norm_bias, eps = norm
+        weight, bias = projector[i : i + 2]
+        check_weight(names[i], weight, device, first, (None, width))
+        width = weight.shape[0]  # type: ignore[union-attr]
+        check_weight(names[i + 1], bias, device, first, (width,))
+    if projector.norm is None:
+        return projector
+    if not isinstance(projector.norm, (tuple, list)) or len(projector.norm) != 3:
+        raise TypeError(f"norm: need None or (weight or None, bias or None, eps), got {projector.norm!r}")
+    norm_weight, norm_bias, eps = projector.norm
     check_weight("norm[0]", norm_weight, device, norm_weight, (mix.row_width,))
     check_weight("norm[1]", norm_bias, device, norm_bias, (mix.row_width,))
-    return norm_weight, norm_bias, float(eps)
+    return projector._replace(norm=(norm_weight, norm_bias, float(eps)))
 
 
 def check_layers(hidden_states: Sequence[Tensor | None], used: tuple[int, ...]) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from igva_kernels.ops.weighted_mix.plan import MixPlan
 from igva_kernels.ops.weighted_mix.program import BLOCK, TERM, Shares, Steps, dots, lower
-from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Mixed, ProjectorWeights, WeightedMix
+from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Mixed, Projector, WeightedMix
 from igva_kernels.runtime.cpu import products
 from igva_kernels.runtime.cpu.dense import CpuDense, activations, address, dtype_of, linear_into, module
 from igva_kernels.runtime.dense import Norm, accumulation_dtype
@@ -86,20 +86,14 @@ class CpuWeightedMix(CpuDense, WeightedMix):
         return grads
 
     def project(
-        self,
-        args: MixArgs,
-        norm: Norm | None,
-        weights: ProjectorWeights,
-        activation: str | None,
-        keep: Keep,
-        keep_z: bool,
+        self, args: MixArgs, projector: Projector, keep: Keep, keep_z: bool
     ) -> tuple[Tensor, Mixed, Tensor | None]:
         """As in ``WeightedMix``, on blocks of rows: A, Z and Y exist whole only where they are kept."""
-        weight1, bias1, weight2, bias2 = weights
+        weight1, bias1, weight2, bias2, norm, activation = projector
         first, dtype = args.layers[0], weight1.dtype
         # The sums of an image that several rows read are written once, which blocks of rows cannot see to.
         if _mixes_fp64(dtype, first.dtype) or (keep == Keep.SOURCES and args.image_index is not None):
-            return super().project(args, norm, weights, activation, keep, keep_z)
+            return super().project(args, projector, keep, keep_z)
         batch, patches, total = args.num_rows, args.num_patches, args.num_rows * args.num_patches
         row_width, hidden = weight1.shape[1], weight1.shape[0]
         width = hidden if weight2 is None else weight2.shape[0]

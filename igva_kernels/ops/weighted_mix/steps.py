@@ -23,7 +23,7 @@ from igva_kernels.ops.weighted_mix.plan import MixPlan
 from igva_kernels.ops.weighted_mix.program import Program, Shares, lower
 from igva_kernels.registry import Implementation
 from igva_kernels.runtime.activations import ACTIVATIONS
-from igva_kernels.runtime.dense import Dense, Norm, accumulation_dtype
+from igva_kernels.runtime.dense import Dense, Norm, NormGrads, accumulation_dtype, norm_param_grads
 
 
 class Keep(str, Enum):
@@ -132,26 +132,29 @@ class Mixed(NamedTuple):
         return self._replace(rows=rows, raw_rows=raw_rows)
 
 
-class ProjectorWeights(NamedTuple):
-    """Weights of the projector; ``weight2`` is None for a single Linear."""
+class Projector(NamedTuple):
+    """What reads the mixed row: ``act(norm?(A) @ weight1.T + bias1) @ weight2.T + bias2``."""
 
     weight1: Tensor
     bias1: Tensor | None = None
     weight2: Tensor | None = None
+    """None for a single Linear."""
     bias2: Tensor | None = None
+    norm: Norm | None = None
+    activation: str | None = None
 
 
-class ProjectorNeeds(NamedTuple):
-    """Which gradients of the projector are asked for."""
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
 
     mix_weights: bool
     layers: bool
-    weight1: bool
-    bias1: bool
-    norm_weight: bool
-    norm_bias: bool
-    weight2: bool
-    bias2: bool
+    weight1: bool = False
+    bias1: bool = False
+    norm_weight: bool = False
+    norm_bias: bool = False
+    weight2: bool = False
+    bias2: bool = False
 
     @property
     def rows(self) -> bool:
@@ -164,7 +167,7 @@ class ProjectorNeeds(NamedTuple):
         return self.rows or self.weight1 or self.bias1
 
 
-class ProjectorSaved(NamedTuple):
+class Saved(NamedTuple):
     """What the backward of the projector has of its forward."""
 
     sources: MixArgs | None
@@ -210,14 +213,9 @@ class WeightedMix(Dense, Implementation):
         raise NotImplementedError
 
     def layer_grads(
-        self,
-        grad_rows: Tensor,
-        shares: Shares,
-        mix_weights: Tensor | None,
-        image_index: Tensor | None,
-        skip_tokens: int,
-        shape: LayerShape,
-    ) -> list[Tensor]:
+        self, grad_rows: Tensor, shares: Shares, mix_weights: Tensor | None, image_index: Tensor | None,
+        skip_tokens: int, shape: LayerShape,
+    ) -> list[Tensor]:  # fmt: skip
         """One gradient ``[I, T, D]`` in the layers' dtype per signature in ``shares``.
 
         ``grad_rows`` is ``[B, P, G*D]``. Skipped tokens get zeros; rows that share an image add in row order.
@@ -225,19 +223,13 @@ class WeightedMix(Dense, Implementation):
         raise NotImplementedError
 
     def mix_linear(
-        self,
-        args: MixArgs,
-        norm: Norm | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        activation: str | None,
-        keep: Keep,
-        keep_z: bool,
+        self, args: MixArgs, projector: Projector, keep: Keep, keep_z: bool
     ) -> tuple[Tensor, Tensor | None, Mixed]:
-        """``linear`` of the mixed rows ``(y [M, N], z, mixed)``; the rows may be None where they need not be kept."""
-        mixed = self.mix(args, weight.dtype, norm, keep)
+        """The first Linear of the mixed rows ``(y [M, N], z, mixed)``; rows that are not kept may be None."""
+        mixed = self.mix(args, projector.weight1.dtype, projector.norm, keep)
         assert mixed.rows is not None
-        y, z = self.linear(mixed.rows.flatten(0, 1), weight, bias, activation, keep_z)
+        rows = mixed.rows.flatten(0, 1)
+        y, z = self.linear(rows, projector.weight1, projector.bias1, projector.activation, keep_z)
         return y, z, mixed
 
     def mix_weights_grad_of_linear(
@@ -251,23 +243,17 @@ class WeightedMix(Dense, Implementation):
     # ---- compositions ----------------------------------------------------------------------------------------------
 
     def project(
-        self,
-        args: MixArgs,
-        norm: Norm | None,
-        weights: ProjectorWeights,
-        activation: str | None,
-        keep: Keep,
-        keep_z: bool,
+        self, args: MixArgs, projector: Projector, keep: Keep, keep_z: bool
     ) -> tuple[Tensor, Mixed, Tensor | None]:
         """``(out [B, P, H], mixed, z [M, H] if kept)``."""
-        y, z, mixed = self.mix_linear(args, norm, weights.weight1, weights.bias1, activation, keep, keep_z)
-        if keep != Keep.ROWS or norm is not None:
+        y, z, mixed = self.mix_linear(args, projector, keep, keep_z)
+        if keep != Keep.ROWS or projector.norm is not None:
             # The rows end here, before the second product allocates its result.
             mixed = mixed._replace(rows=None)
-        if weights.weight2 is not None:
+        if projector.weight2 is not None:
             if keep_z and z is None:
                 z = y
-            y, _ = self.linear(y, weights.weight2, weights.bias2, None, False)
+            y, _ = self.linear(y, projector.weight2, projector.bias2, None, False)
         return y.view(args.num_rows, args.num_patches, y.shape[-1]), mixed, z
 
     def mix_backward(self, grad_rows: Tensor, sources: MixArgs) -> Tensor:
@@ -276,79 +262,100 @@ class WeightedMix(Dense, Implementation):
         return self.mix_weights_grad(take_blocks(grad_rows, blocks, sources.width), blocks, sources)
 
     def project_backward(
-        self,
-        grad_out: Tensor,
-        saved: ProjectorSaved,
-        norm: Norm | None,
-        weights: ProjectorWeights,
-        activation: str | None,
-        needs: ProjectorNeeds,
+        self, grad_out: Tensor, saved: Saved, projector: Projector, needs: Needs
     ) -> dict[str, Tensor | None]:
-        """The gradients that are asked for by the names of ``ProjectorNeeds``; "rows" is what ``layer_grads`` reads."""
-        grad = grad_out.flatten(0, 1)
-        grads: dict[str, Tensor | None] = {"bias2": grad.sum(0)} if needs.bias2 else {}
-        grad_z = None
+        """The gradients that are asked for by the names of ``Needs``; "rows" is what ``layer_grads`` reads."""
+        grad, grads = grad_out.flatten(0, 1), {}
+        if needs.bias2:
+            grads["bias2"] = grad.sum(0)
         if needs.z or needs.weight2:
-            grad_z = self._second_linear_backward(grad, weights.weight2, saved.z, activation, needs, grads)
-        if grad_z is None:
-            return grads
-        rows = self._first_linear_backward(grad_z, saved, norm, weights.weight1.dtype, needs, grads)
+            grad_z, of_second = self._second_linear_backward(grad, saved.z, projector, needs)
+            grads |= of_second
+        if needs.z:
+            rows, of_first = self._first_linear_backward(grad_z, saved, projector, needs)
+            grads |= of_first
         if needs.rows:
-            self._rows_backward(grad_z, rows, saved, norm, weights.weight1, grad_out.shape[:2], needs, grads)
+            grads |= self._rows_backward(grad_z, rows, grad_out.shape[:2], saved, projector, needs)
         return grads
 
     def _second_linear_backward(
-        self, grad: Tensor, weight2: Tensor | None, z: Tensor | None, activation: str | None, needs: ProjectorNeeds,
-        grads: dict[str, Tensor | None],
-    ) -> Tensor | None:  # fmt: skip
-        """Adds "weight2" and "bias1"; returns the gradient of z ``[M, H]`` where one is needed."""
+        self, grad: Tensor, z: Tensor | None, projector: Projector, needs: Needs
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """The gradient of z ``[M, H]``, if one is needed, and "weight2" and "bias1"."""
+        grads: dict[str, Tensor | None] = {}
+        grad_z, y = grad, z
         if needs.z:
-            grad_z, y, grads["bias1"] = self.linear_grad_input(grad, weight2, z, activation, needs.weight2, needs.bias1)
-        else:
-            assert z is not None
-            grad_z, y = None, z if activation is None else ACTIVATIONS[activation](z)
+            grad_z, y, grads["bias1"] = self.linear_grad_input(
+                grad, projector.weight2, z, projector.activation, needs.weight2, needs.bias1
+            )
+        elif projector.activation is not None:
+            y = ACTIVATIONS[projector.activation](z)
         if needs.weight2:
             assert y is not None
             grads["weight2"] = self.matmul(grad.t(), y)
-        return grad_z
+        return grad_z, grads
 
     def _first_linear_backward(
-        self, grad_z: Tensor, saved: ProjectorSaved, norm: Norm | None, dtype: torch.dtype, needs: ProjectorNeeds,
-        grads: dict[str, Tensor | None],
-    ) -> Tensor | None:  # fmt: skip
-        """Adds "weight1"; returns the mixed rows before the norm where a norm needs them."""
-        rows = normal = saved.rows
+        self, grad_z: Tensor, saved: Saved, projector: Projector, needs: Needs
+    ) -> tuple[Tensor | None, dict[str, Tensor | None]]:
+        """The mixed rows before the norm, where there is one, and "weight1"."""
+        norm, rows, normal = projector.norm, saved.rows, saved.rows
         if saved.sources is not None and (needs.weight1 or norm is not None):
-            mixed = self.mix(saved.sources, dtype, norm, Keep.ROWS)
-            normal, rows = mixed.rows, mixed.rows if norm is None else mixed.raw_rows
+            mixed = self.mix(saved.sources, projector.weight1.dtype, norm, Keep.ROWS)
+            rows, normal = mixed.raw_rows, mixed.rows
         elif norm is not None and rows is not None:
             normal = F.layer_norm(rows, rows.shape[-1:], *norm)
-        if needs.weight1:
-            assert normal is not None
-            grads["weight1"] = self.matmul(grad_z.t(), normal.flatten(0, 1))
-        return None if norm is None else rows
+        if not needs.weight1:
+            return rows, {}
+        assert normal is not None
+        return rows, {"weight1": self.matmul(grad_z.t(), normal.flatten(0, 1))}
 
     def _rows_backward(
-        self, grad_z: Tensor, rows: Tensor | None, saved: ProjectorSaved, norm: Norm | None, weight1: Tensor,
-        shape: torch.Size, needs: ProjectorNeeds, grads: dict[str, Tensor | None],
-    ) -> None:  # fmt: skip
-        """Adds "rows", "norm_weight", "norm_bias" and "mix_weights"."""
+        self, grad_z: Tensor, rows: Tensor | None, shape: torch.Size, saved: Saved, projector: Projector, needs: Needs
+    ) -> dict[str, Tensor | None]:
+        """ "rows" ``[B, P, G*D]``, "norm_weight", "norm_bias" and "mix_weights"."""
+        norm, weight1, grads = projector.norm, projector.weight1, {}
         if norm is None and not needs.layers:
             assert saved.sources is not None
             blocks = saved.sources.program.weighted_blocks
-            grads["mix_weights"] = self.mix_weights_grad_of_linear(grad_z, weight1, blocks, saved.sources)
-            return
+            return {"mix_weights": self.mix_weights_grad_of_linear(grad_z, weight1, blocks, saved.sources)}
         grad_rows = self.matmul(grad_z, weight1)
         if norm is not None:
             assert rows is not None and saved.mean is not None and saved.rstd is not None
+            of_params = needs.norm_weight or needs.norm_bias
             grad_rows, grads["norm_weight"], grads["norm_bias"] = self.norm_backward(
-                grad_rows, rows.flatten(0, 1), norm, saved.mean.flatten(), saved.rstd.flatten(),
-                needs.norm_weight or needs.norm_bias,
-            )  # fmt: skip
+                grad_rows, rows.flatten(0, 1), norm, saved.mean.flatten(), saved.rstd.flatten(), of_params
+            )
         grads["rows"] = grad_rows = grad_rows.view(*shape, weight1.shape[1])
         if needs.mix_weights:
             assert saved.sources is not None
             grads["mix_weights"] = self.mix_backward(grad_rows, saved.sources)
+        return grads
+
+
+class Shapes(WeightedMix):
+    """Results like those of an implementation with nothing in them: what torch.compile asks for."""
+
+    def mix(self, args: MixArgs, dtype: torch.dtype, norm: Norm | None = None, keep: Keep = Keep.NOTHING) -> Mixed:
+        raw_rows = args.new_rows(dtype) if norm is not None and keep == Keep.ROWS else None
+        sums = args.new_sums() if keep == Keep.SOURCES else []
+        return Mixed(args.new_rows(dtype), raw_rows, sums, *(args.new_stats() if norm is not None else (None, None)))
+
+    def mix_weights_grad(self, grad_rows: Tensor, blocks: Sequence[int], args: MixArgs) -> Tensor:
+        assert args.mix_weights is not None
+        return args.mix_weights.new_empty(args.mix_weights.shape)
+
+    def layer_grads(
+        self, grad_rows: Tensor, shares: Shares, mix_weights: Tensor | None, image_index: Tensor | None,
+        skip_tokens: int, shape: LayerShape,
+    ) -> list[Tensor]:  # fmt: skip
+        return [grad_rows.new_empty(shape[:3], dtype=shape.dtype) for _ in range(shares.num_grads)]
+
+    def norm_backward(
+        self, grad_out: Tensor, rows: Tensor, norm: Norm, mean: Tensor, rstd: Tensor, need_params: bool
+    ) -> NormGrads:
+        sums = mean.new_empty(2, rows.shape[-1]) if need_params else None
+        return NormGrads(torch.empty_like(grad_out), *norm_param_grads(sums, norm))
 
 
 def take_blocks(x: Tensor, blocks: Sequence[int], width: int) -> Tensor:

@@ -16,7 +16,7 @@ from igva_kernels.ops.weighted_mix.cuda.program import (
     program,
 )
 from igva_kernels.ops.weighted_mix.program import Shares, dots
-from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Mixed, ProjectorWeights, WeightedMix
+from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Mixed, Projector, WeightedMix
 from igva_kernels.runtime.cuda import launch
 from igva_kernels.runtime.cuda.dense import CudaDense, allows_vectors, chunks
 from igva_kernels.runtime.dense import Norm, accumulation_dtype
@@ -117,37 +117,21 @@ class CudaWeightedMix(CudaDense, WeightedMix):
             )  # fmt: skip
         return grads
 
-    def why_not_fused(
-        self,
-        args: MixArgs,
-        norm: Norm | None,
-        weights: ProjectorWeights,
-        activation: str | None,
-        keep: Keep,
-    ) -> str | None:
+    def why_not_fused(self, args: MixArgs, projector: Projector, keep: Keep) -> str | None:
         """None if one kernel mixes and multiplies at once, otherwise why ``project`` takes two."""
-        return _why_not_device(args.layers[0]) or gemm.why_not(
-            args, norm, weights.weight1, weights.bias1, activation, keep
-        )
+        return _why_not_device(args.layers[0]) or gemm.why_not(args, projector, keep)
 
     def project(
-        self,
-        args: MixArgs,
-        norm: Norm | None,
-        weights: ProjectorWeights,
-        activation: str | None,
-        keep: Keep,
-        keep_z: bool,
+        self, args: MixArgs, projector: Projector, keep: Keep, keep_z: bool
     ) -> tuple[Tensor, Mixed, Tensor | None]:
-        """``(out [B, P, H], mixed, z [M, H] if kept)``."""
-        if self.why_not_fused(args, norm, weights, activation, keep) is not None:
-            return super().project(args, norm, weights, activation, keep, keep_z)
+        if self.why_not_fused(args, projector, keep) is not None:
+            return super().project(args, projector, keep, keep_z)
         sums = args.new_sums() if keep == Keep.SOURCES else []
-        out, z = gemm.run(args, weights.weight1, weights.bias1, activation, keep_z, sums)
-        if weights.weight2 is not None:
+        out, z = gemm.run(args, projector.weight1, projector.bias1, projector.activation, keep_z, sums)
+        if projector.weight2 is not None:
             if keep_z and z is None:
                 z = out
-            out = F.linear(out, weights.weight2, weights.bias2)
+            out = F.linear(out, projector.weight2, projector.bias2)
         return out.view(args.num_rows, args.num_patches, out.shape[-1]), Mixed(None, None, sums), z
 
 

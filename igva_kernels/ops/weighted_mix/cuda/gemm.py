@@ -16,10 +16,9 @@ from torch import Tensor
 
 from igva_kernels.ops.weighted_mix.cuda.program import program
 from igva_kernels.ops.weighted_mix.plan import MixPlan, is_tap
-from igva_kernels.ops.weighted_mix.steps import Keep, MixArgs
+from igva_kernels.ops.weighted_mix.steps import Keep, MixArgs, Projector
 from igva_kernels.runtime.cuda import launch
 from igva_kernels.runtime.cuda.dense import allows_vectors, chunks
-from igva_kernels.runtime.dense import Norm
 
 TILE_M, TILE_N, TILE_K, CLUSTER, MAX_TAPS = 128, 256, 64, 2, 8
 
@@ -61,15 +60,14 @@ def operands(plan: GemmPlan, mixed_positions: Sequence[int], width: int) -> list
     return [*plan.blocks, *scratch]
 
 
-def why_not(
-    args: MixArgs, norm: Norm | None, weight: Tensor, bias: Tensor | None, activation: str | None, keep: Keep
-) -> str | None:
+def why_not(args: MixArgs, projector: Projector, keep: Keep) -> str | None:
     """None if the kernel can serve the call on a Hopper GPU, otherwise why not: a function of shapes and layouts."""
+    weight, bias, activation = projector.weight1, projector.bias1, projector.activation
     first, plan = args.layers[0], lower(args.plan)
     tokens = first.shape[1]
     if args.image_index is not None:
         return "image_index: its rows are not those of the layers"
-    if norm is not None:
+    if projector.norm is not None:
         return "it has no LayerNorm"
     if keep == Keep.ROWS:
         return "the mixed row is kept for backward, and this kernel never has it whole"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from igva_kernels.ops.weighted_mix.program import Shares
-from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Mixed, WeightedMix
+from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Mixed, Projector, WeightedMix
 from igva_kernels.ops.weighted_mix.triton import cost, gemm
 from igva_kernels.ops.weighted_mix.triton import mix as mix_kernels
 from igva_kernels.runtime.config import GemmConfig
@@ -60,18 +60,12 @@ class TritonWeightedMix(TritonDense, WeightedMix):
         return mix_kernels.layer_grads(grad_rows, shares, mix_weights, image_index, skip_tokens, shape, rows)
 
     def mix_linear(
-        self,
-        args: MixArgs,
-        norm: Norm | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        activation: str | None,
-        keep: Keep,
-        keep_z: bool,
+        self, args: MixArgs, projector: Projector, keep: Keep, keep_z: bool
     ) -> tuple[Tensor, Tensor | None, Mixed]:
-        chosen = self._prologue(args, norm, weight, activation, keep)
+        weight, bias, _, _, norm, activation = projector
+        chosen = self._prologue(args, projector, keep)
         if chosen is None:
-            return super().mix_linear(args, norm, weight, bias, activation, keep, keep_z)
+            return super().mix_linear(args, projector, keep, keep_z)
         if norm is None:
             y, z = gemm.mix_linear(args, weight, bias, activation, keep_z, chosen)
             return y, z, Mixed(None)
@@ -83,18 +77,16 @@ class TritonWeightedMix(TritonDense, WeightedMix):
         y, z = gemm.mix_linear(args, folded, shift, activation, keep_z, chosen, fold)
         return y, z, stats
 
-    def _prologue(
-        self, args: MixArgs, norm: Norm | None, weight: Tensor, activation: str | None, keep: Keep
-    ) -> GemmConfig | None:
+    def _prologue(self, args: MixArgs, projector: Projector, keep: Keep) -> GemmConfig | None:
         """The tile of a GEMM that reads the layers itself, where one pays and nothing needs the rows as such."""
-        needs_rows = keep == Keep.ROWS or (keep == Keep.SOURCES and args.program.num_sums)
+        weight, needs_rows = projector.weight1, keep == Keep.ROWS or (keep == Keep.SOURCES and args.program.num_sums)
         # One row offset serves all layers, and their tiles go to the matrix units as they are.
         layouts = {(layer.stride(0), layer.stride(1), layer.dtype) for layer in args.layers}
         if needs_rows or len(layouts) > 1 or args.layers[0].dtype != weight.dtype:
             return None
         chosen = cost.mix_linear(
             config_of(weight), args.plan, args.width, args.num_rows * args.num_patches, weight.shape[0], weight.dtype,
-            activation is not None, norm is not None,
+            projector.activation is not None, projector.norm is not None,
         )  # fmt: skip
         return chosen if chosen is not None and can_read(weight, *args.layers) else None
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from igva_kernels.ops.weighted_mix.plan import MixPlan
 from igva_kernels.ops.weighted_mix.program import Shares
-from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, ProjectorWeights, WeightedMix
+from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Projector, WeightedMix
 from igva_kernels.ops.weighted_mix.triton import gemm, mix
 from igva_kernels.runtime.config import GemmConfig, RowConfig
 from igva_kernels.runtime.triton import gemm as dense_gemm
@@ -66,8 +66,9 @@ def gemm_job(name: str, batch: int) -> tuple[Callable[[GemmConfig], object], tup
 
 def block(implementation: WeightedMix, batch: int) -> Job:
     """The whole connector at inference."""
-    weights = ProjectorWeights(_random(HIDDEN, 2 * WIDTH), _random(HIDDEN), _random(HIDDEN, HIDDEN), _random(HIDDEN))
-    return partial(implementation.project, _args(MixPlan.igva(), batch, 1), None, weights, "gelu", Keep.NOTHING, False)
+    weights = _random(HIDDEN, 2 * WIDTH), _random(HIDDEN), _random(HIDDEN, HIDDEN), _random(HIDDEN)
+    projector = Projector(*weights, activation="gelu")
+    return partial(implementation.project, _args(MixPlan.igva(), batch, 1), projector, Keep.NOTHING, False)
 
 
 def _args(plan: MixPlan, batch: int, skip: int) -> MixArgs:
