@@ -1,7 +1,7 @@
-"""How a workload is measured: judged first, then timed in turn with the others, then its memory counted.
+"""How a workload is measured: every provider is judged and its memory counted, then all are timed in turn.
 
-Every round runs each provider once, so that what a busy machine does to one it does to all, and providers are compared
-round by round. Nothing that fails its check is timed, let alone recorded.
+Every round runs each provider once, so that a busy machine slows all of them alike, and providers are compared round by
+round. Nothing that fails its check is timed, let alone recorded.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.providers import PLAIN, Call, Provider, bind, products, providers
-from benchmarks.workloads import Connector, Model, Workload, clones
+from benchmarks.workloads import Connector, Model, Operation, Workload, clones
 from igva_kernels.ops.weighted_mix.cases import MIX_WEIGHTS_GRAD, Inputs
 from igva_kernels.testing import (
     ENOUGH_ELEMENTS,
+    SPECIFICATION,
     Memory,
     Verdict,
     capture,
@@ -38,23 +39,23 @@ from igva_kernels.testing import (
 ROOT = Path(__file__).parent.parent
 
 GROSS_ERROR = 0.25
-"""Of a result of few numbers, as the gradient of mix_weights: the error of one draw is mostly luck, so that here only a
-gross mistake is caught. ``igva-kernels verify`` judges it by the rule, on several draws."""
+"""The largest relative error allowed in a result of few numbers, such as the gradient of mix_weights. The error of one
+draw is mostly luck, so only gross mistakes are caught here; ``igva-kernels verify`` judges it on several draws."""
 
 
 # ---- time ------------------------------------------------------------------------------------------------------------
 
 
 class Timer(ABC):
-    """Seconds of calls, in rounds."""
+    """Times calls, in rounds."""
 
     device: ClassVar[str] = "cpu"
     timings: ClassVar[tuple[str, ...]] = ("eager",)
     """How calls can run: "eager", and on a GPU as replays of a "graph"."""
     compiles = False
-    """Whether the first call of any provider may compile kernels, and so does not tell what a call costs."""
+    """Whether the first call of any provider may compile kernels, so that it does not show what a call costs."""
     copies_bytes = 0
-    """Draws of the inputs are rotated until together they hold as much, so that no call finds its inputs in a cache."""
+    """Bytes that the copies of the inputs, used in turn, hold at least, so that no call finds its inputs in a cache."""
 
     def prepare(self, call: Call, timing: str) -> Call:
         """The call as it will be timed."""
@@ -67,7 +68,7 @@ class Timer(ABC):
 
     @abstractmethod
     def seconds(self, marks: Sequence[Any]) -> list[float]:
-        """What the marks say."""
+        """The seconds that the marks stand for."""
 
     def in_turn(
         self, calls: Mapping[str, Sequence[Call]], budget: float, least: int = 3, most: int = 40,
@@ -76,14 +77,14 @@ class Timer(ABC):
         """Seconds of every round by name, as many rounds as the budget of seconds allows.
 
         Every other round runs backwards, so that no provider always has the same one before it; the copies of a call,
-        each on its own inputs, take turns. What a first call does once is done before: ``calls`` ran in their check,
-        and copies run here once without being counted.
+        each on its own inputs, take turns. First calls, which do some work only once, are not timed: ``calls`` ran in
+        their check, and their copies run here once before the rounds.
 
         Args:
-            calls: by name.
-            budget: seconds.
-            least: rounds, however long they take.
-            most: rounds.
+            calls: by name, the copies of each.
+            budget: seconds of all rounds.
+            least: fewest rounds, however long they take.
+            most: most rounds.
             twice: those that take a second turn at the end of each round; their times of a round follow one another.
             beside: calls that take a turn in the first two rounds and in every other one of the rest.
         """
@@ -106,7 +107,7 @@ class Timer(ABC):
 
     @abstractmethod
     def end_round(self) -> None:
-        """Waits for what the round has started."""
+        """Waits until everything that the round started has ended."""
 
 
 class CpuTimer(Timer):
@@ -125,10 +126,10 @@ class CpuTimer(Timer):
 
 
 class CudaTimer(Timer):
-    """CUDA events; inputs cold in L2, and a product ahead that outlasts a launch from Python.
+    """Times with CUDA events; inputs are cold in L2, and a product ahead of each call outlasts a launch from Python.
 
-    So kernels follow one another as they do behind other work; what an eager call costs the CPU shows where it exceeds
-    that head start.
+    So kernels follow one another as they do after other work; what an eager call costs the CPU shows only as far as it
+    exceeds that head start.
     """
 
     device = "cuda"
@@ -206,7 +207,7 @@ class Used(NamedTuple):
     peak: int | None = None
     """Most bytes that a call holds beyond inputs and results."""
     kept: int | None = None
-    """Bytes for the backward beyond the output."""
+    """Bytes kept for the backward beyond the output."""
 
 
 def fresh_peaks(workload: Model, names: Sequence[str]) -> dict[str, int]:
@@ -232,20 +233,20 @@ def _print_peaks(identity: str, *names: str) -> None:
 
 
 CEILING_SIZES = {"cpu": (2**28, (1024, 4096, 2048)), "cuda": (2**30, (8192, 8192, 8192))}
-"""Bytes that are copied, far beyond any cache, and ``(m, n, k)`` of the product."""
+"""By device: bytes that are copied, far beyond any cache, and ``(m, n, k)`` of the product."""
 
 
 class Ceilings(NamedTuple):
     """The best that the machine was seen to do while a workload was measured."""
 
     gbps: float
-    """Bytes read and written a second by a copy, or read by a sum, whichever is more."""
+    """GB/s read and written by a copy, or read by a reduction, whichever is more."""
     tflops: float
-    """Of a library's large product in the workload's dtype."""
+    """TFLOP/s of a library's large product in the workload's dtype."""
 
 
 class Machine:
-    """A device, and the calls that show its ceilings: they take turns with the providers."""
+    """A device, and the calls that show its ceilings, which take turns with the providers."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -262,13 +263,13 @@ class Machine:
         self._products: dict[torch.dtype, Call] = {}
 
     def calls(self, dtype: torch.dtype) -> dict[str, Call]:
-        """By name, to be timed."""
+        """The calls to time, by name."""
         if dtype not in self._products:
             self._products[dtype] = products(self.device, dtype, [self._product])[1]
         return {name: call for name, (call, _) in self._moving.items()} | {"ceiling: product": self._products[dtype]}
 
     def ceilings(self, times: Mapping[str, Sequence[float]]) -> Ceilings:
-        """From the seconds of ``calls``."""
+        """The ceilings, from the seconds of ``calls``."""
         m, n, k = self._product
         return Ceilings(
             max(moved / min(times[name]) / 1e9 for name, (_, moved) in self._moving.items()),
@@ -311,15 +312,15 @@ class Refused:
     timing: str
     reason: str
     is_wrong: bool
-    """Whether it failed, in its check or before, rather than that it cannot serve."""
+    """Whether it failed, in its check or before, rather than being unable to serve."""
 
 
 SLOW = 0.5
-"""Seconds of a call above which the calls that take under a quarter of it have two turns a round."""
+"""Seconds per call of the slowest provider above which those with under a quarter of it get two turns per round."""
 CALLS = 3
-"""Of a provider whose call is slow: its check, in which its memory is counted, and two rounds."""
+"""Calls of a slow provider: its check, in which its memory is counted, and two rounds."""
 COMPILING = 8.0
-"""Seconds that a compiled form takes to compile, roughly, on a CPU."""
+"""Seconds that torch.compile takes per form on a CPU, roughly."""
 
 
 def measure(
@@ -333,8 +334,8 @@ def measure(
         chosen: by name; the plain one is among them.
         timer: of the device.
         machine: where it is measured.
-        budget: seconds of the rounds.
-        share: seconds for all of it. Where they run short there are fewer rounds, and extra providers are left out.
+        budget: seconds of timed rounds.
+        share: seconds for everything. If they run short, there are fewer rounds, and extra providers are left out.
     """
     start = time.perf_counter()
     inputs = draw(workload, machine.device)
@@ -348,7 +349,7 @@ def measure(
                 continue
             left = share - (time.perf_counter() - start)
             if provider.is_extra and left < _still_to_come(right, provider):
-                yield Refused(workload, provider, timing, "too slow for the time that there is", False)
+                yield Refused(workload, provider, timing, "too slow for the time that is left", False)
                 continue
             checked = check(workload, provider, samples, timer, timing, exact, plain)
             if isinstance(checked, Refused):
@@ -384,12 +385,12 @@ def measure(
 
 
 def needs_a_fresh_process(workload: Workload, device: str) -> bool:
-    """Whether the peak of its memory is seen only where nothing was allocated before."""
+    """Whether its peak memory shows only in a process that has allocated nothing before."""
     return isinstance(workload, Model) and workload.task == "tower" and device == "cpu"
 
 
 def _still_to_come(right: Mapping[str, Checked], provider: Provider) -> float:
-    """Seconds that those which were checked need yet, and those of one more that is as slow as plain torch."""
+    """Seconds that the checked providers still need, and one more that is as slow as plain torch."""
     compiling = COMPILING if provider.is_compiled else 0.0
     plain = right[PLAIN].seconds if PLAIN in right else 0.0
     return (CALLS - 1) * sum(one.seconds for one in right.values()) + CALLS * plain + compiling
@@ -399,13 +400,13 @@ class Checked(NamedTuple):
     """A provider that is right."""
 
     calls: Sequence[Call]
-    """On each draw."""
+    """One per draw."""
     seconds: float
-    """Of a call."""
+    """Per call."""
     results: Mapping[str, Tensor]
     used: Used
     verdict: Verdict | None
-    """On the result nearest to its budget; None for a floor."""
+    """That on the result nearest to its budget; None for a floor."""
     note: str
 
 
@@ -461,7 +462,7 @@ def _figures(
 
 
 def paired(plain: Sequence[float], times: Sequence[float]) -> list[float]:
-    """Plain / this one's seconds, round by round, where either may have had more turns in a round."""
+    """Plain torch's seconds / this one's, round by round; either may have had more turns per round."""
     pairs = max(len(plain), len(times))
     return [plain[i * len(plain) // pairs] / times[i * len(times) // pairs] for i in range(pairs)]
 
@@ -470,6 +471,8 @@ def draw(workload: Workload, device: str) -> Any:
     """The inputs of a workload, of either kind."""
     if isinstance(workload, Connector):
         return workload.draw(device)
+    if isinstance(workload, Operation):
+        return workload.case.draw(0, workload.torch_dtype, device)
     from benchmarks import models
 
     assert isinstance(workload, Model)
@@ -477,11 +480,13 @@ def draw(workload: Workload, device: str) -> Any:
 
 
 def exact_results(workload: Workload, inputs: Any) -> dict[str, Tensor]:
-    """The results in fp64; of a forward of many rows, the first and the last one's."""
+    """The results in fp64; of a forward of many rows, only the first and the last row's."""
     if isinstance(workload, Model):
         if _only_ends(workload):
             inputs = inputs._replace(sentences=_ends(inputs.sentences))
         return providers(workload, inputs.pixels.device.type)[PLAIN].bind(inputs.double()).call()
+    if isinstance(workload, Operation):
+        return workload.case.run(inputs.double(), SPECIFICATION)
     assert isinstance(workload, Connector)
     case = workload.case
     if _only_ends(workload):
@@ -493,7 +498,7 @@ def exact_results(workload: Workload, inputs: Any) -> dict[str, Tensor]:
 
 
 def _only_ends(workload: Workload) -> bool:
-    """Whether a few rows tell as much as all: the rows of a forward do not see each other."""
+    """Whether two rows tell as much as all of them, because the rows of a forward do not depend on each other."""
     if isinstance(workload, Connector):
         return workload.mode == "forward" and workload.case.images > 2
     return isinstance(workload, Model) and workload.questions > 2
@@ -520,7 +525,7 @@ def verdicts(
 
 
 def rotated(workload: Workload, inputs: Any, timer: Timer) -> list[Any]:
-    """Draws enough to hold ``timer.copies_bytes``."""
+    """Copies of the inputs, enough to hold ``timer.copies_bytes``."""
     if not isinstance(workload, Connector):
         return [inputs]
     layers = [layer for layer in inputs.layers if layer is not None]

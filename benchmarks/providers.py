@@ -1,7 +1,7 @@
 """Who computes a workload: plain torch in its forms, the backends, and the floors that nothing can go below.
 
 A provider binds a workload and one draw of its inputs to a call. What the call returns is judged before it is timed; a
-floor returns nothing that could be judged, and shows how fast the machine does the part that cannot be left out.
+floor returns nothing that could be judged, and shows how fast the machine does the work that cannot be left out.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import igva_kernels as ik
-from benchmarks.workloads import Connector, Model, Workload
+from benchmarks.workloads import Connector, Model, Operation, Workload
 from igva_kernels.ops.weighted_mix.cases import LINEARS, Case, Inputs
 from igva_kernels.ops.weighted_mix.cuda import gemm as cuda_gemm
 from igva_kernels.ops.weighted_mix.plan import terms
-from igva_kernels.registry import all_backends, operators
+from igva_kernels.registry import REFERENCE, all_backends, operators
 from igva_kernels.runtime.activations import ACTIVATIONS
 
 Call = Callable[[], Any]
@@ -40,7 +40,7 @@ class Bound:
 
     call: Call
     keeps: Call | None = None
-    """A forward that keeps what its backward needs, where the workload has a backward."""
+    """A forward that keeps what its backward needs; None if the workload has no backward."""
     note: str = ""
 
 
@@ -58,19 +58,21 @@ class Provider:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether torch.compile does it, in its first call."""
+        """Whether torch.compile compiles it, in its first call."""
         return self.name.endswith("-compiled")
 
     @property
     def is_extra(self) -> bool:
-        """Whether it is left out where time is short: neither plain torch nor a backend nor a floor."""
+        """Whether it is left out if time is short, as it is neither plain torch nor a backend nor a floor."""
         return not (self.is_floor or self.name == PLAIN or self.name in tuple(all_backends()))
 
 
 def providers(workload: Workload, device: str) -> dict[str, Provider]:
-    """What can compute the workload on ``device``, by name, plain first; compiled forms where compiling them pays."""
+    """What can compute the workload on ``device``, by name, plain first; compiled forms if ``_COMPILED`` lists it."""
     if isinstance(workload, Model):
         found = _of_model(workload, device)
+    elif isinstance(workload, Operation):
+        found = _of_operation(workload, device)
     else:
         assert isinstance(workload, Connector)
         found = _of_connector(workload, device)
@@ -80,6 +82,19 @@ def providers(workload: Workload, device: str) -> dict[str, Provider]:
 def kernels(device: str, dtype: torch.dtype) -> list[str]:
     """The backends that can serve here."""
     return operators()["weighted_mix"].candidates(torch.device(device), dtype)
+
+
+def _of_operation(workload: Operation, device: str) -> list[Provider]:
+    """Plain torch and every backend that serves the operator."""
+    able = operators()[workload.operator].candidates(torch.device(device), workload.torch_dtype)
+    labels = {PLAIN: "plain torch"} | {name: f"igva_kernels, {name}" for name in able}
+
+    def bind(impl: str, inputs: Any) -> Bound:
+        return Bound(torch.no_grad()(partial(workload.case.run, inputs, impl)))
+
+    return [
+        Provider(name, label, partial(bind, REFERENCE if name == PLAIN else name)) for name, label in labels.items()
+    ]
 
 
 # ---- connectors ------------------------------------------------------------------------------------------------------
@@ -100,7 +115,7 @@ def _of_connector(workload: Connector, device: str) -> list[Provider]:
         forms["mix+library"] = (f"{able[0]} mix, torch's products", partial(mix_then_library, case))
     for name in able:
         forms[name] = (f"igva_kernels, {name}", partial(case.forward, impl=name))
-    # An index is made anew from Python, which no graph can hold.
+    # Every call makes its image index from Python data, which no graph can hold.
     graph = not case.image_index
     found = [Provider(n, label, partial(bind, workload, f), in_graph=graph) for n, (label, f) in forms.items()]
     if "cuda" in able and case.op != "layer_mix" and cuda_gemm.why_not_capability(torch.cuda.current_device()) is None:
@@ -118,11 +133,11 @@ _COMPILED: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
     ("igva-2", "both"): {"cpu": (2,), "cuda": (16, 64)},
     ("igva-2-mix", "forward"): {"cpu": (2,), "cuda": (16,)},
 }
-"""By workload and mode, the batches at which compiled forms are measured: compiling takes some 10 s each."""
+"""By workload, mode and device: the batch sizes at which compiled forms are measured; each compiles for some 10 s."""
 
 
 def _worth_compiling(workload: Connector, device: str) -> bool:
-    trains_in_fp32 = workload.mode == "both" and workload.dtype == "fp32"  # adds bias gradients in too long a chain
+    trains_in_fp32 = workload.mode == "both" and workload.dtype == "fp32"  # sums bias gradients in too long a chain
     return workload.batch in _COMPILED.get((workload.name, workload.mode), {}).get(device, ()) and not trains_in_fp32
 
 
@@ -227,7 +242,7 @@ def _linears(case: Case, inputs: Inputs, rows: Tensor) -> Tensor:
 
 
 def library_products(device: str, dtype: torch.dtype) -> Mapping[str, tuple[torch.dtype, Callable[..., Tensor]]]:
-    """``x [M, K] @ weight [N, K].T`` by the libraries behind torch: by name the dtype they are given and the call."""
+    """``x [M, K] @ weight [N, K].T`` by the libraries behind torch: by name, the dtype of the operands and the call."""
     ways: dict[str, tuple[torch.dtype, Callable[..., Tensor]]] = {"torch.mm": (dtype, _mm)}
     if device == "cpu":
         onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
@@ -242,13 +257,13 @@ def library_products(device: str, dtype: torch.dtype) -> Mapping[str, tuple[torc
 TRIAL = (1024, 4096, 2048)
 """``(m, n, k)`` of the product by which the fastest library is found."""
 TRIAL_SECONDS = 0.5
-"""Above which one trial is enough."""
+"""Seconds of a trial above which it is not repeated."""
 SHORT_TRIAL = (256, 4096, 2048)
-"""Of the one that shows how fast plain torch multiplies, which may be very slow."""
+"""``(m, n, k)`` of the product that shows how fast plain torch multiplies, which may be very slow."""
 
 
 def plain_rate(device: str, dtype: torch.dtype) -> float:
-    """Operations a second of plain torch's products, roughly, from a single one behind a small one."""
+    """FLOP/s of plain torch's products, roughly: of a single one, after a small one to warm up."""
     m, n, k = SHORT_TRIAL
     x, weight = _operands(SHORT_TRIAL, device, dtype)
     _mm(x[:8], weight)
@@ -279,7 +294,7 @@ def _fastest_library(device: str, dtype: torch.dtype) -> str:
             operands = _operands(TRIAL, device, taken)
             call = partial(multiply, *operands)
             first = _seconds(call)
-            # A library that has only a loop for the dtype is not asked again.
+            # A library that has only a loop for the dtype is not timed again.
             seconds[name] = first if first > TRIAL_SECONDS else min(first, _seconds(call), _seconds(call))
     return min(seconds, key=lambda name: seconds[name]) if seconds else next(iter(ways))
 
@@ -315,7 +330,7 @@ def _copy(workload: Connector, inputs: Inputs) -> Bound:
 
 
 def _of_model(workload: Model, device: str) -> list[Provider]:
-    graph = workload.task == "connector"  # what ends with the tower's last kernel and makes nothing from Python
+    graph = workload.task == "connector"  # the one task without the tower and without tensors made from Python
 
     def provider(name: str, label: str, call: Callable[..., Any], is_floor: bool = False, **options: Any) -> Provider:
         return Provider(name, label, lambda inputs: Bound(lambda: call(inputs, **options)), is_floor, graph)

@@ -1,7 +1,7 @@
 """What is measured: one definition of each workload, which every provider is given.
 
-A workload says shape, dtype, plan and mode; from these follow the products and the bytes that no implementation can
-avoid, which is what achieved rates and the floors are computed from.
+A workload fixes shape, dtype, plan and mode. From these follow the products and the bytes that no implementation can
+avoid, and from those the achieved rates and the floors.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from igva_kernels import testing
 from igva_kernels.ops.weighted_mix import MixPlan
 from igva_kernels.ops.weighted_mix.cases import VIP_LLAVA, Case, Inputs
+from igva_kernels.registry import operators
 from igva_kernels.verify import DTYPES
 
 MODES = ("forward", "backward", "both")
-"""Inference; the backward of a training step alone; forward and backward."""
+"""In this order: inference; the backward of a training step alone; forward and backward."""
 
 DISTINCT_IMAGES = 4
-"""Drawn at random; a larger batch repeats them, each copy in memory of its own."""
+"""Images drawn at random; a larger batch repeats them, each copy in memory of its own."""
 
 
 class Tower(NamedTuple):
@@ -32,26 +34,28 @@ class Tower(NamedTuple):
     width: int
     layers: int
     skip: int
+    """Tokens left out at the start of every state."""
 
 
 CLIP_L = Tower(tokens=577, width=1024, layers=24, skip=1)
 CLIP_L_TOKENS = {"clip-l-336": CLIP_L.tokens, "clip-l-224": 257}
-"""By the size of a model."""
+"""Tokens of CLIP ViT-L by the size of ``Model``."""
 SIGLIP_SO400M = Tower(tokens=729, width=1152, layers=27, skip=0)
 HIDDEN = 4096
+"""H, the width of the language model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What every row of the results is known by."""
+    """What every row of the results is identified by."""
 
     name: str
     dtype: str
     batch: int
-    """B: samples; a sample of several tiles is as many rows of the operator."""
+    """B, the samples; one of several tiles is as many rows of the operator."""
     mode: str = "forward"
     note: str = ""
-    """What was changed in it for this machine."""
+    """What was changed for this machine; empty if nothing was."""
 
     is_model: ClassVar[bool] = False
 
@@ -61,32 +65,32 @@ class Workload:
 
     @property
     def title(self) -> str:
-        """The name with what tells it from others of its kind."""
+        """The name, and what distinguishes workloads of that name."""
         return f"{self.name} {self.mode} {self.dtype} B {self.batch}"
 
     @property
     def first_differs(self) -> bool:
-        """Whether the first call leaves something to those that follow: its forward, or the state of an optimizer."""
+        """Whether the first call does more than those that follow: a forward, or the setting up of an optimizer."""
         return self.mode == "backward" or (self.is_model and self.mode == "both")
 
     @property
     def flops(self) -> float | None:
-        """Multiplications and additions that cannot be avoided; None where they are not counted."""
+        """Multiplications and additions that cannot be avoided; None if they are not counted."""
         return None
 
     @property
     def num_bytes(self) -> float | None:
-        """Bytes that cannot be left where they are; None where they are not counted."""
+        """Bytes that must be read or written; None if they are not counted."""
         return None
 
     @property
     def plain_flops(self) -> float:
-        """Of a call of plain torch, roughly: what it costs."""
+        """Operations of a call of plain torch, roughly, as a measure of its cost."""
         return self.flops or 0.0
 
     @property
     def has_products(self) -> bool:
-        """Whether matrix products are what it costs."""
+        """Whether most of its cost is matrix products."""
         return True
 
 
@@ -129,7 +133,7 @@ class Connector(Workload):
         if case.op != "layer_mix":
             forward.append((m, h, self.row_width))
             backward.append((h, self.row_width, m))
-            # Only blocks with weights need the gradient of the row; below a LayerNorm with parameters all of it counts.
+            # Only blocks with weights need the gradient of the row; under a LayerNorm with parameters all blocks do.
             into_row = self.row_width if case.norm_eps is not None else len(case.plan.weighted_blocks) * case.width
             backward.append((m, into_row, h))
         if case.op == "layer_mix_mlp":
@@ -140,7 +144,7 @@ class Connector(Workload):
 
     @property
     def has_products(self) -> bool:
-        """Whether matrix products are what it costs."""
+        """Whether most of its cost is matrix products."""
         return self.case.op != "layer_mix"
 
     @property
@@ -152,13 +156,31 @@ class Connector(Workload):
 
     @property
     def num_bytes(self) -> float | None:
-        """Of a forward that reads and writes everything once: states in use, parameters, result. None for others."""
+        """Bytes of a forward that touches states in use, parameters and result once each; None for other modes."""
         if self.mode != "forward":
             return None
         case = self.case
         states = len(case.plan.layers) * case.images * (case.tokens - case.skip) * case.width
         params = sum(n * k + n for _, n, k in self.products())
         return float(self.torch_dtype.itemsize * (states + params + self.rows * (case.hidden or self.row_width)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation(Workload):
+    """A forward of any operator in the registry: one of its large cases."""
+
+    operator: str
+    case: testing.Case
+
+
+def operations(device: str, dtype: str) -> list[Operation]:
+    """The large cases of every operator that has no workloads of its own here and kernels that run on ``device``."""
+    return [
+        Operation(name=case.name, dtype=dtype, batch=case.batch, operator=name, case=case)
+        for name, operator in operators().items()
+        for case in operator.cases()
+        if case.is_large and not isinstance(case, Case) and operator.candidates(torch.device(device), DTYPES[dtype])
+    ]
 
 
 def clones(inputs: Inputs, count: int) -> list[Inputs]:
@@ -175,9 +197,9 @@ class Model(Workload):
     """The reference model with random weights: the whole vision tower before the connector."""
 
     task: str = "tower"
-    """"tower": from pixels to visual tokens; "connector": to them from the tower's states; "questions": the tokens of
-    ``questions`` instructions about one image; "another question": of one more, where the image was encoded before;
-    "training step": all of it."""
+    """"tower": from pixels to visual tokens; "connector": from the tower's states to visual tokens; "questions": the
+    visual tokens for ``questions`` instructions about one image; "another question": those for one more instruction
+    about an image encoded before; "training step": forward, backward and optimizer."""
     size: str = "clip-l-336"
     questions: int = 1
 
@@ -185,10 +207,10 @@ class Model(Workload):
 
     @property
     def plain_flops(self) -> float:
-        """Of a call of plain torch, roughly: what it costs."""
+        """Operations of a call of plain torch, roughly, as a measure of its cost."""
         if self.size not in CLIP_L_TOKENS or self.task == "connector":
             return 0.0
-        # Four products of attention and eight of the MLP.
+        # Per token and layer, 4 width**2 multiplications and additions of attention and 8 width**2 of the MLP.
         tower = 24 * CLIP_L.layers * CLIP_L_TOKENS[self.size] * CLIP_L.width**2
         return float(self.batch * self.questions * tower)
 
@@ -197,7 +219,7 @@ def connector(
     name: str, plan: MixPlan, batch: int, dtype: str, mode: str = "forward", *, op: str = "layer_mix_mlp",
     tower: Tower = CLIP_L, hidden: int = HIDDEN, tiles: int = 1, instructions: int = 1, norm_eps: float | None = None,
 ) -> Connector:  # fmt: skip
-    """A connector behind ``tower``: ``batch`` samples of ``tiles`` images, or of one image with ``instructions``."""
+    """A connector behind ``tower``: ``batch`` samples of ``tiles`` images, or one image with ``instructions`` texts."""
     case = Case(
         name, op, plan.resolve(tower.layers + 1), batch * tiles, tower.tokens, tower.width,
         0 if op == "layer_mix" else hidden, skip=tower.skip,
@@ -211,27 +233,27 @@ IGVA = MixPlan.igva()
 
 
 def igva(batch: int, dtype: str, mode: str = "forward") -> Connector:
-    """The block of stage 2, the main workload."""
+    """IGVA's connector in stage 2, the main workload."""
     return connector("igva-2", IGVA, batch, dtype, mode)
 
 
 def igva_mix(batch: int, dtype: str) -> Connector:
-    """Its mix alone."""
+    """The mix of that connector alone."""
     return connector("igva-2-mix", IGVA, batch, dtype, op="layer_mix")
 
 
 def igva_linear(batch: int, dtype: str) -> Connector:
-    """Its mix and first Linear with GELU."""
+    """The mix, first Linear and GELU of that connector."""
     return connector("igva-2-linear", IGVA, batch, dtype, op="layer_mix_linear")
 
 
 def stage_1(batch: int, dtype: str, mode: str = "forward") -> Connector:
-    """The block with uniform weights."""
+    """IGVA's connector in stage 1, with uniform weights."""
     return connector("igva-1", MixPlan.igva_uniform(), batch, dtype, mode)
 
 
 def family(batch: int, dtype: str) -> list[Connector]:
-    """The other connectors of this shape, as their code has them, and IGVA at other inputs."""
+    """The other connectors of this form, as their authors' code has them, and IGVA's with other inputs."""
     return [
         connector("dense-connector-sci", MixPlan.dense_connector("sci"), batch, dtype),
         connector("dense-connector-dci", MixPlan.dense_connector("dci"), batch, dtype),
@@ -246,7 +268,7 @@ def family(batch: int, dtype: str) -> list[Connector]:
 
 
 def scaling(batch: int, dtype: str) -> list[Connector]:
-    """One size at a time: L and D of the mix, L and H of the block. Growth in B is read from the other workloads."""
+    """One size at a time: L and D of the mix, L and H of the connector. Growth in B shows in the other workloads."""
     varied: list[Connector] = []
     for layers in (6, 12, 24, 48):
         plan, tower = MixPlan.igva(layers, 3), CLIP_L._replace(layers=layers)
@@ -276,7 +298,7 @@ def models(dtype: str, batch: int) -> list[Model]:
 
 
 def cpu_suite() -> list[Workload]:
-    """What two cores measure in minutes; fp32, which takes them four times as long, with fewer sizes."""
+    """What two cores measure in minutes; fp32, which takes four times as long on them, at fewer sizes."""
     most: list[Workload] = [igva(batch, "bf16") for batch in (1, 2, 4, 8)]
     most += [igva(batch, "fp32") for batch in (1, 2, 4)]
     most += [igva_mix(batch, dtype) for dtype in ("bf16", "fp32") for batch in (1, 2, 4, 8)]
@@ -300,16 +322,16 @@ def gpu_suite() -> list[Workload]:
 
 
 def affordable(workloads: Sequence[Workload], rates: Mapping[str, float]) -> list[Workload]:
-    """The workloads as a machine can measure them whose plain torch multiplies slowly in some dtypes.
+    """The workloads, made cheaper for a machine on which plain torch multiplies slowly in some dtypes.
 
-    There the forward of the block keeps its dtype at B 1 and 2; everything else with products is measured in fp32, the
-    block at B 4 at most, the vision tower with pictures of 224 pixels, and eight questions become three. (A backward in
-    bf16 took two thirds of the suite's time on an AVX2 CPU, and the tower at 336 pixels in fp32 half of it.) What is
-    changed says so in its note; what is there already does not come twice.
+    In such a dtype, IGVA's forward is kept at B 1 and 2. Everything else with products is measured in fp32, IGVA's
+    forward at B 4 at most, the vision tower at 224 pixels, and eight questions become three. (On an AVX2 CPU a backward
+    in bf16 took two thirds of the suite's time, and the tower at 336 pixels in fp32 half of it.) A workload that is
+    changed says so in its note, and none comes twice.
 
     Args:
         workloads: as they are listed.
-        rates: operations a second of plain torch's products, by dtype.
+        rates: FLOP/s of plain torch's products, by dtype.
     """
     found: dict[Workload, Workload] = {}
     for workload in workloads:
@@ -324,7 +346,8 @@ def affordable(workloads: Sequence[Workload], rates: Mapping[str, float]) -> lis
 
 
 SLOWER = 2.0
-"""Times that a dtype's products take fp32's; without instructions for it it is five or more, with them a half."""
+"""A dtype is slow if its products take this many times as long as fp32's: a CPU without instructions for it takes five
+times or more, one with them half."""
 
 
 def _is_small_block(workload: Workload) -> bool:
@@ -343,13 +366,13 @@ def _cheaper(workload: Workload, why: str) -> Workload:
 
 
 def quick_suite(device: str) -> list[Workload]:
-    """A minute: whether everything works, and roughly how it stands."""
+    """What shows in a minute whether everything works, and roughly how fast it is."""
     batch = 1 if device == "cpu" else 16
     return [igva(batch, "bf16"), igva_mix(batch, "bf16"), igva(batch, "bf16", "both")]
 
 
 def shapes_suite() -> list[Workload]:
-    """The block at every shape at which one kernel must not lose to another."""
+    """IGVA's connector at 72 shapes, to compare kernels at each of them."""
     return [
         connector(f"block-by-shape-{tokens}", IGVA, batch, "bf16", tower=CLIP_L._replace(tokens=tokens, width=width))
         for tokens in (257, 577, 729) for width in (768, 1024, 1152) for batch in (1, 2, 4, 8, 16, 32, 64, 128)
@@ -362,4 +385,9 @@ def suite(name: str, device: str) -> Sequence[Workload]:
         return []
     if name == "shapes":
         return shapes_suite()
-    return quick_suite(device) if name == "quick" else cpu_suite() if device == "cpu" else gpu_suite()
+    if name == "quick":
+        return quick_suite(device)
+    return [
+        *(cpu_suite() if device == "cpu" else gpu_suite()),
+        *operations(device, "fp32" if device == "cpu" else "bf16"),
+    ]

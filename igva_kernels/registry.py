@@ -160,6 +160,12 @@ def implementations() -> tuple[str, ...]:
 
 @constant_under_compile
 def _choose(operator: str, impl: str, device: torch.device, dtype: torch.dtype, demands: tuple[Any, ...]) -> str:
+    return choose(operator, impl, device, dtype, demands)
+
+
+@cache
+def choose(operator: str, impl: str, device: torch.device, dtype: torch.dtype, demands: tuple[Any, ...]) -> str:
+    """``Operator.select`` as far as constants decide it. What was found is remembered: a call must not ask again."""
     if impl == REFERENCE:
         return impl
     chosen = operators()[operator]

@@ -4,15 +4,15 @@ A kernel may be at most twice as wrong as the plain torch code in the same dtype
 
     error(kernel) <= 2 * error(plain) + 0.5 * eps(dtype)        error(x) = |x - oracle| / |oracle|  (Frobenius, fp64)
 
-One wrong entry among a million is too little for a norm, so no entry may be further off than four times the worst of
-plain torch's, plus half a unit of rounding of the largest.
+One wrong entry in a million hardly changes a norm, so no entry may be off by more than four times the error of plain
+torch's worst entry, plus half a unit of rounding of the largest value.
 
 Both errors are measured on random inputs: with N independent numbers, the logarithm of the ratio of their squares
 scatters by sqrt(4 / N), and the rule allows it ln 4. A ``Judge`` therefore pools draws until it has 1024 numbers of a
-result, or 8 draws of a small one. What is within the rule then is right: a kernel that is wrong by one rounding or one
-stride is further off than luck goes. What is not is drawn again, twice as often each time, and is wrong only where 256
-draws say so: of 4 numbers each, they scatter by 0.06. A kernel with 1.3 times the error of plain torch is fourteen of
-these within the limit, one with 1.6 times the error is seven.
+result, or 8 draws of a small one. A result that keeps the rule by then is right: a kernel that is wrong by one rounding
+or one stride is further off than luck goes. For any other, the number of draws is doubled until it keeps the rule, and
+it is wrong only if 256 draws say so. With 4 numbers per draw the logarithm then scatters by 0.06: a kernel with 1.3
+times plain torch's error stays fourteen such deviations within the limit, one with 1.6 times the error seven.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ from torch import Tensor
 T = TypeVar("T")
 
 ENOUGH_ELEMENTS = 1024
-"""Numbers that can be judged without a second draw."""
+"""Numbers in a result from which one draw suffices for a verdict."""
 FIRST_DRAWS = 8
 """Draws after which a smaller result is first judged."""
 MAX_DRAWS = 256
-"""Draws after which a result that is still over its budget is wrong."""
+"""Draws after which a result that still exceeds its budget is wrong."""
 
-# What must not wait for the last draw to be called wrong: a million numbers in 8 draws, or an error far beyond luck.
+# A result over its budget is wrong before its last draw if it has this many numbers, or this many times the budget.
 _MANY_ELEMENTS = 2**20
 _FAR = 64
 
 
 SPECIFICATION = "specification"
-"""What a case runs as its oracle, beside the names that ``impl=`` takes."""
+"""The ``impl`` of ``Case.run`` that computes the oracle; the others are those that operators take."""
 
 
 class Case(Protocol):
-    """One call of one operator, drawn at random: by such calls implementations are judged."""
+    """One call of one operator on random inputs, by which implementations are judged."""
 
     @property
     def name(self) -> str:
-        """Of the case, for people."""
+        """The name of the case in reports."""
 
     @property
     def is_large(self) -> bool:
-        """Whether its shapes are real ones, which take seconds."""
+        """Whether its shapes are those of a real model, which take seconds."""
 
     def draw(self, seed: int, dtype: torch.dtype, device: str) -> Any:
-        """Inputs rounded to ``dtype``, which have a ``double()``; the same numbers for a seed whatever the device."""
+        """Inputs rounded to ``dtype``, with a method ``double``; a seed gives the same numbers on every device."""
 
     def run(self, inputs: Any, impl: str, only: Collection[str] = ()) -> dict[str, Tensor]:
         """The output and the gradients by name, all of them or ``only`` some; ``impl`` may be ``SPECIFICATION``."""
@@ -65,14 +65,15 @@ class Case(Protocol):
 
 
 class Verdict(NamedTuple):
-    """One result beside plain torch's."""
+    """A kernel's error in one result, beside plain torch's."""
 
     name: str
     error: float
-    """Of the kernel, against fp64."""
+    """The kernel's relative error against fp64."""
     plain: float
-    """Of plain torch in the same dtype, against fp64."""
+    """Plain torch's relative error in the same dtype against fp64."""
     budget: float
+    """The largest ``error`` allowed."""
     worst_entry: float = 0.0
     """The error of the entry that is furthest off, as a share of what is allowed."""
 
@@ -116,20 +117,20 @@ class Judge:
     def add(
         self, actual: Tensor, oracle: Tensor, plain: Tensor, name: str = "result", *, rounded_once: bool = False
     ) -> None:
-        """One more draw of a result; it is ignored where the verdict on that result has fallen.
+        """Adds a draw of a result; it is ignored once the verdict on that result has fallen.
 
         Args:
             actual: the result of the kernel.
             oracle: the same computed in fp64 from the same (already rounded) inputs.
             plain: the same by the plain torch code in ``dtype``.
-            name: how the verdict calls it.
-            rounded_once: judge each entry of 16 bits by the promise that nothing but the end was rounded to them.
+            name: of the result, in its verdict.
+            rounded_once: whether every entry of a 16-bit result must be within its one final rounding.
         """
         if name not in self._settled:
             self._pools.setdefault(name, _Pool()).add(actual, oracle, plain, rounded_once)
 
     def settle(self) -> None:
-        """Lets verdicts fall where there is enough to judge by."""
+        """Gives its verdict on every result that has enough draws."""
         for name in self.pending:
             pool = self._pools[name]
             verdict = pool.verdict(name, self.dtype)
@@ -144,12 +145,12 @@ class Judge:
 
     @property
     def verdicts(self) -> list[Verdict]:
-        """By now, pending ones included."""
+        """The verdicts so far, those on pending results included."""
         return [self._settled.get(name) or pool.verdict(name, self.dtype) for name, pool in self._pools.items()]
 
 
 def draws(judges: Iterable[Judge]) -> Iterator[int]:
-    """0, 1, 2 ...: a draw of inputs each, whose results are to be added, until no judge needs more."""
+    """0, 1, 2, ..., one per draw of inputs whose results the caller adds, until no judge needs more."""
     judges = list(judges)
     for draw in range(MAX_DRAWS):
         yield draw
@@ -161,7 +162,7 @@ def draws(judges: Iterable[Judge]) -> Iterator[int]:
 
 
 def within_rule(dtype: torch.dtype) -> Iterator[Judge]:
-    """For tests: a judge, once for every draw that it needs; fails after the last unless the rule holds.
+    """For tests: yields a judge once per draw that it needs, and fails after the last one unless the rule holds.
 
     for judge in within_rule(torch.bfloat16):
         x = torch.randn(16, 16).bfloat16()
@@ -176,10 +177,10 @@ def within_rule(dtype: torch.dtype) -> Iterator[Judge]:
 
 
 def judge(actual: Tensor, oracle: Tensor, plain: Tensor, dtype: torch.dtype, name: str = "result") -> Verdict:
-    """The verdict on a result that is too large, or too dear, to be drawn again. Arguments as in ``Judge``.
+    """The verdict on a result that is too large, or too costly, to draw again. Arguments as in ``Judge.add``.
 
     Raises:
-        ValueError: it is too small for that.
+        ValueError: the result is too small to be judged by one draw.
     """
     if 0 < oracle.numel() < ENOUGH_ELEMENTS:
         raise ValueError(
@@ -212,7 +213,7 @@ class _Pool:
             self.squares[name] += float(part.norm()) ** 2
             self.peaks[name] = max(self.peaks[name], float(torch.linalg.vector_norm(part, torch.inf)))
         if rounded_once and actual.dtype.itemsize == 2:
-            # The sum before the rounding, in fp32, is exact beside it but where terms cancel.
+            # Beside that rounding, the sum in fp32 before it is exact, except where terms cancel.
             nearly = oracle.abs() + oracle.norm() / oracle.numel() ** 0.5 / 64
             half = (0.5 * torch.finfo(actual.dtype).eps * nearly).clamp(min=torch.finfo(torch.float64).tiny)
             self.off_once = max(self.off_once, float((parts["actual"].abs() / half).max()))
@@ -242,7 +243,7 @@ class Memory(NamedTuple):
 
 
 def measure_memory(call: Callable[[], T]) -> tuple[T, Memory]:
-    """What ``call`` returns, and the CPU memory that it allocated (seen: what goes through torch's allocator)."""
+    """What ``call`` returns, and the CPU memory that it allocated, as far as torch's allocator sees it."""
     with (
         _silent_stderr(),
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
@@ -257,7 +258,7 @@ def measure_memory(call: Callable[[], T]) -> tuple[T, Memory]:
 
 
 def capture(call: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
-    """``call`` as a CUDA graph, after two calls that compile and fill caches, and what the graph writes to."""
+    """``call`` as a CUDA graph, and the result that it writes to; two calls before it compile and fill caches."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from igva_kernels.ops.weighted_mix.triton.tuning import block
-from igva_kernels.registry import all_backends, operators
+from igva_kernels.registry import all_backends, choose, operators
 from igva_kernels.runtime import config
 from igva_kernels.runtime.config import Config, DeviceRates, GemmConfig, RowConfig
 from igva_kernels.runtime.triton import cost
@@ -82,6 +82,7 @@ def _write(path: Path, tuned: Config) -> None:
     unfinished.write_text(tuned.to_json())
     unfinished.replace(path)
     config.of_device.cache_clear()
+    choose.cache_clear()
 
 
 def _by_speed(device: torch.device, log: Callable[[str], None]) -> tuple[str, ...]:

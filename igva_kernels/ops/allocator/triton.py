@@ -226,6 +226,8 @@ class TritonAllocator(Implementation):
 
     def why_not(self, *demands: int) -> str | None:
         """None if an allocator of this hidden width and number of weights can be served, otherwise why not."""
+        if not demands:
+            return None
         width, columns = demands
         held = triton.next_power_of_2(width) * triton.next_power_of_2(columns)
         if held <= _HELD:

@@ -47,6 +47,11 @@ class Case:
     trainable_tower: bool = False
 
     @property
+    def batch(self) -> int:
+        """See ``testing.Case``."""
+        return len(self.image_index) if self.image_index else self.images
+
+    @property
     def is_large(self) -> bool:
         """See ``testing.Case``."""
         return self.tokens > 100
@@ -59,7 +64,7 @@ class Case:
             return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
 
         plan = self.plan
-        rows = len(self.image_index) if self.image_index else self.images
+        rows = self.batch
         row_width = plan.num_blocks * self.width
         assert plan.num_states is not None
         layers = {layer: normal(self.images, self.tokens, self.width) for layer in plan.layers}

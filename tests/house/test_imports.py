@@ -1,0 +1,95 @@
+"""Imports run one way: tools and models, nn, operators, the registry, the runtime; and there is no circle."""
+
+import ast
+from pathlib import Path
+
+import igva_kernels
+
+ROOT = Path(igva_kernels.__file__).parent
+FLOORS = (
+    ("runtime", "testing", "version"),
+    ("registry",),
+    ("ops",),
+    ("nn", "streaming"),
+    ("models", "integrations"),
+    ("__init__", "demo", "verify", "info", "tune", "cli", "__main__"),
+)
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+
+
+def modules():
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+            for path in ROOT.rglob("*.py")}  # fmt: skip
+
+
+def imports(path, known):
+    """The modules of the package that a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "igva_kernels":
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.split(".")[0] == "igva_kernels"]
+        for name in names:
+            inner = name.removeprefix("igva_kernels").strip(".")
+            while inner and inner not in known:
+                inner = inner.rpartition(".")[0]
+            yield inner or "__init__"
+
+
+def edges():
+    known = modules()
+    return {name: set(imports(path, known)) - {name} for name, path in known.items()}
+
+
+def test_no_import_runs_upward():
+    upward = [
+        f"{name} imports {target}"
+        for name, targets in edges().items()
+        for target in targets
+        if FLOOR[target.split(".")[0]] > FLOOR[name.split(".")[0]]
+    ]
+    assert not upward
+
+
+def test_no_import_runs_in_a_circle():
+    graph, done = edges(), set()
+
+    def visit(name, path):
+        assert name not in path, " -> ".join([*path[path.index(name) :], name])
+        if name not in done:
+            for target in graph[name]:
+                visit(target, [*path, name])
+            done.add(name)
+
+    for name in graph:
+        visit(name, [])
+
+
+def test_an_operator_imports_no_other():
+    mixed = [
+        f"{name} imports {target}"
+        for name, targets in edges().items()
+        for target in targets
+        if name.startswith("ops.") and target.startswith("ops.") and name.split(".")[1] != target.split(".")[1]
+    ]
+    assert not mixed
+
+
+def test_what_is_shared_names_no_operator():
+    operators = [path.name for path in (ROOT / "ops").iterdir() if (path / "op.py").exists()]
+    assert len(operators) >= 2
+    shared = [
+        ROOT / "registry.py",
+        ROOT / "verify.py",
+        ROOT / "info.py",
+        ROOT / "testing.py",
+        *ROOT.glob("runtime/**/*.py"),
+    ]
+    named = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in shared
+        for name in operators
+        if any(form in path.read_text() for form in (f"ops.{name}", f"ops/{name}", f'"{name}"'))
+    ]
+    assert not named
