@@ -49,7 +49,7 @@ class RowConfig:
         block_p = min(max(1, self.elements // block_d), _next_power_of_2(num_rows))
         if not whole_blocks:
             return RowTile(block_p, block_d, self.num_warps)
-        # At most 64 fp32 values of the row a thread; beyond that no more warps than read 16 bytes a thread.
+        # At most 64 fp32 values of the row per thread; beyond that no more warps than read 16 bytes per thread.
         needed, useful = _next_power_of_2(-(-whole_blocks * block_d // 2048)), max(1, block_d // 256)
         return RowTile(1, block_d, min(max(needed, min(self.num_warps, useful)), 16))
 

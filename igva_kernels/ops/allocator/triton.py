@@ -1,6 +1,6 @@
 """The weight allocator at inference: ``nn.WeightAllocator`` in ``4 + 3 * blocks`` launches, 16 for IGVA's four blocks.
 
-Its query is one row a sample, so that the score of key k in head h is linear in the row x that asks, and what the head
+Its query is one row per sample, so that the score of key k in head h is linear in the row x that asks, and what the head
 adds is linear in its probabilities p (d is the width of a head):
 
     score[h, k] = (x . U[k, h] + bq[h] . key[k, h]) / sqrt(d)         U[k, h] = Wq[h]^T key[k, h]
@@ -40,7 +40,7 @@ from igva_kernels.runtime.triton.dense import config_of
 from igva_kernels.runtime.triton.gemm import gemm_tile, precision
 from igva_kernels.runtime.triton.launch import launch
 
-# Elements of U, and of T, that a program of attend_kernel holds: 32 of each a thread of 16 warps.
+# The most elements of U, and of T, that one program of attend_kernel holds: 32 of each per thread of 16 warps.
 _HELD = 16384
 
 
@@ -232,7 +232,7 @@ class TritonAllocator(Implementation):
         held = triton.next_power_of_2(width) * triton.next_power_of_2(columns)
         if held <= _HELD:
             return None
-        return f"{columns} keys of width {width} are {held} elements a head, it holds {_HELD}"
+        return f"{columns} keys of width {width} are {held} elements per head, a program holds {_HELD}"
 
     def allocate(
         self, sentences: Tensor, summaries: Tensor, weights: AllocatorWeights, num_heads: int, eps: Sequence[float]

@@ -17,11 +17,12 @@ from igva_kernels.runtime.cpu.dense import CpuDense, activations, address, dtype
 from igva_kernels.runtime.dense import Norm, accumulation_dtype
 
 SCRATCH_BYTES = 40 << 20
-"""Of the row blocks of ``project``; with the copied tiles of the weights, its scratch stays below 64 MiB. Blocks are as
-large as that allows: libraries pack the weight again for every one of them, which takes the time of a hundred rows."""
+"""The most bytes of the row blocks that ``project`` works on; with the copied tiles of the weights, its scratch stays
+below 64 MiB. Blocks are as large as that allows, because libraries pack the weight again for every block, which takes
+as long as multiplying a hundred rows."""
 
 STREAM_BYTES = 4 << 20
-"""Rows that take more are written around the cache: nobody finds them there later."""
+"""Mixed rows of more bytes than this are written around the cache, where nobody would find them later."""
 
 
 class CpuWeightedMix(CpuDense, WeightedMix):

@@ -1,9 +1,10 @@
 """Matrix products by the library that suits this CPU.
 
-``choose`` decides from what the CPU and torch have, and from the error rule, never from timings. Most products are
-torch's own, of whole matrices. Two kinds are cut into tiles, of which dense copies are made: those by oneDNN, whose
-error grows with the inner dimension, and those of bf16 and fp16 where the CPU has no instructions for them. There
-torch's low-precision GEMM is an order of magnitude slower than fp32, so tiles of both operands are converted.
+``choose`` decides from what the CPU and torch have and from the error rule, never from timings. Most products are
+torch's own, of whole matrices. Two kinds are cut into tiles, each of which is copied into dense memory: products by
+oneDNN, whose error grows with the inner dimension, and products in bf16 or fp16 on a CPU without instructions for
+them. There torch's low-precision GEMM is an order of magnitude slower than fp32, so tiles of both operands are
+converted to fp32.
 """
 
 from __future__ import annotations
@@ -19,22 +20,23 @@ from igva_kernels.runtime.cpu import native
 from igva_kernels.runtime.cpu.features import INTEL, Cpu, this_cpu
 
 BLOCK_ROWS = 2304
-"""Of a product by tiles, half as many where they must be converted: every block copies the weight again."""
+"""The most rows of one block of a product by tiles (half as many where they must be converted). Every block copies the
+weight again, so blocks are as large as the cache lets them be; 2304 rows are four images of CLIP-L/336."""
 
 TILE_BYTES = 8 << 20
-"""Of a copied tile of the weight, and of its product: smaller ones save memory, but where other work shares the CPU
-every product waits."""
+"""The most bytes of one copied tile of the weight, and of its product. Smaller tiles save memory, but then more products
+wait for one another when other work shares the CPU."""
 
 ONEDNN_DEPTH = 512
-"""oneDNN adds up the inner dimension in one chain, whose error grows with the root of its length: one of 512 is 4.1e-7
-from fp64, where MKL's products are 2.4e-7 to 2.6e-7. That leaves a margin to the 2 times that the rule allows, and the
-operator at 1.4 times; longer chains leave none."""
+"""The longest inner dimension that one oneDNN product sums. oneDNN adds it up in one chain, whose relative error grows
+with the root of its length: a chain of 512 is 4.1e-7 away from fp64 (measured), where MKL's products are 2.4e-7 to
+2.6e-7 away. That keeps the whole operator at 1.4 times plain torch's error; the rule allows 2."""
 
 _INSTRUCTIONS = {
     torch.bfloat16: ("avx512bf16", "amxbf16", "bf16"),
     torch.float16: ("avx512fp16", "amxfp16", "fp16arith", "asimdhp"),
 }
-"""Features by which a CPU multiplies a dtype, the last ones on Arm."""
+"""The CPU features that multiply a dtype; the last ones of each are Arm's."""
 
 
 class Route(NamedTuple):
@@ -60,9 +62,9 @@ def choose(dtype: torch.dtype, cpu: Cpu) -> Route:
     if dtype != torch.float32:
         reason = "no other library takes this dtype"
     elif not cpu.mkl:
-        reason = "its BLAS is not MKL, and taken to suit the CPU"
+        reason = "its BLAS is not MKL, and is assumed to suit the CPU"
     elif "avx512f" not in cpu.features:
-        reason = "it calls MKL, without AVX-512 as fast as oneDNN and nearer to fp64"
+        reason = "it calls MKL, which without AVX-512 is as fast as oneDNN and closer to fp64"
     elif cpu.vendor == INTEL:
         reason = "it calls MKL, which uses the AVX-512 of Intel's CPUs"
     elif not cpu.vendor or not cpu.onednn:

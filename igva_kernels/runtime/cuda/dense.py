@@ -12,12 +12,13 @@ from igva_kernels.runtime.cuda import launch
 from igva_kernels.runtime.dense import Dense, Norm, NormGrads, accumulation_dtype, norm_param_grads
 
 VECTOR_BYTES = 16
+"""The widest access of one thread, in bytes."""
 
 BIAS_CHUNK = 64
-"""Rows of a block of the column sums for the bias: few enough for one image to fill a card."""
+"""Rows that one block of threads sums for the gradient of the bias: few enough for one image to fill a card."""
 
 NORM_CHUNK = 128
-"""Rows of a block of the column sums for the norm's parameters."""
+"""Rows that one block of threads sums for the gradients of the norm's parameters."""
 
 
 class CudaDense(Dense):

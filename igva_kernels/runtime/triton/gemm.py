@@ -10,8 +10,8 @@ On sm_90 and later operands come by TMA (descriptors made on the host: no scratc
 them), elsewhere, or where a pointer or stride is not a multiple of 16 bytes, by pointers. The reduction length K is a
 constexpr: it is a property of the model, and the loop needs no mask where a tile divides it.
 
-Modelled floor, IGVA on CLIP-L/336: linear 9.66 GFLOP an image = 12.2 us at 790 TFLOP/s, against 4.7 MB read and 4.7 MB
-written (2.2 us); what the epilogues save is one read and one write of [M, H], 2.2 us an image each.
+Modelled floor, IGVA on CLIP-L/336: linear 9.66 GFLOP per image = 12.2 us at 790 TFLOP/s, against 4.7 MB read and 4.7 MB
+written (2.2 us); what the epilogues save is one read and one write of [M, H], 2.2 us each per image.
 """
 # mypy: allow-untyped-defs, no-check-untyped-defs
 

@@ -7,7 +7,7 @@ With x the row before the norm, n = (x - mean) * rstd, and g = grad_out * weight
 Folding uses  LN(x) W^T + b = rstd * (x V^T - mean * sums) + (W bias + b)  with V = weight * W and its row sums, so that
 the GEMM reads x as it is and the normalised row is never written.
 
-Modelled floor of the gradient: 3 row widths moved, 3 * 5120 * 2 bytes a row for five taps of 1024 in bf16.
+Modelled floor of the gradient: 3 row widths moved, 3 * 5120 * 2 bytes per row for five taps of 1024 in bf16.
 """
 # mypy: allow-untyped-defs, no-check-untyped-defs
 

@@ -21,9 +21,11 @@ from igva_kernels.runtime.cuda import launch
 from igva_kernels.runtime.cuda.dense import allows_vectors, chunks
 
 TILE_M, TILE_N, TILE_K, CLUSTER, MAX_TAPS = 128, 256, 64, 2, 8
+"""Rows, columns and depth of a tile in elements, blocks of a cluster, and the most taps: as gemm_sm90.h has them."""
 
 SWITCH = "IGVA_KERNELS_FUSED_GEMM"
-"""Environment variable that switches the fused GEMMs on: they stay off until they have been measured on a card."""
+"""The environment variable that switches the fused GEMMs on. They are off, because on the H100 and H200 that they were
+measured on the mix kernel and cuBLAS were faster (docs/gpu.md)."""
 
 Operands = tuple[int, int, int, bool]
 """A block of A: (tensor map, first column there, position in the mixed row, whether it is mixed)."""
@@ -66,7 +68,7 @@ def why_not(args: MixArgs, projector: Projector, keep: Keep) -> str | None:
     first, plan = args.layers[0], lower(args.plan)
     tokens = first.shape[1]
     if args.image_index is not None:
-        return "image_index: its rows are not those of the layers"
+        return "with an image_index the rows of the batch are not those of the layers"
     if projector.norm is not None:
         return "it has no LayerNorm"
     if keep == Keep.ROWS:
@@ -84,7 +86,7 @@ def why_not(args: MixArgs, projector: Projector, keep: Keep) -> str | None:
     if not first.numel() or not args.num_patches or not weight.shape[0]:
         return "there is nothing to compute"
     if first.shape[0] * tokens + CLUSTER * TILE_M >= 2**31:
-        return "there are more rows than 32 bits count"
+        return f"it counts rows in 32 bits, not {first.shape[0] * tokens}"
     for layer in plan.taps:
         tap = args.layers[layer]
         if tap.shape[0] > 1 and tap.stride(0) != tokens * tap.stride(1):

@@ -28,7 +28,7 @@ def dots(plan: MixPlan, block: int) -> list[tuple[int, int, int, float]]:
 
 
 def slots(width: int) -> int:
-    """Partials of a row and column for one block: one a tile."""
+    """Partials of a row and column for one block: one per tile."""
     return chunks(width, gemm.TILE_N)
 
 
@@ -38,8 +38,10 @@ def why_not(grad_z: Tensor, weight1: Tensor, blocks: Sequence[int], args: MixArg
     dtypes = {grad_z.dtype, weight1.dtype, *(layer.dtype for layer in layers)}
     if dtypes not in ({torch.bfloat16}, {torch.float16}):
         return f"it takes bf16 or fp16 throughout, not {', '.join(sorted(map(str, dtypes)))}"
-    if rows < depth or not grad_z.numel() or rows + gemm.CLUSTER * gemm.TILE_M >= 2**31:
-        return f"{rows} rows: the weight is transposed for it, which pays from {depth} on, and 32 bits count them"
+    if not grad_z.numel() or rows + gemm.CLUSTER * gemm.TILE_M >= 2**31:
+        return f"it counts rows in 32 bits and needs at least one, not {rows}"
+    if rows < depth:
+        return f"it transposes the weight first, which costs more than it saves below {depth} rows, not {rows}"
     if max(len(dots(args.plan, block)) for block in blocks) > MAX_DOTS:
         return f"it takes {MAX_DOTS} weighted entries a block"
     if grad_z.stride(1) != 1:

@@ -12,10 +12,10 @@ from igva_kernels.ops.weighted_mix.program import BLOCK, PART, TERM, Steps, lowe
 from igva_kernels.runtime.cuda import launch
 
 DOT_CHUNK = 32
-"""Patches of a block of the weight gradient's first stage."""
+"""Patches that one block of threads sums in the first stage of the gradient of the mix weights."""
 
 NORM_ROW_BYTES = 96 << 10
-"""Of shared memory for an unrounded row: what a multiprocessor of every architecture from 8.0 on can give."""
+"""The most bytes of shared memory for one unrounded row: what every architecture from 8.0 on can give a block."""
 
 
 Part = tuple[int, int, list[tuple[float, list[int]]]]

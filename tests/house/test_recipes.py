@@ -1,0 +1,136 @@
+"""The recipes of CONTRIBUTING.md for a backend, an integration and an activation, followed to the letter.
+
+That for an operator is followed by ``test_operators``.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import igva_kernels as ik
+from igva_kernels import integrations, registry
+from igva_kernels.nn import LayerMixProjector
+from igva_kernels.runtime.activations import ACTIVATIONS, Activation
+
+HERE = Path(__file__).parent
+PLAN = ik.MixPlan.igva(4, 2)
+
+
+# ---- a backend -----------------------------------------------------------------------------------------------------
+
+WITH_THE_TOY = f"""
+import sys
+import igva_kernels.runtime, igva_kernels.ops.weighted_mix
+from igva_kernels import cli
+igva_kernels.runtime.__path__.append({str(HERE / "toy_backend" / "runtime")!r})
+igva_kernels.ops.weighted_mix.__path__.append({str(HERE / "toy_backend" / "weighted_mix")!r})
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def run_with_the_toy(*arguments):
+    return subprocess.run([sys.executable, "-c", WITH_THE_TOY, *arguments], capture_output=True, text=True, timeout=300)
+
+
+def test_a_backend_is_a_folder_and_a_module_per_operator():
+    """``verify`` judges it in every case of the operator that it serves, because it is there."""
+    done = run_with_the_toy("verify", "--quick", "--backend", "toy", "--dtype", "fp32")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "toy on cpu" in done.stdout and "WRONG" not in done.stdout
+    report = json.loads(run_with_the_toy("info", "--json").stdout)
+    (toy,) = (backend for backend in report["backends"] if backend["name"] == "toy")
+    assert toy["available"] and toy["dtypes"] == ["fp32"]
+    assert "toy" in report["operators"]["weighted_mix"] and "toy" not in report["operators"]["allocator"]
+
+
+# ---- an integration --------------------------------------------------------------------------------------------------
+
+
+class Host(nn.Module):
+    """A model that mixes its layers with a projector of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(16, 12), nn.Linear(12, 10)
+
+    def connect(self, states):
+        rows = torch.cat([states[1][:, 1:], states[3][:, 1:]], dim=-1)
+        return self.linear_2(F.gelu(self.linear_1(rows)))
+
+
+def test_an_integration_is_a_module_and_its_name_in_the_list(monkeypatch):
+    def apply(model, edits, impl="auto"):
+        def connect(states):
+            first, second, plan = model.linear_1, model.linear_2, ik.MixPlan.concat([1, 3])
+            return ik.layer_mix_mlp(
+                states, plan, None, first.weight, first.bias, second.weight, second.bias, skip_tokens=1, impl=impl
+            )
+
+        edits.set(model, "connect", connect)
+
+    family = ModuleType("igva_kernels.integrations.toy")
+    family.DESCRIPTION, family.matches, family.apply = "toy hosts", lambda model: isinstance(model, Host), apply
+    monkeypatch.setitem(sys.modules, family.__name__, family)
+    monkeypatch.setattr(integrations, "FAMILIES", (*integrations.FAMILIES, "toy"))
+    model, states = Host(), [torch.randn(2, 5, 8) for _ in range(5)]
+    expected = model.connect(states)
+    with ik.patched(model):
+        torch.testing.assert_close(model.connect(states), expected)
+        assert "connect" in vars(model)
+    assert "connect" not in vars(model)
+    with pytest.raises(ValueError, match="toy hosts"):
+        ik.patch(nn.Linear(2, 2))
+
+
+# ---- an activation ---------------------------------------------------------------------------------------------------
+
+
+def quick_gelu(z):
+    return z * torch.sigmoid(1.702 * z)
+
+
+def quick_gelu_backward(grad, z):
+    s = torch.sigmoid(1.702 * z)
+    return grad * (s + 1.702 * z * s * (1 - s))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    entry = Activation(quick_gelu, quick_gelu_backward, lambda z: z.copy_(quick_gelu(z)))
+    monkeypatch.setitem(ACTIVATIONS, "quick_gelu", entry)
+    registry.choose.cache_clear()
+    yield
+    registry.choose.cache_clear()
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_entry_in_the_table_is_enough_for_every_caller_and_kernels_without_it_say_so():
+    projector = LayerMixProjector(PLAN, 8, 12, activation="quick_gelu", skip_tokens=1)
+    states, weights = [torch.randn(2, 4, 8) for _ in range(5)], torch.rand(2, 2)
+    out = projector(states, weights)
+    rows = ik.layer_mix(states, PLAN, weights, skip_tokens=1)
+    torch.testing.assert_close(out, projector.linear_2(quick_gelu(projector.linear_1(rows))))
+    out.sum().backward()
+    weight, bias = projector.linear_1.weight, projector.linear_1.bias
+    for backend in registry.backends()[1:]:
+        if backend.available:
+            with pytest.raises(NotImplementedError, match="no activation 'quick_gelu'"):
+                ik.layer_mix_linear(
+                    states, PLAN, weights, weight, bias, activation="quick_gelu", skip_tokens=1, impl=backend.name
+                )
+
+
+def test_an_activation_that_is_not_in_the_table_is_an_error_wherever_it_is_given():
+    states, weights, weight = [torch.randn(2, 4, 8) for _ in range(5)], torch.rand(2, 2), torch.randn(12, 16)
+    for impl in registry.implementations():
+        with pytest.raises(ValueError, match="activation: got 'tanh', need None or one of 'gelu'"):
+            ik.layer_mix_linear(states, PLAN, weights, weight, activation="tanh", impl=impl)
+    with pytest.raises(ValueError, match="activation: got 'tanh'"):
+        LayerMixProjector(PLAN, 8, 12, activation="tanh")
