@@ -1,15 +1,15 @@
-# Everything here sets itself up: a virtual environment a purpose, installed again only when an input has changed.
+# Everything here sets itself up: one virtual environment per purpose, installed again only when an input has changed.
 #
-#   make demo                           a LLaVA-IGVA model about a photograph, plain beside fused
-#   make demo ARGS="--image cat.jpg"    the same about yours; see: igva-kernels demo --help
+#   make demo                           ask a LLaVA-IGVA model about a photograph, plain beside fused
+#   make demo ARGS="--image cat.jpg"    the same about your photograph; see: igva-kernels demo --help
 #   make test                           ruff, mypy and the tests
-#   make test-all                       the slow tests too, every instruction set of this CPU, the sanitizers, the CUDA module
-#                                       for every architecture, the oldest transformers that is supported, and patching on 4.x
-#   make sanitize                       the CPU kernels under AddressSanitizer and UBSan: their tests, and 10,000 random calls
+#   make test-all                       the slow tests too, every instruction set of this CPU, the sanitizers, the CUDA
+#                                       module for every architecture, the oldest supported transformers, patching on 4.x
+#   make sanitize                       the CPU kernels under AddressSanitizer and UBSan: their tests and 10,000 random calls
 #   make compatibility                  docs/compatibility.md: which transformers models can be patched, in three versions
-#   make bench                          the benchmark suite on this CPU, or on its GPU (8 to 10 minutes); pictures
-#   make plots                          pictures, benchmarks/RESULTS.md and the README's table from the CSV files
-#   make learn                          small models learn from drawn pictures, plain beside fused (about 10 minutes)
+#   make bench                          the benchmark suite on the GPU, or on the CPU if there is none (8 to 10 minutes)
+#   make plots                          pictures, benchmarks/RESULTS.md and the README's tables from the CSV files
+#   make learn                          train small models on drawn pictures, plain beside fused (about 10 minutes)
 #
 # Linux without a GPU: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves gigabytes of CUDA packages.
 
@@ -25,11 +25,11 @@ TEST := .venv-test/bin
 # their tests, for one architecture in `make test` and for all of them in `make test-all`.
 NO_CUDA := $(if $(shell command -v nvidia-smi),,IGVA_KERNELS_SKIP_CUDA=1)
 
-# Two processes: a test waits for compilers and for Python more than it computes. Whoever is done takes over from the
-# other one's end, so that no long file is left to one of them.
+# Two processes, because a test waits for compilers and for Python more than it computes. The one that is done first
+# takes tests from the other, so that neither is left with a long file.
 PARALLEL := -n 2 --dist worksteal
 
-# What runs says so, and how long it took; the summary knows its steps by the start of this make.
+# Every step says what runs and how long it took; the summary finds its steps by the time at which this make started.
 export MAKE_STARTED := $(shell date +%s)
 export MAKE_GOAL := $(MAKECMDGOALS)
 STEPS := @$(PYTHON) tools/steps.py
@@ -57,17 +57,17 @@ test-all: test isas sanitize .venv-oldest/installed .venv-transformers4/installe
 		tests/test_patch_transformers.py $(ARGS)
 	$(STEPS) summary
 
-# Every instruction set of this CPU below the best one, which `make test` took; tests/conftest.py holds torch's libraries
-# to the same.
+# Every instruction set of this CPU below the best one, which `make test` uses; tests/conftest.py restricts torch's
+# libraries to the same.
 CPU_TESTS := tests/test_cpu_backend.py tests/test_strides.py tests/test_ops.py tests/test_nn.py
 isas: .venv-test/installed
-	@for isa in $$($(TEST)/python -c "from igva_kernels import native; print(*native.load()[0].isas()[:-1])"); do \
+	@for isa in $$($(TEST)/python -c "from igva_kernels.runtime.cpu import native; print(*native.load()[0].isas()[:-1])"); do \
 		$(PYTHON) tools/steps.py run "CPU tests on $$isa" -- env IGVA_KERNELS_CPU_ISA=$$isa \
 			$(TEST)/pytest $(PARALLEL) -m "not slow and not gpu" $(CPU_TESTS) $(ARGS) || exit; \
 	done
 
-# Python is not built for the sanitizers, so their runtimes come first; what it and torch never free is not ours. Tests of
-# time and memory measure the sanitizers.
+# Python is not built with the sanitizers, so their runtimes are loaded before it. Leaks are not looked for, because
+# Python and torch leave some memory unfreed. Tests of time and memory are left out: they would measure the sanitizers.
 SANITIZED := build/sanitize/site
 SANITIZE = LD_PRELOAD="$$(ldd $(SANITIZED)/igva_kernels/_native*.so | grep -oE '/\S*lib(asan|ubsan|stdc)\S*' | tr '\n' ' ')" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 IGVA_KERNELS_SANITIZE=1 PYTHONPATH=$(CURDIR)/$(SANITIZED)
@@ -102,7 +102,7 @@ learn: .venv-test/installed
 clean:
 	rm -rf .venv-demo .venv-test .venv-oldest .venv-transformers4
 
-# The sizes are those of torch for CPUs.
+# --megabytes: to download and on disk, with torch for CPUs.
 .venv-test/installed: constraints.txt $(BUILD)
 	@$(NO_CUDA) $(PYTHON) tools/steps.py install .venv-test test --editable --megabytes 670 2400
 	@touch $@
@@ -111,12 +111,12 @@ clean:
 	@$(NO_CUDA) $(PYTHON) tools/steps.py install .venv-demo demo --megabytes 630 2200
 	@touch $@
 
-# These have all of .venv-test below them, the kernels too.
+# The next two environments find all of .venv-test below them, the kernels too.
 .venv-oldest/installed: .venv-test/installed
 	$(STEPS) layer .venv-oldest .venv-test transformers==$(OLDEST_TRANSFORMERS) --free transformers huggingface_hub
 	@touch $@
 
-# The reference model needs transformers 5; patching does not. Nor does it need sentence-transformers, which pip misses.
+# Patching needs neither transformers 5, as the reference model does, nor sentence-transformers, which pip misses here.
 .venv-transformers4/installed: .venv-test/installed
 	$(STEPS) layer .venv-transformers4 .venv-test transformers==$(TRANSFORMERS_4) \
 		--free transformers huggingface_hub tokenizers

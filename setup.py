@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parent
 PACKAGE = "igva_kernels"
 MODULES = ("_native", "_cuda")
 BUILD_INFO = "build_info.json"
-BYTES_A_JOB = 1536 << 20
+BYTES_PER_JOB = 1536 << 20
+"""Free memory that one parallel compilation is allowed, in bytes."""
 SANITIZE = os.environ.get("IGVA_KERNELS_SANITIZE") == "1"
 if SANITIZE:
     os.environ["IGVA_KERNELS_SKIP_CUDA"] = "1"
@@ -56,7 +57,7 @@ class CMakeBuild(build_ext):
             raise RuntimeError(f"IGVA_KERNELS_FORCE_CUDA=1, but there is no CUDA module: {info['cuda']['reason']}")
 
     def _build(self, package: Path) -> dict[str, Any]:
-        """What there is to know of the build; each module's ``reason`` is empty where it was built."""
+        """The record of the build; each module's ``reason`` is empty if it was built."""
         info: dict[str, Any] = {"version": self.distribution.get_version(), "reason": "", "cuda": {"reason": ""}}
         if os.environ.get("IGVA_KERNELS_SKIP_NATIVE") == "1":
             info["reason"] = info["cuda"]["reason"] = "the package was installed with IGVA_KERNELS_SKIP_NATIVE=1"
@@ -68,7 +69,7 @@ class CMakeBuild(build_ext):
         except (OSError, ImportError, subprocess.CalledProcessError) as error:
             info["reason"] = info["cuda"]["reason"] = _failure("C++", error)
             return info
-        # One after the other: what is wrong with one must not take the other away.
+        # One after the other, so that a failure of one leaves the other.
         for module, name, record in (("_native", "C++", info), ("_cuda", "CUDA", info["cuda"])):
             if record["reason"]:
                 continue
@@ -93,7 +94,7 @@ class CMakeBuild(build_ext):
     def _jobs(self) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         asked = int(os.environ.get("MAX_JOBS") or self.parallel or cores)
-        return max(1, min(asked, cores, _free_bytes() // BYTES_A_JOB))
+        return max(1, min(asked, cores, _free_bytes() // BYTES_PER_JOB))
 
     def copy_extensions_to_source(self) -> None:
         """In-place builds: the modules and their record go into the source tree."""
@@ -116,7 +117,7 @@ def _failure(name: str, error: Exception) -> str:
 
 
 def _free_bytes() -> int:
-    """Of the machine, or of the container where it may use less."""
+    """Free bytes of memory: the machine's, or the container's limit if that is less."""
     limits = [sys.maxsize]
     for file, pattern, unit in (
         ("/proc/meminfo", r"MemAvailable:\s+(\d+)", 1024),

@@ -48,24 +48,24 @@ from benchmarks.workloads import Workload, affordable, suite
 from igva_kernels.verify import DTYPES
 
 SECONDS = {"cpu": 540, "cuda": 450}
-"""Which are shared out over the workloads; one that no longer fits is not begun."""
+"""By device: default seconds for the whole suite, shared by the workloads; one that no longer fits is not begun."""
 BUDGETS = {"full": {"cpu": 1.5, "cuda": 0.5}, "quick": {"cpu": 1.0, "cuda": 0.3}, "shapes": {"cpu": 1.0, "cuda": 0.3}}
-"""Seconds of the rounds of a workload; slow ones take two rounds however long."""
+"""By suite and device: seconds of timed rounds per workload; slow ones take two rounds however long."""
 SETTING_UP, DRAWING_A_MODEL = 2.5, 15.0
-"""Seconds of any workload beside its calls, and those for a model's weights and imports in a process."""
+"""Seconds, roughly, of a workload beside its calls, and of a model's imports and weights in each process."""
 
 
 class Cost(NamedTuple):
-    """Seconds of a workload, roughly."""
+    """Seconds that a workload takes, roughly."""
 
     least: float
-    """For plain torch, the backends and the floor."""
+    """With plain torch, the backends and the floor."""
     wanted: float
-    """For extra providers too."""
+    """With the extra providers too."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the suite and returns the exit status: 1 where a provider other than torch.compile failed its check."""
+    """Runs the suite and returns the exit status: 1 if a provider other than torch.compile failed its check."""
     args = _parser().parse_args(argv)
     console = Console()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -113,17 +113,16 @@ def run(
     """Measures workloads and adds to the CSV as it goes.
 
     Args:
-        workloads: in their order; those that no longer fit the time are left out, and said so.
-        names: of providers, with wildcards; plain torch is always among them. All where there is none.
+        workloads: in the order of measurement; those that no longer fit the time are left out and named.
+        names: of providers, with wildcards; all of them if empty. Plain torch is always measured.
         device: "cpu" or "cuda".
-        budget: seconds of the rounds of a workload.
+        budget: seconds of timed rounds per workload.
         seconds: for everything.
-        env: what goes into the rows.
+        env: what the rows record of the machine.
         path: the CSV, or None.
         console: where progress and figures go.
-        costs: of each workload. Every one gets the least that it needs, what remains is shared out by what they want
-            beyond it, and what one leaves of its share is shared by those that follow. The same for all where it is not
-            given.
+        costs: of each workload; None for equal ones. Each gets the least that it needs; the rest is shared in
+            proportion to what each wants beyond that, and what one leaves of its share goes to those that follow.
 
     Returns:
         The rows, and how many providers failed their check.
@@ -150,12 +149,12 @@ def run(
             progress.update(task, description=what, completed=at)
             progress.console.print(f"[dim]{what}[/] {workload.note}", highlight=False, soft_wrap=True)
             share = _share(left, costs[at:])
-            torch.compiler.reset()  # each workload compiles anew; the compiler would give up after a few
+            torch.compiler.reset()  # workloads compile anew: the compiler would give up after a few
             found: list[Row] = []
             try:
                 for result in measure(workload, _chosen(workload, names, device), timer, machine, budget, share):
                     if isinstance(result, Refused):
-                        # torch.compile may add in a worse order than plain torch: not recorded, and not ours to mend.
+                        # torch.compile may sum in a worse order than plain torch: not recorded, but no failure of ours.
                         wrong += result.is_wrong and not result.provider.is_compiled
                         progress.console.print(_refusal(result), highlight=False, soft_wrap=True)
                     else:
@@ -185,17 +184,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
                         help="default: %(default)s")  # fmt: skip
     parser.add_argument("--suite", choices=("full", "quick", "shapes", "none"), default="full",
-                        help="quick: a minute, written only to --output; shapes: 72 of the block, to compare kernels "
-                             "with --provider; none: nothing, for --plots")  # fmt: skip
+                        help="quick: a minute, written only to --output; shapes: the connector at 72 shapes, to "
+                             "compare kernels with --provider; none: no measurement, for --plots")  # fmt: skip
     parser.add_argument("--workload", action="append", metavar="NAME", default=[],
                         help="only these (repeatable; wildcards)")  # fmt: skip
     parser.add_argument("--provider", action="append", metavar="NAME", default=[],
                         help="only these beside plain torch (repeatable; wildcards)")  # fmt: skip
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="only this one (repeatable)")
-    parser.add_argument("--output", type=Path, metavar="CSV", help="rows are added to it (default: the device's own)")
-    parser.add_argument("--compare", metavar="REV", help="with the newest earlier rows of this revision in the CSV")
-    parser.add_argument("--plots", action="store_true", help="draw the pictures, write RESULTS.md and README's table")
-    parser.add_argument("--seconds", type=float, help="for everything (default: 540 on a CPU, 450 on a GPU)")
+    parser.add_argument("--output", type=Path, metavar="CSV", help="rows are added to it (default: the machine's own)")
+    parser.add_argument("--compare", metavar="REV", help="with the CSV's newest earlier rows of this git revision")
+    parser.add_argument("--plots", action="store_true", help="draw the pictures, write RESULTS.md and README's tables")
+    parser.add_argument("--seconds", type=float, help="in all (default: 540 on a CPU, 450 on a GPU)")
     return parser
 
 
@@ -204,10 +203,10 @@ def _is_named(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _cost(workload: Workload, device: str, rates: Mapping[str, float]) -> Cost:
-    """From what a call of plain torch costs, and from what was seen to come beside the calls."""
+    """Estimated from what a call of plain torch costs, and from what was seen to take time beside the calls."""
     found = providers(workload, device).values()
     plain = workload.plain_flops / rates.get(workload.dtype, math.inf)
-    # The fp64 results take as long as two calls; plain torch and a backend have three each, a floor a few.
+    # In plain torch's calls: two for the fp64 results, three each for plain torch and a backend, the rest for a floor.
     calls = 9 if workload.mode == "forward" else 12
     least = SETTING_UP + calls * plain
     if workload.is_model:
@@ -217,7 +216,7 @@ def _cost(workload: Workload, device: str, rates: Mapping[str, float]) -> Cost:
 
 
 def _share(left: float, costs: Sequence[Cost]) -> float:
-    """Seconds for the first of the workloads that are to come."""
+    """Seconds for the first of the workloads that remain."""
     least = sum(cost.least for cost in costs)
     beyond = sum(cost.wanted - cost.least for cost in costs)
     if left <= least or not beyond:
@@ -257,7 +256,7 @@ def _changes(earlier: Sequence[Row], rows: Sequence[Row], name: str) -> Table:
     table = Table(
         title=f"beside {name}: {len(changes)} measurements, "
         + ", ".join(f"{count[verdict]} {verdict}" for verdict in ("same", "drift", "slower", "faster"))
-        + f"; what is not ours took {least:.2f} to {most:.2f} times as long",
+        + f"; what is not ours took {least:.2f} to {most:.2f} times as long as before",
         title_justify="left",
     )
     for head in ("workload", "provider", "run", "before, ms", "after, ms", "after / before", ""):

@@ -1,4 +1,4 @@
-"""What a machine is called: what its figures depend on, so that no two kinds of machine share a name."""
+"""The name of a machine: it contains all that figures depend on, so that no two kinds of machine share a name."""
 
 from __future__ import annotations
 
@@ -21,12 +21,10 @@ SETS = {
     "AVX-512-BF16": r"avx512.*[bf][fp]16|avx10",
     "AMX": r".*amx",
 }
-"""Instruction sets that products and kernels differ by, from the least, and what CPUs, oneDNN and our switch call them.
-
-A name that fits several means the last of them.
-"""
+"""Instruction sets by which products and kernels differ, weakest first, and patterns of what CPUs, oneDNN and our
+switch call them. A name that matches several means the last of them."""
 SWITCHES = ("IGVA_KERNELS_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
-"""Variables that hold a CPU below what it has."""
+"""Environment variables that restrict a CPU to less than it has."""
 
 
 def device_name(device: str) -> str:
@@ -44,14 +42,14 @@ def device_name(device: str) -> str:
 
 
 def kind(cpuinfo: str) -> str:
-    """ "family 25 model 1 stepping 1" by Linux' description of a CPU, "" where it does not say."""
+    """ "family 25 model 1 stepping 1" from the text of /proc/cpuinfo; "" if it does not say."""
     fields = {"cpu family": "family", "model": "model", "stepping": "stepping"}
     numbers = {name: re.search(rf"^{key}\s*: (\d+)$", cpuinfo, re.MULTILINE) for key, name in fields.items()}
     return " ".join(f"{name} {found[1]}" for name, found in numbers.items() if found)
 
 
 def instruction_set(features: Iterable[str], environment: Mapping[str, str]) -> str:
-    """The best set of ``SETS`` among ``features``; where a switch allows less, that and the name of the switch."""
+    """The best of ``SETS`` among ``features``; if a switch allows less, that set and the name of the switch."""
     levels = list(SETS)
     has = max((level for level in map(_level, features) if level is not None), default=None)
     if has is None:

@@ -1,7 +1,7 @@
 """The first minutes on a card, before the suite ran there: a section of RESULTS.md made from the lines of a JSON file.
 
-A file ``results/*-first-light.jsonl`` has a line a measurement, as it was written on the card, behind one with date and
-revision. Microseconds are medians; "graph" are replays of a CUDA graph behind a flushed cache, "wall" eager calls.
+A file ``results/*-first-light.jsonl`` has one line per measurement, as written on the card, after one with date and
+revision. Microseconds are medians; "graph" means replays of a CUDA graph after a cache flush, "wall" eager calls.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TRAINED = {"train-triton": LABELS[TRITON], "train-fused": LABELS[OVERLAPPED]}
 
 
 def sections(folder: Path) -> Iterator[str]:
-    """Lines of markdown, a section a file."""
+    """Lines of markdown, one section per file."""
     for path in sorted(folder.glob("*-first-light.jsonl")):
         yield from section([json.loads(line) for line in path.read_text().splitlines()])
 
@@ -51,7 +51,7 @@ def section(lines: Sequence[Line]) -> Iterator[str]:
 
 def _findings(lines: Sequence[Line]) -> Iterator[str]:
     checks = [line for line in lines if "share_of_allowance" in line]
-    if checks:  # otherwise the GPU tests had run on the card
+    if checks:  # if there are none, the card had run the GPU tests instead
         kept, same = (sum(line[name] for line in checks) for name in ("ok", "same_bits"))
         worst = max(line["share_of_allowance"] for line in checks)
         wrong = sum(line["wrong"] for line in lines if "wrong" in line)
@@ -83,7 +83,7 @@ def _findings(lines: Sequence[Line]) -> Iterator[str]:
     triton = _first(lines, step=TRITON, B=least)
     yield (
         f"* Additions under torch.compile take {compiled['graph_us']:.0f} us at B {b}, the cuda backend "
-        f"{cuda[b]['mlp_us']:.0f}. Of an eager call at B {least} the CPU's part decides: plain torch "
+        f"{cuda[b]['mlp_us']:.0f}. At B {least} the CPU bounds an eager call: plain torch takes "
         f"{plain[least]['wall_us']:.0f} us, cuda {cuda[least]['mlp_wall_us']:.0f}, triton "
         f"{triton['mlp_wall_us']:.0f}.\n"
     )
@@ -115,7 +115,7 @@ def _mix(lines: Sequence[Line]) -> Iterator[str]:
 
 def _training(lines: Sequence[Line]) -> Iterator[str]:
     found = _all(lines, step="training")
-    pairs = zip(found[::2], found[1::2], strict=True)  # each behind the plain one that was measured beside it
+    pairs = zip(found[::2], found[1::2], strict=True)  # each follows the plain one that was measured with it
     yield from table(
         ("", "B", "plain", "fused", "speed-up", "peak MiB, plain / fused"),
         [
@@ -146,7 +146,7 @@ def _gbps(batch: int, us: float) -> float:
 
 
 def _all(lines: Sequence[Line], **wanted: Any) -> list[Line]:
-    """Measurements with these fields; a step's exit status is none."""
+    """Measurements with these fields, without the lines that have a step's exit status."""
     return [line for line in lines if "status" not in line and wanted.items() <= line.items()]
 
 

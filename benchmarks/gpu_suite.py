@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu_suite [--seconds 450] [--skip-checks] [--tune] [options of python -m benchmarks]
 
-Nothing is measured if a check fails; all of them run, so that one session shows all that is wrong. What no longer fits
-the time is left out, and said so.
+Nothing is measured if a check fails; all tests run even so, so that one session shows all that is wrong. What no longer
+fits the time is left out and named.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from benchmarks.results import RESULTS
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the checks and the suite; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=450, help="for everything (default: %(default)s)")
-    parser.add_argument("--skip-checks", action="store_true", help="after a run that passed them")
+    parser.add_argument("--seconds", type=float, default=450, help="in all (default: %(default)s)")
+    parser.add_argument("--skip-checks", action="store_true", help="for use after a run that passed them")
     parser.add_argument("--tune", action="store_true", help="tune Triton for this card first, and measure with that")
     options, rest = parser.parse_known_args(argv)
     if not torch.cuda.is_available():
@@ -51,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(backends: Sequence[str], deadline: float) -> int:
-    """All tests of the backends, then compute-sanitizer on small shapes where the tool is there; the exit status.
+    """Runs all tests of the backends, then compute-sanitizer on small shapes if it is installed; the exit status.
 
-    Tests that outlast ``deadline`` fail; the sanitizer's runs that do are left out.
+    Tests that outlast ``deadline``, a time of ``time.monotonic``, fail; runs of the sanitizer that do are left out.
     """
     files = {backend: str(ROOT / "tests" / f"test_{backend}_gpu.py") for backend in backends}
     tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
@@ -87,7 +87,7 @@ def check(backends: Sequence[str], deadline: float) -> int:
 
 
 def run(command: Sequence[str], environment: Mapping[str, str], deadline: float) -> int | None:
-    """The exit status of a command; None where it was still running at ``deadline``, and ended with all it started."""
+    """The exit status of a command; None if it still ran at ``deadline`` and was killed with all that it started."""
     process = subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True)
     try:
         return process.wait(max(deadline - time.monotonic(), 1.0))

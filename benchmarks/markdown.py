@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 
 def digits(value: float) -> str:
-    """Three digits, or a whole number."""
+    """Three significant digits; a whole number from 100 on."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def table(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Lines of a table, with an empty one behind it."""
+    """The lines of a markdown table, and an empty one after it."""
     yield "| " + " | ".join(heads) + " |"
     yield "|" + "---|" * len(heads)
     for line in lines:

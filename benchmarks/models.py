@@ -1,4 +1,4 @@
-"""The tasks of the reference model: random weights, its vision side at real size, its language model cut short."""
+"""The tasks of the reference model, with random weights: vision side at full size, language model of one layer."""
 
 from __future__ import annotations
 
@@ -39,10 +39,12 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"sentence_embed_dim": 12, "allocator_hidden_dim": 16, "allocator_num_blocks": 2, "allocator_num_heads": 2},
     ),
 }  # fmt: skip
-"""Vision tower, language model, other fields of the config."""
+"""By size: fields of the vision config, of the text config, and of ``LlavaIgvaConfig``."""
 
 IMAGE = 60
+"""The id of the image token."""
 TEXT_TOKENS = 64
+"""Tokens of text per sample in a training step."""
 
 Results = dict[str, Tensor]
 
@@ -55,9 +57,9 @@ class ModelInputs(NamedTuple):
     sentences: Tensor
     optimizer: torch.optim.Optimizer
     states: Sequence[Tensor]
-    """The tower's, where a task begins with them."""
+    """The tower's hidden states, if the task begins with them."""
     encoded: Any
-    """The image, encoded before."""
+    """The encoded image, if the task begins with it."""
 
     def double(self) -> ModelInputs:
         """The same numbers in fp64."""
@@ -99,7 +101,7 @@ def draw(workload: Model, device: str) -> ModelInputs:
 
 
 def _optimizer(model: LlavaIgvaForConditionalGeneration) -> torch.optim.Optimizer:
-    # A rate of zero: all the work, and the next round starts from the same weights.
+    # With a learning rate of zero it does all its work, and the next round starts from the same weights.
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
 
 
@@ -111,13 +113,13 @@ def _tell(model: LlavaIgvaForConditionalGeneration, impl: str, streams: bool = T
 
 @torch.no_grad()
 def tower_alone(inputs: ModelInputs) -> Tensor:
-    """What every other task begins with."""
+    """The vision tower without a connector: the floor."""
     return inputs.model.model.vision_tower(inputs.pixels).last_hidden_state
 
 
 @torch.no_grad()
 def tower(inputs: ModelInputs, impl: str, mode: str | None = "group") -> Results:
-    """From pixels to visual tokens; ``mode`` as in ``stream_hidden_states``, None where all states are kept."""
+    """From pixels to visual tokens; ``mode`` as in ``stream_hidden_states``, None if all states are kept."""
     model = _tell(inputs.model, impl, mode is not None)
     if mode != "layer":
         tokens = model.get_image_features(inputs.pixels, inputs.sentences).pooler_output
@@ -146,7 +148,7 @@ def _connect(
 
 @torch.no_grad()
 def questions(inputs: ModelInputs, impl: str) -> Results:
-    """Visual tokens of several instructions about one image: a forward each, or the image encoded once."""
+    """Visual tokens for several instructions about one image: a forward for each, or the image encoded once."""
     model, sentences = _tell(inputs.model, impl), inputs.sentences
     if impl == "reference":
         tokens = [model.get_image_features(inputs.pixels, sentences[i : i + 1]).pooler_output[0]

@@ -98,7 +98,7 @@ def draw_memory(rows: Sequence[Row]) -> Figure | None:
 
 
 def draw_roofline(rows: Sequence[Row]) -> Figure | None:
-    """Achieved rate against the work a byte, under the machine's own ceilings."""
+    """Achieved rate against the work per byte, under the machine's own ceilings."""
     names = dict(zip(("igva-2", "igva-2-linear", "igva-2-mix"), MARKERS, strict=True))
     found = [
         r for r in rows
@@ -112,7 +112,7 @@ def draw_roofline(rows: Sequence[Row]) -> Figure | None:
     for axis, dtype in zip(axes, dtypes, strict=False):
         points = [r for r in found if r.dtype == dtype]
         gbps = max(r.ceiling_gbps for r in points)
-        tflops = max(max(r.ceiling_tflops, r.tflops or 0.0) for r in points)  # a provider's product may be the faster
+        tflops = max(max(r.ceiling_tflops, r.tflops or 0.0) for r in points)  # a provider's product may be faster
         work = sorted({1e3 * r.tflops / r.gbps for r in points if r.tflops and r.gbps})
         xs = [work[0] / 2, 1e3 * tflops / gbps, work[-1] * 2]
         axis.plot(xs, [min(tflops, x * gbps / 1e3) for x in xs], color="black", linewidth=1.2)
@@ -132,7 +132,7 @@ def draw_roofline(rows: Sequence[Row]) -> Figure | None:
         axis.set_ylim(min(reached) / 2, max(tflops, *reached) * 2.2)
         for name, marker in MARKERS.items():
             axis.plot([], [], linestyle="none", marker=marker, color="white", markeredgecolor="black", label=name)
-        axis.set_xlabel("FLOP a byte that must be moved")
+        axis.set_xlabel("FLOP per byte that must be moved")
         axis.set_ylabel("TFLOP/s")
         axis.set_title(f"IGVA, forward, {dtype}, every B", **TITLE)
         axis.legend(fontsize=7.5, frameon=False, loc="lower right", ncols=2)
@@ -143,7 +143,7 @@ def draw_roofline(rows: Sequence[Row]) -> Figure | None:
 def draw_speedups(rows: Sequence[Row]) -> Figure | None:
     """A table: how much faster than plain torch, by workload and provider."""
     shown = [r for r in rows if not r.workload.startswith(("mix-by", "block-by"))]
-    how: dict[tuple[str, str, str, int], str] = {}  # as graphs where there are such rows
+    how: dict[tuple[str, str, str, int], str] = {}  # as graphs if there are such rows
     for r in shown:
         how[_line(r)] = max(r.timing, how.get(_line(r), ""))
     chosen = [r for r in shown if r.timing == how[_line(r)]]
@@ -240,7 +240,7 @@ def _plain_numbers(axis: Axes) -> None:
     for one in (axis.xaxis, axis.yaxis):
         one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     low, high = axis.get_ylim()
-    if high / low < 300:  # few powers of ten: label what is between them
+    if high / low < 300:  # few powers of ten: label values between them
         axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     for one in (axis.xaxis, axis.yaxis):
         one.set_minor_formatter(NullFormatter())

@@ -20,21 +20,21 @@ HEAD = """\
 # Results
 
 Made by `python -m benchmarks --suite none --plots` from the files in `results/`; do not edit. Everything here was
-measured, nothing is modelled. Of every measurement the newest row counts. A section, a table and a picture belong to
-one machine; times of two machines are not comparable.
+measured, nothing is modelled. Only the newest row of every measurement counts. Each section, table and picture belongs
+to one machine; times of two machines are not comparable.
 
 * **ms**: median of the rounds and, in brackets, the quantiles that hold the middle 60 %. The providers of a workload
   take turns round by round in one run. "graph": replays of a CUDA graph; "eager": calls from Python.
 * **speed-up**: time of plain torch as published / this one's, median over the rounds of one run, with the same
   quantiles.
-* **GB/s**, **TFLOP/s**: bytes and operations that cannot be avoided / time, and per cent of the most that the machine
-  was seen to do in the same rounds (copy or read; a library's large product). Intermediates that a provider moves
-  count for nothing.
-* **peak**: most memory of torch's allocator beyond inputs and results; of a model beyond weights and pixels, and of the
-  tower on a CPU in a process of its own. **kept**: held for the backward beyond the output.
+* **GB/s**, **TFLOP/s**: bytes and operations that cannot be avoided / time, and their percentage of the most that the
+  machine was seen to do in the same rounds (copy or read; a library's large product). Intermediates that a provider
+  moves do not count.
+* **peak**: most memory of torch's allocator beyond inputs and results, of a model beyond weights and pixels; the tower
+  on a CPU is measured in a process of its own. **kept**: held for the backward beyond the output.
 * **error**: relative, against fp64, of the result that is nearest to its budget (2 x plain torch's error + eps / 2). A
   provider beyond its budget is not timed and has no row. The gradient of `mix_weights` is judged on several draws by
-  `igva-kernels verify`; here it is only looked at for gross mistakes.
+  `igva-kernels verify`; here it is only checked for gross mistakes.
 * A **floor** does only what cannot be left out: the bare products, a copy of the same bytes, the tower.
 """
 
@@ -42,13 +42,13 @@ one machine; times of two machines are not comparable.
 def write(folder: Path, page: Path, readme: Path | None) -> list[Path]:
     """Draws the pictures of every machine with a CSV in ``folder``, writes the page, and the README's tables.
 
-    What is written of a machine is made of its rows alone.
+    A machine's section is made from its rows alone.
 
     Returns:
         The files that were written.
 
     Raises:
-        ValueError: ``readme`` has no lines between which the tables go; nothing is written.
+        ValueError: ``readme`` lacks the two marks around its tables; nothing is written.
     """
     around = None if readme is None else _around_tables(readme)
     machines: dict[str, list[Row]] = {}
@@ -85,9 +85,9 @@ def _section(machine: str, rows: Sequence[Row], pictures: Sequence[str]) -> Iter
     }
     products = ", ".join(f"{dtype} {_range(found)} TFLOP/s" for dtype, found in rates.items())
     yield (
-        f"The machine's own ceilings, from the lowest to the highest that a workload saw beside it: memory "
-        f"{_range([r.ceiling_gbps for r in rows])} GB/s; products {products}. A range is how far the machine drifts "
-        f"while a run lasts, which the spread of a workload's rounds does not show: two runs differ by as much.\n"
+        f"The machine's own ceilings, from the lowest to the highest measured beside a workload: memory "
+        f"{_range([r.ceiling_gbps for r in rows])} GB/s; products {products}. A range shows how far the machine drifts "
+        f"during a run, which the spread of a workload's rounds does not show: two runs differ by as much.\n"
     )
     for picture in pictures:
         yield f"![{Path(picture).stem}]({picture})\n"
@@ -133,7 +133,7 @@ def _growth_table(machine: str, rows: Sequence[Row]) -> Iterator[str]:
     if not lines:
         return
     yield f"### Growth, {machine}\n"
-    yield "Exponent e of time and of peak memory ~ size^e, fitted, and its standard error; linear where e = 1.\n"
+    yield "Fitted exponents e of time and of peak memory ~ size^e, with standard errors; e = 1 is linear growth.\n"
     yield from table(("workload", "dtype", "provider", "size", "time", "peak memory"), lines)
 
 

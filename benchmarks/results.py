@@ -1,4 +1,4 @@
-"""The CSV of a machine: rows of many runs, each with what its figures depend on, and their comparison."""
+"""The CSV of a machine: rows of many runs, each with all that its figures depend on, and how runs are compared."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Environment:
 
     date: str
     revision: str
-    """Of git; ends in "+" where files were changed since."""
+    """Git's; ends in "+" if files had changes that were not committed."""
     device: str
     driver: str
     threads: int
@@ -40,13 +40,13 @@ class Environment:
 
     @property
     def machine(self) -> str:
-        """What has a CSV, pictures and tables of its own."""
+        """The name by which rows share a CSV, pictures and tables."""
         return f"{self.device}, {self.threads} thread{'s' if self.threads > 1 else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row(Environment):
-    """One provider in one workload of one run: a line of the CSV. Nothing that does not apply has a value."""
+    """One provider in one workload of one run: a line of the CSV. Columns that do not apply are empty."""
 
     workload: str
     mode: str
@@ -73,7 +73,7 @@ class Row(Environment):
     tflops: float | None = None
     ceiling_gbps: float
     ceiling_tflops: float
-    """The machine's own, measured in the same rounds."""
+    """Both are the machine's own, measured in the same rounds."""
     peak_mib: float | None = None
     saved_mib: float | None = None
     judged: str = ""
@@ -98,7 +98,7 @@ class Row(Environment):
 
 
 def environment(device: str) -> Environment:
-    """Of a run that starts now."""
+    """The environment of a run that starts now."""
     report = info.collect()
     return Environment(
         date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -114,7 +114,7 @@ def environment(device: str) -> Environment:
 
 
 def revision(name: str) -> str:
-    """The abbreviated git revision of a name, "" where there is no such revision or no git."""
+    """The abbreviated git revision of a name; "" if there is no such revision or no git."""
     return _git("rev-parse", "--short=10", "--verify", "--quiet", f"{name}^{{commit}}")
 
 
@@ -173,7 +173,7 @@ COLUMNS = [field.name for field in fields(Row)]
 
 
 def append(path: Path, rows: Sequence[Row]) -> None:
-    """Adds rows of one machine to its CSV, which is made where it is not there.
+    """Adds rows of one machine to its CSV, which is made if it does not exist.
 
     Raises:
         ValueError: the file has other columns, or rows of another machine.
@@ -190,7 +190,7 @@ def append(path: Path, rows: Sequence[Row]) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a CSV, in the order in which they were measured; none where there is no file.
+    """The rows of a CSV, in the order in which they were measured; none if there is no file.
 
     Raises:
         ValueError: the file has other columns.
@@ -204,7 +204,7 @@ def read(path: Path) -> list[Row]:
 
 
 def check_machine(path: Path, machines: Iterable[str]) -> None:
-    """Looks whether rows of ``machines`` may be added to a CSV, there or not.
+    """Checks that rows of ``machines`` may be added to a CSV, which need not exist yet.
 
     Raises:
         ValueError: the file has other columns, or rows of another machine.
@@ -212,12 +212,12 @@ def check_machine(path: Path, machines: Iterable[str]) -> None:
     found = {row.machine for row in read(path)}.union(machines)
     if len(found) > 1:
         raise ValueError(
-            f"{path}: a CSV has the rows of one machine, not of {' and '.join(sorted(found))}; name another"
+            f"{path}: a CSV has the rows of one machine, not of {' and '.join(sorted(found))}; name another file"
         )
 
 
 def newest(rows: Iterable[Row]) -> list[Row]:
-    """Of every measurement the newest, in the order in which they first came."""
+    """The newest row of every measurement, in the order in which measurements first came."""
     found: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         if row.key not in found or row.date >= found[row.key].date:
@@ -255,7 +255,7 @@ class Change(NamedTuple):
     before: Row
     after: Row
     drift: tuple[float, float]
-    """After / before of nine in ten measurements that do not depend on this package: what the machine did."""
+    """Range of after / before that holds nine in ten measurements without this package: the machine's own drift."""
 
     @property
     def ratio(self) -> float:
@@ -266,10 +266,9 @@ class Change(NamedTuple):
     def verdict(self) -> str:
         """ "same", "drift", "slower" or "faster".
 
-        Two measurements are the same where their stated spreads overlap, of the times or of the speed-ups over plain
-        torch, and differ by drift where they do not, but what is not ours moved as far.
-        What the machine does to a whole run changes the times and not the speed-ups; noise in plain torch alone changes
-        the speed-ups and not the times.
+        Two measurements are the same if their spreads overlap, in time or in speed-up over plain torch. They differ by
+        drift if the spreads do not overlap, but measurements without this package moved as far. A slower machine
+        changes the times and not the speed-ups; noise in plain torch alone changes the speed-ups and not the times.
         """
         before, after, (least, most) = self
         times_agree = after.ms_p20 <= before.ms_p80 and before.ms_p20 <= after.ms_p80
@@ -300,8 +299,8 @@ def compare(earlier: Sequence[Row], after: Sequence[Row], name: str) -> list[Cha
         raise ValueError(f"--compare {name}: its rows are of {' and '.join(sorted(elsewhere))}, not of this machine")
     if not pairs:
         raise ValueError(
-            f"--compare {name}: the CSV has no row of revision {wanted} that this run measured too; measure it with "
-            f"`git worktree add ../earlier {wanted}`, then there `python -m benchmarks --output` this CSV"
+            f"--compare {name}: the CSV has no row of revision {wanted} that this run measured too; to measure it, run "
+            f"`git worktree add ../earlier {wanted}` and, in there, `python -m benchmarks --output` with this CSV"
         )
     others = [row.ms / old.ms for old, row in pairs if not row.is_ours]
     cuts = quantiles(others, n=20, method="inclusive") if len(others) > 1 else [1.0]

@@ -19,7 +19,7 @@ SYMBOLS = {"batch": "B", "layers": "L", "width": "D", "hidden": "H"}
 
 
 class Power(NamedTuple):
-    """``y = c * x ** exponent``, by least squares in logarithms."""
+    """``y = c * x ** exponent``, fitted by least squares in logarithms."""
 
     exponent: float
     error: float
@@ -38,7 +38,7 @@ class Growth(NamedTuple):
     sizes: tuple[int, ...]
     time: Power
     memory: Power | None
-    """Of the peak beyond inputs and output; None for a floor, and where it is nothing."""
+    """The peak's, beyond inputs and output; None for a floor, and if the peak is zero."""
 
 
 def fit(xs: Sequence[float], ys: Sequence[float]) -> Power:

@@ -1,10 +1,10 @@
-"""Make the checkpoint that ``train_llava_igva.py`` starts from: a vision tower and a language model, or a Llava.
+"""Make the checkpoint that ``train_llava_igva.py`` starts from, of a vision tower and a language model or of a Llava.
 
     python examples/assemble_llava_igva.py --vision_tower openai/clip-vit-large-patch14-336 \\
         --language_model lmsys/vicuna-7b-v1.5 --output_dir base
     python examples/assemble_llava_igva.py --llava llava-hf/llava-1.5-7b-hf --output_dir base
 
-Projector and allocator are new; upgraded from a Llava, the model answers at first as the Llava does.
+Projector and allocator are new; a model upgraded from a Llava answers at first as the Llava does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import (
     AutoTokenizer,
     LlavaForConditionalGeneration,
 )
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17's own name asks for torchvision
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17's top-level one needs torchvision
 
 from igva_kernels.models import LlavaIgvaConfig, LlavaIgvaForConditionalGeneration, LlavaIgvaProcessor
 
@@ -65,7 +65,7 @@ def from_parts(
 
 
 def from_llava(llava: str, output_dir: str, dtype: torch.dtype = torch.bfloat16, **config_fields: Any) -> None:
-    """Upgrade a Llava, and save the result with its processor; arguments as of ``from_parts``."""
+    """Upgrade a Llava, and save the result with its processor; arguments as in ``from_parts``."""
     plain = LlavaForConditionalGeneration.from_pretrained(llava, dtype=dtype)
     model = LlavaIgvaForConditionalGeneration.from_llava(plain, **config_fields)
     model.save_pretrained(output_dir)

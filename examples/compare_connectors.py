@@ -3,8 +3,8 @@
     python examples/compare_connectors.py                                  # tiny: seconds
     python examples/compare_connectors.py --size real --only IGVA TGIF     # CLIP-L/336 or SigLIP-so400m, H 4096
 
-For each system: its parameters beside the tower and the language model, what is kept of an encoded image, and, given
-the states of the tower, time and memory of its connector, plain torch beside fused. Weights are random.
+For each system, the table has its parameters besides the tower and the language model, what is kept per encoded image,
+and, given the states of the tower, time and memory of its connector, plain torch / fused. Weights are random.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"clip": (16, 32, 2, 28, 14), "siglip": (16, 32, 2, 28, 14), "text": 32},
     "real": {"clip": (1024, 4096, 16, 336, 14), "siglip": (1152, 4304, 16, 384, 14), "text": 4096},
 }
-"""Width, width of the MLP, heads, pixels a side and pixels a patch of the towers; width of the language model."""
+"""Of each tower: width, width of the MLP, heads, pixels per side of an image and of a patch. "text": width of the
+language model."""
 
 
 def tower_layers(system: str) -> int:
@@ -133,11 +134,11 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="tiny", help="default: %(default)s")
     parser.add_argument("--only", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="SYSTEM")
     parser.add_argument("--batch", type=int, default=2, help="images (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, help="timed calls (default: %(default)s)")
     args = parser.parse_args()
     title = f"{args.size}, {args.batch} images, fp32; plain / fused where there are two numbers"
     table = Table(
-        "system", "parameters, M", "kept of an image, MiB", "inference, ms", "training step, ms", "inference, MiB",
+        "system", "parameters, M", "kept per image, MiB", "inference, ms", "training step, ms", "inference, MiB",
         "kept for backward, MiB", title=title, title_justify="left",
     )  # fmt: skip
     for system in track(args.only, "systems", transient=True):

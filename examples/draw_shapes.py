@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 SIZE = 48
-"""Pixels of a side."""
+"""Pixels per side of a picture."""
 COLOURS = {
     "red": (205, 40, 40),
     "green": (40, 160, 60),
@@ -52,7 +52,7 @@ CHANCE = {
     "position": 1 / len(PLACES),
     "text": 1 / len(LETTERS),
 }
-"""How often a guess among the answers of a kind is right; the answers of every kind are equally frequent."""
+"""The share of guesses among the answers of a kind that are right; all answers of a kind are equally frequent."""
 
 
 class Scene(NamedTuple):
@@ -65,7 +65,7 @@ class Scene(NamedTuple):
 
     @property
     def is_held_out(self) -> bool:
-        """A fixed tenth of all arrangements."""
+        """Whether it belongs to a fixed tenth of all arrangements."""
         return zlib.crc32(repr((sorted(self.things), self.letter)).encode()) % 10 == 0
 
 
@@ -78,7 +78,7 @@ def draw_scene(rng: random.Random) -> Scene:
 
 
 def draw_picture(scene: Scene, rng: random.Random) -> Image.Image:
-    """The scene, with its noise."""
+    """A picture of the scene, with noise."""
     noise = np.random.default_rng(rng.getrandbits(32)).normal(0, 6, (SIZE, SIZE, 3))
     ground = np.clip(rng.randint(215, 240) + noise, 0, 255).astype(np.uint8)
     picture = Image.fromarray(ground)
@@ -124,9 +124,9 @@ def describe(scene: Scene) -> str:
 
 
 def write_dataset(folder: Path, pictures: int, held_out: int, seed: int = 0) -> None:
-    """``captions.json``, ``train.json``, ``held_out.json`` and ``images/``.
+    """Writes ``captions.json``, ``train.json``, ``held_out.json`` and ``images/``.
 
-    A picture has a question of every kind; those for training have a caption too, which is in both of their files.
+    Every picture has a question of every kind; those for training have a caption too, which is in both of their files.
     """
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
@@ -162,8 +162,8 @@ def _centre(quadrant: int, rng: random.Random) -> tuple[float, float]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--pictures", type=int, default=4000, help="in the training set")
-    parser.add_argument("--held-out", type=int, default=200, help="in the held-out set")
+    parser.add_argument("--pictures", type=int, default=4000, help="in the training set (default: %(default)s)")
+    parser.add_argument("--held-out", type=int, default=200, help="in the held-out set (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     write_dataset(args.folder, args.pictures, args.held_out, args.seed)

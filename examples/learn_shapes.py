@@ -1,11 +1,11 @@
 """Train small LLaVA-IGVA models from scratch on drawn pictures, and see what they learn and which layers they read.
 
-    python examples/learn_shapes.py            # about 10 minutes a seed on two cores; run it again after a stop
+    python examples/learn_shapes.py            # about 10 minutes per seed on two cores; run again, it resumes
 
 For every seed the recipe trains three connectors: the fused one over all layers, the plain torch code of the same, and
-the fused one over the tower's last layer alone. First captions, then questions among captions. The report has accuracy
-on held-out pictures by kind of question, loss curves, and mean layer weights by kind. A run is one process of one
-thread, and resumes from its last checkpoint; a finished one is not run again.
+the fused one over the tower's last layer alone, first on captions, then on questions among captions. The report has
+accuracy on held-out pictures by kind of question, loss curves, and mean layer weights by kind. A run is one process
+with one thread, and resumes from its last checkpoint; a finished one is not run again.
 """
 
 from __future__ import annotations
@@ -42,13 +42,15 @@ CONNECTORS = {
     "last layer": {"reads": "last layer only", "impl": "auto"},
 }
 PICTURES, HELD_OUT = 8000, 400
+"""Pictures for training and held out."""
 CAPTION_STEPS, QUESTION_STEPS = 250, 500
+"""Training steps on captions, then on questions among captions."""
 BALANCE = 0.001
-"""The factor of the entropy in the loss. The authors' 0.02 holds the weights of so small a model at 1/4 each."""
+"""Factor of the negative entropy in the loss. The authors' 0.02 holds the weights of so small a model at 1/4 each."""
 
 
 def train(data: Path, folder: Path, connector: str, seed: int) -> None:
-    """One connector, captions then questions, and its held-out answers in ``results.json``."""
+    """Train one connector on captions, then on questions, and write its held-out accuracy to ``results.json``."""
     options = CONNECTORS[connector]
     if not (folder / "start" / "config.json").exists():
         save_checkpoint(folder / "start", options["reads"], seed)
@@ -84,7 +86,7 @@ def _losses(output: Path) -> list[float]:
 def evaluate(data: Path, checkpoint: Path) -> dict[str, dict[str, Any]]:
     """Accuracy and mean layer weights on held-out pictures, by kind of question.
 
-    An answer is right where every one of its tokens is the most likely one: that is what greedy decoding would write.
+    An answer is right if every one of its tokens is the most likely one, so that greedy decoding would write it.
     """
     model = LlavaIgvaForConditionalGeneration.from_pretrained(checkpoint).eval()
     processor = AutoProcessor.from_pretrained(checkpoint)
@@ -110,7 +112,7 @@ def evaluate(data: Path, checkpoint: Path) -> dict[str, dict[str, Any]]:
 
 
 def report(results: dict[str, dict[int, dict[str, Any]]], folder: Path) -> None:
-    """``learn_shapes.csv``, ``learn_shapes.md`` and the figures."""
+    """Write ``learn_shapes.csv``, ``learn_shapes.md`` and the figures."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "learn_shapes.csv", "w", newline="") as file:
         writer = csv.writer(file)
@@ -199,10 +201,10 @@ def _draw(results: dict[str, dict[int, dict[str, Any]]], folder: Path) -> None:
 
 
 def main() -> None:
-    """Train what is not there yet, two processes at a time or as many as there are cores, and report."""
+    """Train what is missing, as many runs at a time as there are cores unless told otherwise, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("learn_shapes"), help="data, checkpoints, results")
-    parser.add_argument("--report", type=Path, help="where table and figures go; in the folder, unless given")
+    parser.add_argument("--folder", type=Path, default=Path("learn_shapes"), help="for data, checkpoints and results")
+    parser.add_argument("--report", type=Path, help="where table and figures go (default: --folder)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--one", nargs=2, metavar=("CONNECTOR", "SEED"), help="train this one, in this process")

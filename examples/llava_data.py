@@ -1,8 +1,8 @@
 """LLaVA's training data for LLaVA-IGVA: its JSON, its prompts with the answers supervised, sentence embeddings.
 
 A sample is what LLaVA's scripts read: ``{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat
-is this?"}, {"from": "gpt", "value": "A cat."}, ...]}``. "image" may be missing (text only) or a list of names, one a
-``<image>`` of the conversation.
+is this?"}, {"from": "gpt", "value": "A cat."}, ...]}``. "image" may be missing (text only) or a list of names, one per
+``<image>`` in the conversation.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _VICUNA = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 CHAT_TEMPLATES = {
-    # What lies between "generation" and "endgeneration" is supervised, all else is not. It starts with a letter of the
-    # answer: not every tokenizer has a token for the space before.
+    # Only what lies between "generation" and "endgeneration" is supervised. It starts with the first letter of the
+    # answer, because not every tokenizer has a token for the space before it.
     "plain": (
         "{{ bos_token }}{% for m in messages %}"
         "{% if m['role'] == 'user' %}{{ '<image>' * m['content'].count('<image>') }}"
@@ -54,12 +54,12 @@ class LlavaDataset(Dataset):
 
     Args:
         data_path: the JSON file.
-        image_folder: where the names of images start.
+        image_folder: the folder that the images' names are relative to.
         sentence_encoder: the sentence-transformers model that embeds the instructions; None to have no embeddings.
-        sentence_embeds: a safetensors file with a row a sample. It is made by the encoder where it does not exist; None
-            to embed every sample when it is read.
+        sentence_embeds: a safetensors file with one row per sample, which is made if it does not exist; None to embed
+            every sample when it is read.
         image_aspect_ratio: "pad" to pad images to squares with ``pad_colour``, "square" to leave them as they are.
-        pad_colour: 0 to 255, red, green and blue.
+        pad_colour: red, green and blue, each from 0 to 255.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class LlavaDataset(Dataset):
 
 
 def embed_instructions(samples: Sequence[dict[str, Any]], encoder: str) -> Tensor:
-    """One embedding a sample ``[N, E]``: the mean over its questions, as IGVA's authors make them."""
+    """One embedding per sample ``[N, E]``: the mean over its questions, as IGVA's authors make them."""
     questions = [
         [t["value"].replace(IMAGE, "").strip() for t in sample["conversations"] if t["from"] == "human"]
         for sample in samples

@@ -16,7 +16,7 @@ from igva_kernels import MixPlan
 from igva_kernels.models import LlavaIgvaConfig, LlavaIgvaForConditionalGeneration, LlavaIgvaProcessor
 
 LAYERS = 8
-"""Of the vision tower; four groups of two."""
+"""Layers of the vision tower, in four groups of two."""
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}user: {{ m['content'] }} assistant:"
     "{% else %} {% generation %}{{ m['content'] }} {{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
@@ -26,10 +26,10 @@ PLANS = {"all layers": None, "last layer only": MixPlan.concat([-1])}
 
 
 def save_checkpoint(folder: Path, reads: str = "all layers", seed: int = 0, **sizes: int) -> None:
-    """An untrained model and its processor, as ``train_llava_igva.py`` loads them.
+    """Save an untrained model and its processor, as ``train_llava_igva.py`` loads them.
 
     Args:
-        folder: where.
+        folder: where they go.
         reads: one of ``PLANS``.
         seed: of the weights.
         sizes: in place of the defaults: vision_dim, text_dim, text_layers, patch.
@@ -53,7 +53,7 @@ def _config(
             vocab_size=len(tokenizer), hidden_size=text_dim, intermediate_size=2 * text_dim,
             num_hidden_layers=text_layers, num_attention_heads=4, max_position_embeddings=256,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-            initializer_range=0.1,  # 0.02 suits widths of thousands
+            initializer_range=0.1,  # the default, 0.02, suits widths of thousands
         ),
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
         mix_plan=PLANS[reads],

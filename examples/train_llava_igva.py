@@ -1,6 +1,6 @@
 """Train LLaVA-IGVA as its authors do, on transformers' Trainer: one process, DDP, FSDP2 or DeepSpeed ZeRO.
 
-Stage 1 trains the projector on captions, with every layer group weighted alike. Stage 2 trains allocator, projector and
+Stage 1 trains the projector on captions, with uniform layer weights. Stage 2 trains allocator, projector and
 language model on instructions, with the entropy of the layer weights in the loss. ``docs/training.md`` has the launch
 lines. Options that are not listed here are transformers' TrainingArguments.
 """
@@ -30,7 +30,7 @@ def _option(default: Any, text: str, **more: Any) -> Any:
 
 @dataclass
 class ModelArguments:
-    """What is trained; an option that is not given is the checkpoint's."""
+    """What is trained; an option that is not given keeps the checkpoint's value."""
 
     model_name_or_path: str = _option(None, "LLaVA-IGVA checkpoint and processor; assemble_llava_igva.py makes one")
     stage: Literal[1, 2] = _option(2, "1: projector only, uniform weights. 2: allocator, projector, language model")
@@ -40,7 +40,7 @@ class ModelArguments:
     sentence_encoder: str | None = _option(None, "frozen sentence-transformers model that embeds the instructions")
     attn_implementation: str | None = _option(None, "flash_attention_2, sdpa or eager")
     impl: str = _option("auto", "which implementation the connector uses: auto, reference, cpu, triton or cuda")
-    dtype: str = _option("float32", "of the weights; with --bf16 and float32 weights the products run in bf16")
+    dtype: str = _option("float32", "of the weights; with --bf16, products of float32 weights run in bf16")
     freeze_backbone: bool = _option(False, "stage 2 without the language model")
     unfreeze_vision_tower: bool = _option(False, "stage 2 with the vision tower")
     lora_enable: bool = _option(False, "LoRA on projector and language model; the allocator is trained in full")
@@ -54,22 +54,22 @@ class DataArguments:
     """What it is trained on."""
 
     data_path: str = _option(None, "LLaVA's JSON")
-    image_folder: str = _option("", "where the names of images in it start")
+    image_folder: str = _option("", "the folder that image names in it are relative to")
     version: Literal["plain", "vicuna_v1", "checkpoint"] | None = _option(
         None, "prompt: plain (default of stage 1), vicuna_v1 (of stage 2), or the checkpoint's chat template"
     )
-    image_aspect_ratio: Literal["square", "pad"] = _option("pad", "pad: squares with the mean colour around the image")
+    image_aspect_ratio: Literal["square", "pad"] = _option("pad", "pad: pad images to squares with the mean colour")
     model_max_length: int | None = _option(2048, "tokens after which a prompt is cut")
     sentence_embeds: str | None = _option(
-        None, "safetensors file of instruction embeddings, made where it does not exist; else embedded when read"
+        None, "safetensors file of instruction embeddings, made if missing; default: embedded when read"
     )
 
 
 @dataclass
 class TrainArguments(TrainingArguments):
-    """TrainingArguments with a rate for the projector, and resumption by default."""
+    """TrainingArguments with a learning rate for the projector, and resumption by default."""
 
-    mm_projector_lr: float | None = _option(None, "learning rate of the projector, if another")
+    mm_projector_lr: float | None = _option(None, "learning rate of the projector, if it differs")
     resume_from_checkpoint: str | None = _option(
         "auto", "a checkpoint; auto: the last complete one of output_dir, if any; never"
     )
@@ -77,7 +77,7 @@ class TrainArguments(TrainingArguments):
 
 
 class LlavaTrainer(Trainer):
-    """A Trainer whose projector may have a learning rate of its own, and which resumes a model that saves renamed."""
+    """A Trainer with a learning rate for the projector, which can resume checkpoints with renamed weights."""
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As the Trainer's, with the projector in groups of its own."""
@@ -94,8 +94,8 @@ class LlavaTrainer(Trainer):
         return optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # A checkpoint has Llava's names of the weights, which only from_pretrained knows: the Trainer would find none
-        # of them, and go on with a warning (huggingface/transformers#43701).
+        # A checkpoint has Llava's names of the weights, which only from_pretrained translates: the Trainer would load
+        # none of them and go on with a warning (huggingface/transformers#43701).
         model = self.model if model is None else model
         if self.is_fsdp_enabled or not isinstance(model, LlavaIgvaForConditionalGeneration):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -104,7 +104,7 @@ class LlavaTrainer(Trainer):
 
 
 def load_model(args: ModelArguments) -> PreTrainedModel:
-    """The checkpoint, with what the stage trains set to take gradients."""
+    """The checkpoint's model, in which only what the stage trains takes gradients."""
     overrides = {
         "aggregation": "uniform" if args.stage == 1 else "instruction",
         "mix_groups": None if args.mix_groups is None else json.loads(args.mix_groups),
@@ -130,7 +130,7 @@ def load_model(args: ModelArguments) -> PreTrainedModel:
 
 
 def _freeze_unread(model: PreTrainedModel) -> None:
-    """Freeze what is behind the last layer of the tower that the connector reads: DDP would wait for its gradient."""
+    """Freeze what follows the last layer of the tower that the connector reads: DDP would wait for its gradients."""
     tower = model.model.vision_tower
     *_, last = encoder_layers(tower)[max(model.config.plan.layers) - 1].parameters()
     for parameter in reversed(list(tower.parameters())):
@@ -168,7 +168,7 @@ def load_data(
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint that was written to its end: the Trainer writes its own state last."""
+    """The newest checkpoint with a complete trainer state, which the Trainer writes last; None if there is none."""
     checkpoints = [path.parent for path in Path(output_dir).glob("checkpoint-*/trainer_state.json") if _is_json(path)]
     return str(max(checkpoints, key=lambda path: int(path.name.split("-")[1]))) if checkpoints else None
 
@@ -182,7 +182,7 @@ def _is_json(path: Path) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> TrainerState:
-    """Train as the command line says; the state has the log."""
+    """Train as the command line says; the state that is returned has the log."""
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainArguments), description=__doc__)
     model_args, data_args, args = parser.parse_args_into_dataclasses(list(sys.argv[1:] if argv is None else argv))
     set_seed(args.seed)  # a new allocator is the same on every rank
@@ -204,6 +204,6 @@ def main(argv: Sequence[str] | None = None) -> TrainerState:
 if __name__ == "__main__":
     main()
     if torch.distributed.is_initialized():
-        # Together, and before Python ends: threads of the group that are still there then abort the process.
+        # All ranks together, before Python exits: threads of the group that are left by then abort the process.
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

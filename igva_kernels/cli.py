@@ -1,6 +1,6 @@
 """The command ``igva-kernels``.
 
-``info`` and ``verify`` need torch only, so that they also work where something is missing; hence argparse.
+``info`` and ``verify`` need only torch, so that they work even if other packages are missing; hence argparse.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    info = commands.add_parser("info", help="versions, CPU, GPUs, what was built, and each backend or why not")
+    info = commands.add_parser("info", help="print versions, CPU, GPUs, what was built, and each backend or why not")
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(run=_info)
 
     verify = commands.add_parser("verify", help="judge every backend that can run here against fp64")
     verify.add_argument("--backend", action="append", choices=tuple(all_backends()), help="only this one (repeatable)")
     verify.add_argument("--dtype", action="append", choices=("fp32", "bf16", "fp16"), help="only this one (repeatable)")
-    verify.add_argument("--quick", action="store_true", help="leave out the real shapes")
-    verify.add_argument("--seed", type=int, default=0, metavar="N", help="of the random inputs (default: %(default)s)")
-    verify.add_argument("--verbose", action="store_true", help="print every result, not the worst one of a case")
+    verify.add_argument("--quick", action="store_true", help="leave out the shapes of real models")
+    verify.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the inputs (default: %(default)s)")
+    verify.add_argument("--verbose", action="store_true", help="print every result, not only the worst of each case")
     verify.set_defaults(run=_verify)
 
-    demo = commands.add_parser("demo", help="a LLaVA-IGVA model about an image, plain beside fused")
+    demo = commands.add_parser("demo", help="ask a LLaVA-IGVA model about an image, plain and fused")
     demo.add_argument("--image", type=Path, metavar="FILE", help="a photograph (default: a cup of coffee)")
     demo.add_argument("--ask", action="append", metavar="TEXT", help="an instruction (repeatable)")
     demo.add_argument("--model", metavar="DIR", help="a LLaVA-IGVA checkpoint (default: random weights)")
@@ -54,14 +54,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=int, metavar="N", help="training steps (default: 4, none with --model)")
     demo.set_defaults(run=_demo)
 
-    tune = commands.add_parser("tune", help="measure the kernels on this GPU and remember which are faster")
-    tune.add_argument("--output", type=Path, metavar="FILE", help="default: where the backend looks for it")
+    tune = commands.add_parser("tune", help="measure the kernels on this GPU and remember which are the fastest")
+    tune.add_argument("--output", type=Path, metavar="FILE", help="default: where the backends look for it")
     tune.set_defaults(run=_tune)
 
     convert = commands.add_parser(
-        "convert", help="a checkpoint of the IGVA or LLaVA repository to transformers' layout, or back"
+        "convert", help="convert a checkpoint of the IGVA or LLaVA repository to transformers' layout, or back"
     )
-    convert.add_argument("source", type=Path, metavar="SRC", help="a directory; what it holds says the direction")
+    convert.add_argument("source", type=Path, metavar="SRC", help="a directory; its layout decides the direction")
     convert.add_argument("target", type=Path, metavar="DST", help="a new directory")
     convert.add_argument(
         "--vision-tower", metavar="DIR", help="the tower's checkpoint, in place of the one that SRC names"
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.set_defaults(run=_convert)
 
-    bench = commands.add_parser("bench", add_help=False, help="the benchmark suite of a checkout; see bench --help")
+    bench = commands.add_parser("bench", add_help=False, help="run the benchmark suite of a checkout; see bench --help")
     bench.set_defaults(run=_bench)
     return parser
 
@@ -88,7 +88,7 @@ def _verify(args: argparse.Namespace) -> int:
     from igva_kernels.verify import DTYPES, is_slow, verify
 
     line = "{:34} {:5} {:14} {:22} {:>9} {:>9} {:>9}  {}"
-    print("relative error against fp64; right is: error <= 2 x plain torch's error + eps/2\n")
+    print("relative error against fp64; a result is right up to its budget, 2 x plain torch's error + eps/2\n")
     print(line.format("case", "dtype", "backend", "result", "error", "plain", "budget", ""))
     cases = failed = 0
     devices = set()
@@ -111,15 +111,15 @@ def _verify(args: argparse.Namespace) -> int:
         return 2
     slow = [dtype for dtype in DTYPES if "cpu" in devices and is_slow(dtype, "cpu")]
     if slow and not args.dtype and not args.quick:
-        print(f"\nleft out: {' and '.join(slow)} at real shapes, where plain torch needs minutes a case on this CPU; "
-              f"--dtype asks for it")  # fmt: skip
+        print(f"\nleft out: {' and '.join(slow)} at real shapes, where plain torch needs minutes per case on this CPU; "
+              f"--dtype includes it")  # fmt: skip
     print(f"\n{cases - failed} of {cases} within the rule" + ("" if args.verbose else "; the worst result of each"))
     return 1 if failed else 0
 
 
 def _demo(args: argparse.Namespace) -> int:
     if args.model is None:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all that it needs is installed
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything it needs is installed
     print("importing torch and transformers ...", flush=True)  # 10 seconds and more where nothing is cached
     try:
         from igva_kernels.demo import run
@@ -135,7 +135,7 @@ def _bench(args: argparse.Namespace) -> int:
     if not (checkout / "benchmarks" / "__main__.py").exists():
         print(
             f"igva-kernels bench: no benchmarks beside {Path(__file__).parent}; they are not installed with the "
-            "package. Get the sources, and there: pip install -e '.[bench]'",
+            "package. Get the sources, and run there: pip install -e '.[bench]'",
             file=sys.stderr,
         )
         return 2

@@ -1,19 +1,19 @@
 """Run a vision tower without keeping its hidden states: they are folded into the sources of a plan as they appear.
 
-A tower asked for all hidden states keeps L of them alive (25 for CLIP ViT-L, 29.5 MB an image in bf16). A plan needs
+A tower asked for all hidden states keeps L of them alive (25 for CLIP ViT-L, 29.5 MB per image in bf16). A plan needs
 only the sources of ``plan.reduced()``: IGVA's five. Hooks on the encoder's layers fold each state into the sources that
 read it and let it go:
 
 * ``mode="group"`` holds the states of a group until it is complete and folds them by one kernel, which reads each once:
   at most one group of states is alive beside the sources.
-* ``mode="layer"`` adds each state to a running sum at once: no state is alive beside taps, but every addition reads and
+* ``mode="layer"`` adds each state to a running sum at once: only taps are kept alive, but every addition reads and
   writes an fp32 sum, so it moves about three times the bytes.
 
 A stream belongs to the thread that opened it: only runs of the tower in that thread feed it, so that threads which
 share a tower each find the states of their own images.
 
-Where gradients flow into the tower, autograd keeps its layers alive whatever is done here, and a sum made inside a
-checkpointed layer would lose its graph: then references are collected, and folded after the tower has returned.
+If gradients flow into the tower, autograd keeps the states alive anyway, and a sum made inside a checkpointed layer
+would lose its graph: the states are then collected, and folded after the tower has returned.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from igva_kernels.runtime.dense import accumulation_dtype
 MODES = ("group", "layer")
 
 _HOOKS = threading.Lock()
-"""Held while hooks come or go: torch numbers them by a counter that two threads can read at once."""
+"""Held while hooks come or go, because torch numbers them by a counter that two threads can read at once."""
 
 
 def encoder_layers(vision_tower: nn.Module) -> nn.ModuleList:
     """The layers of the tower's encoder: its longest ModuleList of modules of one class.
 
-    Counted from what is there, not from a config: some repositories cut the last layer.
+    They are found in the modules and not in a config, because some repositories cut the last layer.
 
     Raises:
         ValueError: the tower has no such list.
@@ -62,8 +62,8 @@ def encoder_layers(vision_tower: nn.Module) -> nn.ModuleList:
 class _Here(PerThread):
     """Whether this thread is inside the ``with`` block of a stream.
 
-    An attribute and not a comparison of threads, because torch.compile guards what it has read of an attribute: code
-    compiled in one thread is not run for another.
+    It is an attribute and not a comparison of threads, because torch.compile guards on the attributes that it reads:
+    code compiled in one thread is not run in another.
     """
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class HiddenStateStream:
         if mode not in MODES:
             raise ValueError(f"mode: got {mode!r}, need one of {', '.join(map(repr, MODES))}")
         sources, self.plan = plan.resolve(len(layers) + 1).reduced()
-        """The plan over the sources: mixing ``s.sources`` by ``s.plan`` is mixing the hidden states by ``plan``."""
+        """The plan over the sources: mixing ``s.sources`` by ``s.plan`` equals mixing the hidden states by ``plan``."""
         self._folds = [_Fold(block, mode, impl) for block in sources.blocks]
         self._here = _Here()
         self._running = False
@@ -96,8 +96,8 @@ class HiddenStateStream:
             )
         return self._sources
 
-    # The hooks. A thread that began to call its own may meet one of another's just as it is registered or removed, when
-    # torch does not know yet, or no more, that it takes keyword arguments: hence their defaults.
+    # The hooks. While another thread is registering or removing one of its own, torch may call that one here without
+    # the keyword arguments that it takes: hence their defaults.
 
     def _start(self, tower: nn.Module, args: Any, kwargs: Any = None) -> None:
         if not self._here.is_open:
@@ -118,8 +118,8 @@ class HiddenStateStream:
                 f"argument or as hidden_states"
             )
         state = args[0] if args else kwargs["hidden_states"]
-        # transformers' SigLIP starts with transposed patches, and every residual sum behind keeps their layout: one
-        # copy here, in place of one a layer in the mix.
+        # transformers' SigLIP starts with transposed patches, and every residual sum after them keeps that layout: one
+        # copy here saves one per layer in the mix.
         state = state.contiguous()
         self._see(0, state)
         return ((state, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": state})
@@ -129,7 +129,7 @@ class HiddenStateStream:
             self._see(index, output[0] if isinstance(output, tuple) else output)
 
     def _see(self, index: int, state: Tensor) -> None:
-        # A layer that checkpointing runs again in the backward is none of the tower's run.
+        # A layer that checkpointing runs again in the backward is not part of a run of the tower.
         if self._running:
             for fold in self._folds:
                 fold.see(index, state)
@@ -141,7 +141,7 @@ class HiddenStateStream:
         self._sources = [fold.finish() for fold in self._folds]
 
     def __deepcopy__(self, memo: Any) -> HiddenStateStream:
-        """What the hooks of a copy of the tower, made inside the block, are left with: a stream that sees nothing."""
+        """A stream that sees nothing, for the hooks of a copy of the tower that is made inside the block."""
         closed = copy(self)
         closed._here, closed._folds, closed._sources = _Here(), [], None
         return closed
@@ -155,7 +155,7 @@ class HiddenStateStream:
 
 
 class _Fold:
-    """One source in the making."""
+    """One source while it is being computed."""
 
     def __init__(self, block: Block, mode: str, impl: str) -> None:
         self.scales = {entry.layer: entry.scale for entry in block}
@@ -183,7 +183,10 @@ class _Fold:
 
     def finish(self) -> Tensor:
         if self.seen != len(self.layers):
-            raise RuntimeError(f"vision_tower: layers {list(self.layers)} of the plan ran {self.seen} times in one run")
+            raise RuntimeError(
+                f"vision_tower: a run has to pass each of the plan's layers {list(self.layers)} once, got {self.seen} "
+                f"states of them"
+            )
         if self.total is None:
             self._fold()
         total, self.total = self.total, None
@@ -216,11 +219,11 @@ def stream_hidden_states(
             tower(pixel_values)
         out = ik.layer_mix_mlp(s.sources, s.plan, mix_weights, ...)
 
-    Equal to the one-shot mix within rounding. Leave ``output_hidden_states`` off, or the tower keeps them itself. Each
-    run of the tower starts anew, and several streams may watch one tower, in one thread or in many. A stream sees the
-    runs of the thread that opened it and no others: under ``nn.DataParallel`` open it inside the module that is
-    replicated. Hooks go with the block, also when the tower raises. Under torch.compile, enter the block outside the
-    compiled function: a tower that was compiled without hooks is compiled once more.
+    The result equals the one-shot mix within rounding. Leave ``output_hidden_states`` off, or the tower keeps the
+    states itself. Each run of the tower starts anew, and several streams may watch one tower, in one thread or in many.
+    A stream sees only the runs of the thread that opened it: under ``nn.DataParallel``, open it inside the module that
+    is replicated. The hooks are removed with the block, even if the tower raises. Under torch.compile, enter the block
+    outside the compiled function: a tower that was compiled without hooks is compiled once more.
 
     Args:
         vision_tower: any module whose encoder layers are one ModuleList (transformers' CLIP and SigLIP, and others);

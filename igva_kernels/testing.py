@@ -51,6 +51,10 @@ class Case(Protocol):
         """The name of the case in reports."""
 
     @property
+    def batch(self) -> int:
+        """Rows of the batch."""
+
+    @property
     def is_large(self) -> bool:
         """Whether its shapes are those of a real model, which take seconds."""
 

@@ -1,4 +1,4 @@
-"""What the Makefile's targets print: what happens now, how large it is, and in the end how long each step took.
+"""What the Makefile's targets print: what happens now, how large it is, and at the end how long each step took.
 
     steps.py run "tests" -- pytest tests                    a command, timed
     steps.py install .venv-test test ...                    a virtual environment, announced before it is filled
@@ -35,7 +35,7 @@ def say(text: str) -> None:
 
 
 def run(what: str, command: Sequence[str]) -> None:
-    """Runs a command and remembers how long it took; ends this process where it fails."""
+    """Runs a command and remembers how long it took; ends this process if it fails."""
     say(f"==> {what}")
     timed(what, lambda: subprocess.run(command).returncode)
 
@@ -48,7 +48,7 @@ def timed(what: str, call: Callable[[], int]) -> None:
     if status:
         summary()
         sys.exit(status)
-    # A call of make is known by when it started.
+    # A call of make is identified by the time at which it started.
     lines = [line for line in known_times() if line.startswith(f"{started()} ")]
     TIMES.parent.mkdir(exist_ok=True)
     TIMES.write_text("\n".join([*lines, f"{started()} {seconds:.0f} {what}"]) + "\n")
@@ -78,7 +78,7 @@ def duration(seconds: float) -> str:
 
 
 def install(folder: Path, extra: str, editable: bool, sizes: tuple[int, int]) -> None:
-    """Fills a virtual environment: the kernels first, which is where a build goes wrong, then what they need.
+    """Fills a virtual environment: the kernels first, as their build is what may fail, then what they need.
 
     Args:
         folder: of the environment.
@@ -99,7 +99,7 @@ def install(folder: Path, extra: str, editable: bool, sizes: tuple[int, int]) ->
     packages = ["-c", str(ROOT / "constraints.txt"), f"igva-kernels[{extra}]"]
     timed(f"{folder.name}, packages", lambda: run_pip(folder, *packages))
     size = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
-    say(f"    {folder} has {size / 1e9:.1f} GB")
+    say(f"    {folder} takes {size / 1e9:.1f} GB")
 
 
 def layer(folder: Path, base: Path, packages: Sequence[str], free: Sequence[str]) -> None:
@@ -109,10 +109,10 @@ def layer(folder: Path, base: Path, packages: Sequence[str], free: Sequence[str]
         folder: of the new environment.
         base: the environment below, which is read and not changed.
         packages: requirements that win over those of the base.
-        free: names that constraints.txt does not hold to a version here.
+        free: packages whose versions constraints.txt does not fix here.
     """
     say(f"==> {folder}: {base} with {', '.join(packages)}; about 150 MB on disk")
-    make(folder, "--clear", "--without-pip")  # pip too is in the base
+    make(folder, "--clear", "--without-pip")  # the base has pip
     below, own = (site_packages(environment) for environment in (base, folder))
     # addsitedir and not a bare path, because the editable installation is a .pth file itself.
     (own / "base.pth").write_text(f"import site; site.addsitedir({str(below)!r})\n")
@@ -132,7 +132,7 @@ def site_packages(folder: Path) -> Path:
 
 
 def announce(folder: Path, sizes: tuple[int, int]) -> None:
-    """What comes, before the first minute in which nothing moves."""
+    """Says what is to come, before the first minute without output."""
     download, disk = sizes
     say(
         f"==> {folder}: an environment of its own, with torch, triton, transformers and what they need.\n"
@@ -153,15 +153,15 @@ def announce(folder: Path, sizes: tuple[int, int]) -> None:
 
 
 def torch_for_cpus() -> bool:
-    """Whether pip is told of the index of torch's CPU builds, by a variable or by a file of its own."""
+    """Whether a variable or a configuration file tells pip of the index of torch's CPU builds."""
     told = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
     return "/whl/cpu" in told
 
 
 def run_pip(folder: Path, *arguments: str) -> int:
-    """``pip install``, with its own progress bars in a terminal; elsewhere the large packages have a line each.
+    """``pip install``, with its own progress bars in a terminal; elsewhere each large package has a line.
 
-    Where it fails, the end of all that it said is shown.
+    If it fails, the end of its output is shown.
     """
     command = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", *arguments]
     if sys.stdout.isatty():

@@ -1,4 +1,4 @@
-"""A LLaVA-IGVA model about one image: its connector plain, then swapped for the fused operator, side by side."""
+"""Asks a LLaVA-IGVA model about one image, with the plain connector and with the fused one, side by side."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from igva_kernels.demo.figure import draw
 from igva_kernels.demo.model import DESCRIPTION, load_model, random_model
 from igva_kernels.testing import Verdict, relative_error
 
-# Questions that want different layers (colour, place, meaning), and what the training steps teach.
+# Questions that need different layers (colour, place, meaning), and the answers that the training steps teach.
 QUESTIONS = {
     "What colour is the saucer?": "The saucer is red.",
     "Where is the spoon?": "It lies on the saucer, to the right of the cup.",
@@ -37,7 +37,7 @@ QUESTIONS = {
 }
 
 RANDOM_STEPS = 4
-"""Training steps unless told otherwise; a checkpoint is not trained unless told so."""
+"""Default number of training steps with random weights; with a checkpoint it is 0."""
 
 
 def run(image: Path | None, ask: Sequence[str] | None, model_dir: str | None, output: Path, steps: int | None) -> int:
@@ -45,15 +45,15 @@ def run(image: Path | None, ask: Sequence[str] | None, model_dir: str | None, ou
 
     Args:
         image: a photograph; the bundled one if None.
-        ask: instructions; the questions about the bundled photograph if None. Without answers to learn from, the
-            training steps teach the model to repeat the instruction.
+        ask: instructions; the questions about the bundled photograph if None. As instructions of your own come without
+            answers, the training steps teach the model to repeat them.
         model_dir: a checkpoint; random weights if None.
         output: directory of the figure.
         steps: training steps.
 
     Returns:
-        0 if both connectors give the same answers, but for ties, and the fused one keeps the rule of
-        ``igva_kernels.testing``, 1 if not, 2 if the image or the model cannot be read.
+        0 if both connectors give the same answers, except for ties, and the fused one keeps the rule of
+        ``igva_kernels.testing``; 1 if not; 2 if the image or the model cannot be read.
     """
     start = time.perf_counter()
     console = Console()
@@ -70,7 +70,7 @@ def run(image: Path | None, ask: Sequence[str] | None, model_dir: str | None, ou
 
         def begin(what: str) -> None:
             progress.update(task, description=what)
-            if not console.is_terminal:  # which gets no bar: a line each
+            if not console.is_terminal:  # there is no bar, so a line per task
                 console.print(f"{what} ...", highlight=False)
 
         begin("building the model" if model_dir is None else "loading the model")
@@ -116,7 +116,7 @@ def _print_answers(console: Console, instructions: Sequence[str], runs: dict[str
 
 
 def _print_agreement(console: Console, runs: dict[str, Run]) -> None:
-    """Says how far the two models are apart."""
+    """Prints how far apart the two models are."""
     plain, fused = runs.values()
     gradients = {name: relative_error(fused.grads[name], plain.grads[name]) for name in plain.grads}
     worst = max(gradients, key=lambda name: gradients[name])
@@ -132,7 +132,7 @@ def _print_agreement(console: Console, runs: dict[str, Run]) -> None:
 def _failures(
     instructions: Sequence[str], runs: dict[str, Run], verdicts: Sequence[Verdict], tie: float
 ) -> list[str]:  # fmt: skip
-    """What is wrong, and by how much. Tokens whose logits are nearer than ``tie`` standard deviations are as good."""
+    """What is wrong, and by how much. Logits nearer than ``tie`` standard deviations are a tie."""
     plain, fused = (run.answers for run in runs.values())
     failures = []
     for row, instruction in enumerate(instructions):
@@ -143,7 +143,7 @@ def _failures(
                 f"{fused.texts[row]!r} by the fused one; plain torch prefers its own by {gap:.1e} standard deviations "
                 f"of the logits, and {tie:.1e} would be a tie"
             )
-    # `igva-kernels verify` judges small results, too, on several draws.
+    # Small results are left to `igva-kernels verify`, which judges them on several draws.
     for verdict in verdicts:
         if not verdict.ok:
             times = f", {verdict.error / verdict.plain:.2f} times as much" if verdict.plain else ""

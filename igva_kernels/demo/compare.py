@@ -19,27 +19,30 @@ from igva_kernels.testing import ENOUGH_ELEMENTS, Verdict, judge, measure_memory
 T = TypeVar("T")
 
 CONNECTORS = {"plain": "reference", "fused": "auto"}
-"""The connectors of the demo and the ``impl`` that each one is."""
+"""The demo's connectors and the ``impl`` of each."""
 
 ROUNDS = 3
+"""Timed calls per connector, of which the median counts."""
 NEW_TOKENS = 12
+"""Most tokens per answer."""
 LEARNING_RATE = 3e-4
+"""AdamW's, for all but the allocator."""
 ALLOCATOR_RATE = 1e-5
-"""A faster allocator settles on one layer group before the projector can read any."""
+"""AdamW's, for the allocator: a faster one settles on one layer group before the projector can read any."""
 
 
 @dataclass
 class Answers:
-    """What a model says, greedily."""
+    """What a model answers, decoded greedily."""
 
     texts: list[str]
     tokens: Tensor
     """``[B, N]``"""
     logits: Tensor
-    """``[B, N, vocabulary]``, that each token is the largest of."""
+    """``[B, N, vocabulary]``; each token has the largest logit at its place."""
 
     def gap(self, other: Answers, row: int) -> float:
-        """How clearly this model chose where the other one first says something else.
+        """How clearly this model preferred its own token where the other model's answer first differs.
 
         Returns:
             The logit of its own token less that of the other's, in standard deviations of its logits; 0 where the
@@ -61,10 +64,10 @@ class Run:
     answers: Answers
     answer_seconds: float
     logits: Tensor
-    """Of the first training step, like the gradients."""
+    """Those of the first training step, as the gradients."""
     grads: dict[str, Tensor]
     layer_weights: list[Tensor]
-    """Of every training step, ``[B, K]``."""
+    """``[B, K]`` of every training step."""
     losses: list[float]
     step_seconds: list[float]
     trained_answers: Answers | None
@@ -76,15 +79,15 @@ class ConnectorFigures:
     """One connector by itself."""
 
     errors: dict[str, float]
-    """Of every result, against fp64."""
+    """The relative error of every result against fp64."""
     verdicts: list[Verdict]
-    """On all that are large enough: of few numbers, as the gradient of mix_weights, one draw says little."""
+    """One per result that is large enough: a draw says little about few numbers (the gradient of mix_weights)."""
     forward_ms: float
     training_ms: float
     inference_bytes: int
-    """Beyond inputs and output."""
+    """Peak of a forward beyond inputs and output."""
     saved_bytes: int
-    """Kept for backward beyond inputs and output."""
+    """Kept for the backward beyond inputs and output."""
 
 
 class Conversation:
@@ -128,12 +131,12 @@ def run_model(
     steps: int,
     advance: Callable[[], None],
 ) -> Run:
-    """Answers, training steps, answers; the weights are as before when it returns.
+    """Asks, trains and asks again; the weights are restored before it returns.
 
     Args:
         model: the model.
         conversation: its inputs.
-        impl: which connector.
+        impl: of the connector, as in ``layer_mix``.
         steps: how many training steps; 0 for one forward and backward that changes nothing.
         advance: called after the answers and after every step.
     """
@@ -234,7 +237,7 @@ def run_connector(
 def _connector_case(
     model: LlavaIgvaForConditionalGeneration, conversation: Conversation, layer_weights: Tensor
 ) -> tuple[Case, Inputs]:
-    """The call of the connector that the model makes, as ``verify`` writes one."""
+    """The model's call of its connector, as a case like those of ``verify``."""
     config, projector = model.config, model.model.multi_modal_projector
     prompts = conversation.prompts
     layers = model.model.vision_tower(prompts["pixel_values"], output_hidden_states=True).hidden_states

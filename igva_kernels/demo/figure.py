@@ -21,11 +21,11 @@ def draw(
     """Writes a PNG.
 
     Args:
-        path: where to.
-        instructions: one a row of the weights.
-        groups: names of the layer groups, one a column of the weights.
+        path: of the file.
+        instructions: one per row of the weights.
+        groups: names of the layer groups, one per column of the weights.
         weights: by time ("at the start", "after 4 steps"), the layer weights of every instruction.
-        losses: by connector, the loss of every training step; nothing to draw where it is empty.
+        losses: by connector, the loss of every training step; if it is empty, no curves are drawn.
         note: what the reader must know about the weights.
     """
     height = 1.4 + 0.42 * (len(instructions) + 1) * len(weights)

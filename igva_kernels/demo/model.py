@@ -1,4 +1,4 @@
-"""The model of the demo: LLaVA-IGVA with a full-size tower and connector and a cut language model."""
+"""The model of the demo: LLaVA-IGVA with tower and connector at full size and a language model of one layer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ weights             RANDOM but for the sentence encoder: the answers are noise, 
 
 
 def random_model(texts: Sequence[str]) -> tuple[LlavaIgvaForConditionalGeneration, LlavaIgvaProcessor]:
-    """A model that nobody trained, and its processor.
+    """An untrained model and its processor.
 
     Args:
         texts: what the tokenizer is built from; it can spell any other text too.

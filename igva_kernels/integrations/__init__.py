@@ -1,12 +1,12 @@
-"""Swap the fused operator into a model that exists: ``patch`` finds the integration that knows the model.
+"""Swaps the fused operator into an existing model: ``patch`` finds the integration that knows the model.
 
-An integration is one file of this package, for one family of hosts. It is a module with three names:
+An integration is one module of this package, for one family of host models. It has three names:
 
     DESCRIPTION                          the models it knows, for error messages
     matches(model) -> bool               whether it knows this one; imports no host library
     apply(model, edits, **options)       change instances, through ``edits.set`` alone
 
-Adding a family is adding its file and its name to ``FAMILIES``.
+To add a family, add its module here and its name to ``FAMILIES``.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ FAMILIES = (
     "tgif",
     "llava_repo",
 )
-"""In the order in which they are asked."""
+"""The families' modules, in the order in which they are asked."""
 
 
 def patch(model: nn.Module, **options: Any) -> PatchHandle:
     """Swap the fused operator into this model instance, until ``revert``.
 
-    No class is changed, no parameter moved: keys and values of the ``state_dict`` stay as they are. The exception is a
-    plain LLaVA that is given a ``plan``: its projector is widened.
+    No class is changed and no parameter moved: keys and values of the ``state_dict`` stay as they are. The exception is
+    a plain LLaVA that is given a ``plan``: its projector is widened.
 
     Args:
         model: a model of a known family, bare or wrapped (peft, DDP, ...).
@@ -47,8 +47,8 @@ def patch(model: nn.Module, **options: Any) -> PatchHandle:
         A handle with ``revert()``; as a context manager it reverts at the end of the block.
 
     Raises:
-        TypeError: not a module, or options that the family does not take.
-        ValueError: a model of no known family, or one that is patched already.
+        TypeError: ``model`` is no module, or the family does not take one of the options.
+        ValueError: the model belongs to no known family, or is patched already.
         NotImplementedError: an explicit ``impl`` that cannot serve this model here.
     """
     if not isinstance(model, nn.Module):
@@ -69,7 +69,7 @@ def patch(model: nn.Module, **options: Any) -> PatchHandle:
 
 @contextmanager
 def patched(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
-    """The model with the fused operator inside the ``with`` block; arguments and errors as of ``patch``."""
+    """The model with the fused operator inside the ``with`` block; arguments and errors are those of ``patch``."""
     with patch(model, **options):
         yield model
 

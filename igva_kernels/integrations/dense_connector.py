@@ -16,18 +16,18 @@ DESCRIPTION = "the DenseConnector repository (sci, dci)"
 
 
 def matches(model: nn.Module) -> bool:
-    """Whether there is a model of the repository in it."""
+    """Whether ``model`` contains a model of the repository."""
     return has_host(model, "mm_dense_connector_type")
 
 
 def apply(model: nn.Module, edits: PatchHandle, impl: str = "auto") -> None:
-    """Mix in the projector what ``dense_connector`` stacks, averages and concatenates."""
+    """Let the projector mix what ``dense_connector`` stacks, averages and concatenates."""
     host = find_host(model)
     tower = check_host(host, "images")
     kind = host.config.mm_dense_connector_type
     if kind not in ("sci", "dci"):
         raise NotImplementedError(
-            f"mm_dense_connector_type: got {kind!r}, need 'sci' or 'dci' ('sti' adds tokens, no layers)"
+            f"mm_dense_connector_type: got {kind!r}, need 'sci' or 'dci' ('sti' adds tokens, not layers)"
         )
     siglip = host.is_siglip()
     if not siglip and tower.select_feature != "patch":
@@ -42,7 +42,7 @@ def apply(model: nn.Module, edits: PatchHandle, impl: str = "auto") -> None:
 def _encoder(plan: MixPlan, siglip: bool) -> Callable[[Any, Tensor], Tensor]:
     def encode_images(self: Any, images: Tensor) -> Tensor:
         core = self.get_model()
-        # Its SigLIP tower has no CLS token and, unlike its CLIP tower, no torch.no_grad.
+        # Its SigLIP tower has no CLS token and, unlike its CLIP tower, runs with gradients.
         tokens = core.mm_projector(encode(self.get_vision_tower(), images, plan, 0 if siglip else 1, not siglip))
         return self.temporal_aggregation(tokens) if core.config.is_video else tokens
 

@@ -1,4 +1,4 @@
-"""What a patch changed, and the way back."""
+"""What a patch changed, and how to undo it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from weakref import WeakSet
 from torch import nn
 
 _EDITED: WeakSet[nn.Module] = WeakSet()
-"""The modules that are patched now."""
+"""The modules that a patch holds."""
 
 _ABSENT = object()
+"""Stands for an attribute that the instance did not have of its own."""
 
 
 class _Edit(NamedTuple):
     module: nn.Module
     name: str
     old: Any
-    """The instance's own value, ``_ABSENT`` where the class's showed through."""
+    """The instance's own value, or ``_ABSENT``."""
     new: Any
 
 
@@ -42,10 +43,10 @@ class PatchHandle:
         _EDITED.add(module)
 
     def revert(self) -> None:
-        """Restore every attribute, the very objects that were there. Once is enough; again does nothing.
+        """Restore every attribute to the very object that was there; a second call does nothing.
 
         Raises:
-            ValueError: someone has rebound an attribute since; restoring it would undo their work too.
+            ValueError: an attribute was rebound after the patch; restoring it would undo that change too.
         """
         for module, name, _, new in self._edits:
             if vars(module).get(name, _ABSENT) is not new:

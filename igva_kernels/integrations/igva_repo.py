@@ -1,4 +1,4 @@
-"""The IGVA repository (arXiv 2501.08443), both of its modes, and several images, where its own code does not run."""
+"""The IGVA repository (arXiv 2501.08443): both of its modes, and several images, with which its own code fails."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ DESCRIPTION = "the IGVA repository"
 
 
 def matches(model: nn.Module) -> bool:
-    """Whether there is a model of the repository in it."""
+    """Whether ``model`` contains a model of the repository."""
     return has_host(model, "vit_aggregate_groups")
 
 
 def apply(model: nn.Module, edits: PatchHandle, impl: str = "auto") -> None:
-    """Mix in the projector what ``encode_images`` stacks, averages, weighs and concatenates.
+    """Let the projector mix what ``encode_images`` stacks, averages, weighs and concatenates.
 
-    ``forward`` returns the layer weights as ``weights``, which the repository's loss asks for and its model leaves out.
+    ``forward`` returns the layer weights as ``weights``, which the repository's loss needs but its model omits.
     """
     host = find_host(model)
     tower = check_host(host, "images", "sentence_embeds")
@@ -46,7 +46,7 @@ def apply(model: nn.Module, edits: PatchHandle, impl: str = "auto") -> None:
     plan = make_plan(num_states(tower) - 1, ast.literal_eval(config.vit_aggregate_groups), config.vit_base_layer)
     patch_mlp(edits, core.mm_projector, "model.mm_projector", impl)
     edits.set(host, "instructions", Instructions())
-    edits.set(core, "aggregate_layers", None)  # what the branch of several images reads, and nobody sets
+    edits.set(core, "aggregate_layers", None)  # the branch for several images reads it, nothing sets it
     set_method(edits, host, "encode_images", _encoder(plan))
     set_method(edits, host, "prepare_inputs_labels_for_multimodal", _prepare(type(host)))
     set_method(edits, host, "forward", _forward(type(host)))
@@ -58,7 +58,7 @@ def _encoder(plan: MixPlan) -> Callable[..., Tensor]:
         mixed = encode(self.get_vision_tower(), images, plan, 1)
         if plan.num_columns:
             if rest:
-                sentence_embeds = rest[-1]  # the branch of several images passes aggregate_layers before it
+                sentence_embeds = rest[-1]  # the branch for several images passes aggregate_layers first
             if sentence_embeds is None:
                 raise ValueError("sentence_embeds: images are weighted by their instructions, got none")
             summaries = column_summaries(mixed.hidden_states, mixed.plan)

@@ -16,24 +16,24 @@ DESCRIPTION = "the Layer_Select_Fuse repository (E_D)"
 
 
 def matches(model: nn.Module) -> bool:
-    """Whether there is a model of the repository in it."""
+    """Whether ``model`` contains a model of the repository."""
     return has_host(model, "layer_fusing_strategy")
 
 
 def apply(model: nn.Module, edits: PatchHandle, impl: str = "auto") -> None:
-    """Mix in the projector what ``encode_images`` stacks, averages and concatenates."""
+    """Let the projector mix what ``encode_images`` stacks, averages and concatenates."""
     host = find_host(model)
     tower = check_host(host, "images")
     fusing, using = host.config.layer_fusing_strategy, host.config.layer_using_strategy
     if fusing != "E_D":
         raise NotImplementedError(
-            f"layer_fusing_strategy: got {fusing!r}, need 'E_D' (the others are no mix of layers in front of one MLP)"
+            f"layer_fusing_strategy: got {fusing!r}, need 'E_D' (the others do not mix layers in front of one MLP)"
         )
-    siglip = "clip" not in tower.vision_tower_name  # as the repository tells its towers apart
+    siglip = "clip" not in tower.vision_tower_name  # the repository's own test
     if siglip and using not in ("3-18-23", "latter"):
         raise NotImplementedError(f"layer_using_strategy: got {using!r}, its SigLIP tower has '3-18-23' and 'latter'")
     plan = MixPlan.layer_select(using, "siglip" if siglip else "clip").resolve(num_states(tower))
-    # 'patch' drops token 0 of SigLIP too, which is no CLS token there.
+    # 'patch' drops token 0 of SigLIP too, although that is no CLS token.
     skip_tokens = 1 if tower.select_feature == "patch" else 0
     patch_mlp(edits, host.get_model().mm_projector_f, "model.mm_projector_f", impl)
     set_method(edits, host, "encode_images", _encoder(plan, skip_tokens))

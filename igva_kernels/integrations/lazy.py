@@ -1,12 +1,12 @@
-"""The two changes that an integration makes to a host, each on an instance.
+"""The two changes that an integration makes to instances of a host.
 
 1. ``defer_concat``: inside the host's own method (``get_image_features``) the vision tower returns its hidden states as
-   ``LazyConcat``. What the method does to all of them, cutting the CLS off and concatenating, is only noted down; any
-   other use makes the tensor. The method runs over a stand-in for the model, so nothing is hooked: wrappers of the
-   tower (sharding, offload, compilation) see tensors, and so does whoever gets the method's result.
+   ``LazyConcat``. What the method does to all of them, cutting off the CLS token and concatenating, is only recorded;
+   any other use computes the tensor. The method runs on a stand-in for the model, so nothing is hooked: wrappers of the
+   tower (sharding, offload, compilation) see tensors, and so do callers of the method.
 2. ``patch_projector``: the projector takes a ``LazyConcat``, a ``MixInput`` or a tensor, and runs the operator.
 
-Both bind functions to the instance, never closures over a module: a copy of a patched model is bound to itself.
+Both bind functions to the instance, never closures over a module, so that a copy of a patched model uses itself.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from igva_kernels.runtime.context import is_distributed
 
 
 class LazyConcat:
-    """``torch.cat([h[:, skip_tokens:] for h in layers], dim=-1)`` that nobody has computed yet.
+    """``torch.cat([h[:, skip_tokens:] for h in layers], dim=-1)``, not computed until it is needed.
 
     ``[:, n:]``, ``torch.cat(..., dim=-1)`` and ``to`` stay lazy; any other use computes the tensor.
     """
@@ -40,18 +40,18 @@ class LazyConcat:
 
     @property
     def tensor(self) -> Tensor:
-        """What this stands for; of one whole layer, that very tensor."""
+        """The tensor that this stands for; for one whole layer, the layer itself."""
         if self._tensor is None:  # not a cached_property: its lock cannot be compiled
             states = [h[:, self.skip_tokens :] if self.skip_tokens else h for h in self.layers]
             self._tensor = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
         return self._tensor
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> LazyConcat:
-        """``fn`` of every layer, where it commutes with the concat."""
+        """``fn`` applied to every layer; it must commute with the concatenation."""
         return LazyConcat(tuple(fn(LazyConcat((h,), self.skip_tokens).tensor) for h in self.layers))
 
     def to(self, *args: Any, **kwargs: Any) -> LazyConcat:
-        """``Tensor.to`` of every layer (accelerate moves the arguments of a module)."""
+        """``Tensor.to`` of every layer; accelerate calls it on the arguments of a module."""
         return LazyConcat(tuple(h.to(*args, **kwargs) for h in self.layers), self.skip_tokens)
 
     def __getitem__(self, index: Any) -> Any:
@@ -63,7 +63,7 @@ class LazyConcat:
         return self.tensor[index]
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # copying and pickling ask for what an object need not have
+        if name.startswith("__"):  # copying and pickling look for methods that an object need not have
             raise AttributeError(name)
         return getattr(self.tensor, name)
 
@@ -92,7 +92,7 @@ def _cat_arguments(tensors: Any, dim: int = 0, **_: Any) -> tuple[Any, int]:
 
 
 def computed(value: Any) -> Any:
-    """``value``, what is lazy in it computed, also in tuples, lists and dicts (as transformers' outputs are)."""
+    """``value`` with everything lazy in it computed, also in tuples, lists and dicts (transformers' outputs)."""
     if isinstance(value, LazyConcat):
         return value.tensor
     if isinstance(value, dict):
@@ -104,7 +104,7 @@ def computed(value: Any) -> Any:
 
 
 class _StandIn:
-    """Another object, but for what the subclass says."""
+    """Behaves as another object, except where the subclass overrides it."""
 
     def __init__(self, of: Any, **own: Any) -> None:
         object.__setattr__(self, "_of", of)
@@ -125,12 +125,12 @@ class _LazyTower(_StandIn):
         out = self._of(*args, **kwargs)
         if getattr(out, "hidden_states", None) is not None:
             states = tuple(None if h is None else LazyConcat((h,)) for h in out.hidden_states)
-            out = replace(out, hidden_states=states)  # another: hooks of the tower may have kept this one
+            out = replace(out, hidden_states=states)  # a new one, as hooks of the tower may have kept the old
         return out
 
 
 class _Host(_StandIn):
-    """A model as its own method sees it: itself, but for its towers."""
+    """A model as its own method sees it: itself, but with lazy towers."""
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._of, name)
@@ -141,7 +141,7 @@ def defer_concat(edits: PatchHandle, model: nn.Module, methods: tuple[str, ...],
     """Let ``methods`` of ``model`` concatenate the hidden states of ``towers`` lazily.
 
     Raises:
-        ValueError: the instance has a method of its own, so another patch's.
+        ValueError: the instance has a method of its own, which must be another patch's.
     """
     for name in methods:
         set_method(edits, model, name, _deferring(getattr(type(model), name), towers))
@@ -156,7 +156,7 @@ def _deferring(method: Callable[..., Any], towers: tuple[str, ...]) -> Callable[
 
 
 Children = Callable[[nn.Module], tuple[nn.Module | None, nn.Module, nn.Module]]
-"""The LayerNorm (or None), first and second Linear of a projector."""
+"""Finds the LayerNorm (or None), the first and the second Linear of a projector."""
 
 
 def patch_projector(
@@ -173,17 +173,17 @@ def patch_projector(
         name: what to call the projector in an error.
 
     Raises:
-        NotImplementedError: a quantised Linear, or an explicit ``impl`` that cannot serve it.
-        ValueError: a projector that is patched already.
+        NotImplementedError: a Linear is quantised, or an explicit ``impl`` cannot serve it.
+        ValueError: the projector is patched already.
     """
     norm, linear_1, linear_2 = children(projector)
     for linear in (linear_1, linear_2):
         _check_linear(linear, name)
     weight = below_adapter(linear_1).weight
-    if weight.device.type != "meta":  # offloaded weights are nowhere until they run
+    if weight.device.type != "meta":  # offloaded weights have no device until they run
         check_impl(impl, weight.device, weight.dtype, activation)
     set_forward(edits, projector, _projector_forward(children, activation, impl))
-    # A stand-in for linear_1 (LoRA's) gets the mixed row, so it stays as it is, and what is below it too.
+    # A replacement of linear_1 (LoRA's) is given the mixed row, so neither it nor the Linear inside it is changed.
     if isinstance(linear_1, nn.Linear):
         set_forward(edits, linear_1, LayerMixLinear.forward)
     if norm is not None:
@@ -213,10 +213,10 @@ def set_forward(edits: PatchHandle, module: nn.Module, forward: Callable[..., An
 def set_method(
     edits: PatchHandle, module: nn.Module, method: str, function: Callable[..., Any], attribute: str | None = None
 ) -> None:
-    """Bind ``function`` to ``module`` in place of its class's ``method``, as the ``attribute`` (of the same name).
+    """Bind ``function`` to ``module`` in place of its class's ``method``, as ``attribute`` (by default ``method``).
 
     Raises:
-        ValueError: the instance has a method of its own there, so another patch's.
+        ValueError: the instance has a method of its own there, which must be another patch's.
     """
     attribute = attribute or method
     own = vars(module).get(attribute)
@@ -238,12 +238,12 @@ def _check_linear(linear: nn.Module, name: str) -> None:
     raise NotImplementedError(
         f"{name}: got a {type(base).__module__}.{type(base).__name__} with {getattr(weight, 'dtype', 'no')} weights, "
         f"need nn.Linear modules in floating point; leave the projector out of the quantisation (bitsandbytes: "
-        f"llm_int8_skip_modules, others: modules_to_not_convert), as its weights are few"
+        f"llm_int8_skip_modules, others: modules_to_not_convert); its weights are few"
     )
 
 
 def activation_of(module: nn.Module, name: str) -> str:
-    """The key of ``ACTIVATIONS`` for an activation module, by what it computes.
+    """The key of ``ACTIVATIONS`` for an activation module, found by what the module computes.
 
     Raises:
         NotImplementedError: it is none of them.

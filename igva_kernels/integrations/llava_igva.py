@@ -17,7 +17,7 @@ def matches(model: nn.Module) -> bool:
 
 
 def apply(model: nn.Module, edits: PatchHandle, impl: str = "auto") -> None:
-    """Set ``impl`` on every connector, and check first that it can serve them."""
+    """Set ``impl`` on every connector, after checking that it can serve it."""
     for module in model.modules():
         if isinstance(module, LayerMixProjector):
             weight = next(module.parameters())

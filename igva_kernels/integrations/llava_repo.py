@@ -30,7 +30,7 @@ ALLOCATOR = "weight_allocator"
 
 
 def matches(model: nn.Module) -> bool:
-    """Whether there is a model of the repository in it; asked last, as the other repositories are made of it."""
+    """Whether ``model`` contains a model of the repository; asked last, as the other repositories grew out of it."""
     return find_host(model) is not None
 
 
@@ -42,25 +42,26 @@ def apply(
     balance_coefficient: float = 0.0,
     impl: str = "auto",
 ) -> None:
-    """Attach a plan to a plain LLaVA, which answers at first as before.
+    """Attach a plan to a plain LLaVA, whose answers at first stay the same.
 
     ``mm_projector[0]`` is replaced by a wider Linear: the old weight where the plan has the layer that LLaVA reads,
-    zeros elsewhere. The allocator becomes a part of ``mm_projector``, so that scripts which train, save, or except from
-    LoRA what is called ``mm_projector`` do so with it. ``forward`` and ``generate`` take ``sentence_embeds``
-    ``[B, E]``, one row a sample; ``forward`` returns ``layer_weights`` and adds the balance loss.
+    zeros elsewhere. The allocator becomes a part of ``mm_projector``, so that scripts which select ``mm_projector`` by
+    name, to train it, to save it or to exclude it from LoRA, select the allocator too. ``forward`` and ``generate``
+    take ``sentence_embeds`` ``[B, E]``, one row per sample; ``forward`` returns ``layer_weights`` and adds the balance
+    loss.
 
     Args:
         model: a LLaVA with vision tower and projector loaded, before an optimizer or an engine holds its parameters.
         edits: the handle of the patch.
-        plan: which layers it is to read; None for the one it reads.
-        allocator: what gives the weights of the plan's columns, ``allocator(sentence_embeds, summaries)`` as
-            ``nn.WeightAllocator`` does.
+        plan: which layers it shall read; None for the one that it reads now.
+        allocator: computes the weights of the plan's columns as ``allocator(sentence_embeds, summaries)``, like
+            ``igva_kernels.nn.WeightAllocator``.
         balance_coefficient: factor of ``balance_loss`` in the training loss.
         impl: as in ``layer_mix``.
 
     Raises:
-        ValueError: a plan with columns and no allocator, or the reverse; a plan that lacks the layer that LLaVA reads.
-        NotImplementedError: another projector or version than those known, or weights that are not there (ZeRO-3).
+        ValueError: a plan with columns and no allocator, or the reverse; a plan without the layer that LLaVA reads.
+        NotImplementedError: an unknown projector or version of the repository, or partitioned weights (ZeRO-3).
     """
     host = find_host(model)
     tower = check_host(host, "images")
@@ -71,7 +72,7 @@ def apply(
     if (plan.num_columns > 0) != (allocator is not None):
         raise ValueError(
             f"allocator: got {type(allocator).__name__}, the plan has {plan.num_columns} weight columns; a plan with "
-            f"columns needs an allocator, another needs none"
+            f"columns needs an allocator, a plan without columns none"
         )
     skip_tokens = 1 if tower.select_feature == "patch" else 0
     if plan.num_blocks > 1 or allocator is not None:
@@ -144,7 +145,7 @@ def _forward(host_class: Any, balance_coefficient: float) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, sentence_embeds: Tensor | None = None, **kwargs: Any) -> Any:
         instructions = self.instructions
         try:
-            if sentence_embeds is not None:  # within generate they are given already
+            if sentence_embeds is not None:  # inside generate they are set already
                 instructions.sentence_embeds = sentence_embeds
             outputs = method(self, *args, **kwargs)
             weights = instructions.layer_weights
@@ -174,7 +175,7 @@ def _generate(host_class: Any) -> Callable[..., Any]:
 
 
 def _with_sentence_embeds(method: Callable[..., Any]) -> inspect.Signature:
-    """What the Trainer reads: the columns that the model takes."""
+    """The method's signature with ``sentence_embeds``, a column that the Trainer would otherwise drop."""
     signature = inspect.signature(method)
     extra = inspect.Parameter("sentence_embeds", inspect.Parameter.KEYWORD_ONLY, default=None)
     parameters = list(signature.parameters.values())

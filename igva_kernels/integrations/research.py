@@ -1,7 +1,7 @@
 """What the repositories that grew out of LLaVA have in common; a family adds the plan that its code computes.
 
 The model has ``encode_images``, a vision tower that wraps transformers' (or a copy of it), and a projector that is
-``nn.Sequential(Linear, GELU, Linear)``. ``encode_images`` is bound to the instance anew: the tower's states are folded
+``nn.Sequential(Linear, GELU, Linear)``. ``encode_images`` is replaced on the instance: the tower's states are folded
 into the sources of the plan while it runs, and the projector takes them. No repository is imported.
 """
 
@@ -21,11 +21,11 @@ from igva_kernels.runtime.context import PerThread
 from igva_kernels.streaming import encoder_layers, stream_hidden_states
 
 IMAGE_TOKEN_INDEX = -200
-"""What stands for an image in ``input_ids``, in all of these repositories."""
+"""The id that stands for an image in ``input_ids`` in all of these repositories."""
 
 
 def find_host(model: nn.Module) -> Any:
-    """The module whose class has ``encode_images`` and what goes with it; None without one."""
+    """The module whose class has ``encode_images`` and the methods around it; None if there is none."""
     methods = ("encode_images", "get_model", "get_vision_tower", "prepare_inputs_labels_for_multimodal")
     for module in model.modules():
         if all(callable(getattr(type(module), name, None)) for name in methods):
@@ -34,7 +34,7 @@ def find_host(model: nn.Module) -> Any:
 
 
 def has_host(model: nn.Module, setting: str) -> bool:
-    """Whether there is a host whose config has ``setting``."""
+    """Whether ``model`` contains a host whose config has ``setting``."""
     host = find_host(model)
     return host is not None and hasattr(host.config, setting)
 
@@ -50,7 +50,7 @@ def check_host(host: Any, *arguments: str) -> Any:
     if found != arguments:
         raise NotImplementedError(
             f"model: {type(host).__name__}.encode_images takes {', '.join(found)}, need {', '.join(arguments)}: "
-            f"a version of the repository that is not known"
+            f"this version of the repository is not known"
         )
     tower = host.get_vision_tower()
     if tower is None or not tower.is_loaded:
@@ -69,14 +69,14 @@ def patch_mlp(edits: PatchHandle, projector: nn.Module, name: str, impl: str) ->
     """Let an ``nn.Sequential(Linear, activation, Linear)`` take layers.
 
     Raises:
-        NotImplementedError: another projector.
+        NotImplementedError: the projector has another form.
     """
     check_mlp(projector, name)
     patch_projector(edits, projector, _mlp_children, activation_of(projector[1], f"{name}[1]"), impl, name)
 
 
 def check_mlp(projector: Any, name: str) -> None:
-    """Raises NotImplementedError unless the projector is of two layers (``mlp2x_gelu``)."""
+    """Raises NotImplementedError unless the projector has two Linears (``mlp2x_gelu``)."""
     parts = [key for key in projector._modules if key.isdigit()]
     if not isinstance(projector, nn.Sequential) or len(parts) != 3:
         raise NotImplementedError(
@@ -105,7 +105,7 @@ def encode(tower: Any, images: Tensor, plan: MixPlan, skip_tokens: int, no_grad:
 
 
 class Instructions(PerThread):
-    """What a forward passes by the host's own methods: sentence embeddings inwards, layer weights outwards."""
+    """What a forward passes around the host's own methods: sentence embeddings inwards, layer weights outwards."""
 
     def __init__(self) -> None:
         self.sentence_embeds: Tensor | None = None
@@ -113,16 +113,16 @@ class Instructions(PerThread):
 
 
 def rows_of_images(sentence_embeds: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """The embedding of each image or tile ``[I, E]``, from one a sample ``[B, E]``.
+    """The embedding of each image or tile ``[I, E]``, from one per sample ``[B, E]``.
 
     Args:
-        sentence_embeds: one row a sample.
+        sentence_embeds: one row per sample.
         arguments: those of ``prepare_inputs_labels_for_multimodal``. ``images`` is ``[B, 3, height, width]``, or for
             each image, in order, one ``[3, height, width]`` or its tiles ``[n, 3, height, width]``. A sample without
-            an image token has one image all the same, which nobody sees.
+            an image token has one image all the same, which is not used.
 
     Raises:
-        ValueError: more or fewer images than places for them.
+        ValueError: the images are more or fewer than the places for them.
     """
     input_ids, images, mask = (arguments[name] for name in ("input_ids", "images", "attention_mask"))
     places = input_ids == IMAGE_TOKEN_INDEX

@@ -16,12 +16,12 @@ DESCRIPTION = "the TGIF repository (layer_selector)"
 
 
 def matches(model: nn.Module) -> bool:
-    """Whether there is a model of the repository in it."""
+    """Whether ``model`` contains a model of the repository."""
     return has_host(model, "mm_projector_type") and find_host(model).config.mm_projector_type == "layer_selector"
 
 
 def apply(model: nn.Module, edits: PatchHandle, impl: str = "auto") -> None:
-    """Mix and normalise in the projector what the tower stacks and the layer selector sums."""
+    """Let the projector mix and normalise what the tower stacks and the layer selector sums."""
     host = find_host(model)
     tower = check_host(host, "images", "text_embeddings")
     states = num_states(tower)

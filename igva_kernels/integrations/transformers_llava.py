@@ -19,7 +19,7 @@ METHODS = ("get_image_features", "get_video_features")
 
 
 def matches(model: nn.Module) -> bool:
-    """Whether there is a model of the family in it."""
+    """Whether ``model`` contains a model of the family."""
     return any(_is_host(module) for module in model.modules())
 
 
@@ -39,7 +39,7 @@ def apply(model: nn.Module, edits: PatchHandle, impl: str = "auto") -> None:
         projectors = [m for m in host.multi_modal_projector.modules() if {"linear_1", "linear_2"} <= m._modules.keys()]
         if not projectors:
             raise _unknown(host, "multi_modal_projector", "no linear_1 and linear_2 in it")
-        for projector in projectors:  # peft's modules_to_save wraps two
+        for projector in projectors:  # peft's modules_to_save holds two of them
             _patch_projector(edits, projector, impl)
         resampler = getattr(host, "vision_resampler", None)
         if isinstance(getattr(resampler, "pool", None), (nn.AvgPool2d, nn.MaxPool2d)):
@@ -74,12 +74,12 @@ def _children(projector: nn.Module) -> tuple[nn.Module | None, nn.Module, nn.Mod
 
 
 def _embed(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """SigLIP starts with transposed patches, and all its states keep their layout: one copy here, or one a layer."""
+    """SigLIP's patches start transposed, and all its states keep that layout: one copy here saves one per layer."""
     return type(self).forward(self, *args, **kwargs).contiguous()
 
 
 def _resample(self: nn.Module, image_features: Tensor | LazyConcat) -> Tensor | LazyConcat:
-    """LlavaNextVideo pools the frames before the projector; average and maximum of a channel know no other channel."""
+    """LlavaNextVideo pools frames before the projector: channel by channel, so that the concat can wait."""
     pool = partial(type(self).forward, self)
     return image_features.map(pool) if isinstance(image_features, LazyConcat) else pool(image_features)
 
@@ -88,5 +88,5 @@ def _unknown(module: nn.Module, name: str, found: str) -> NotImplementedError:
     version = getattr(sys.modules.get("transformers"), "__version__", "unknown")
     return NotImplementedError(
         f"model: {type(module).__name__}.{name} with transformers {version}: {found}; "
-        f"docs/compatibility.md has the versions that are known"
+        f"docs/compatibility.md lists the versions that are known"
     )

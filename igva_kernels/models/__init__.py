@@ -1,4 +1,4 @@
-"""Reference models. Needs transformers: ``pip install igva-kernels[models]``."""
+"""Reference models. They need transformers: ``pip install igva-kernels[models]``."""
 
 from igva_kernels.models.llava_igva import (
     ImageFeatureCache,

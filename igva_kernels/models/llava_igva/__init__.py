@@ -1,4 +1,4 @@
-"""LLaVA-IGVA on transformers; importing it registers it with the Auto classes."""
+"""LLaVA-IGVA on transformers; importing this package registers it with the Auto classes."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 

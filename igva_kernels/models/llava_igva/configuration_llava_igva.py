@@ -9,8 +9,9 @@ from transformers import LlavaConfig
 
 from igva_kernels.ops.weighted_mix import Entry, MixPlan
 
-# Whether token 0 of a tower's states is a CLS token.
+# By a tower's model type: whether token 0 of its states is a CLS token.
 _HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False}
+# transformers' names of the activations, and those that layer_mix_mlp takes.
 _ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -26,33 +27,33 @@ class LlavaIgvaConfig(LlavaConfig):
     """A ``LlavaConfig`` (vision tower, language model, projector) and how the tower's layers are mixed.
 
     Args:
-        aggregation: where the weights of the plan's columns come from: "instruction" (IGVA's stage 2: an allocator,
-            from the instruction and the image), "text" (an MLP, from the instruction alone), "learned" (parameters) or
-            "uniform" (IGVA's stage 1: each column has 1 / K, nothing to learn).
-        mix_groups: the layer groups of IGVA's plan, an int that divides the tower's layers or the layers of each group.
-            Its base layer is ``vision_feature_layer``.
-        mix_plan: any other ``MixPlan`` in place of IGVA's: itself, or plain data, either the blocks that
-            ``MixPlan.to_dict`` writes or a constructor with its arguments, ``{"dense_connector": {"kind": "dci"}}``.
-        projector_layernorm_eps: with a number, a LayerNorm over the mixed row comes before the projector.
-        vision_has_cls: whether token 0 of the tower's states is a CLS token; known for CLIP and SigLIP.
+        aggregation: where the weights of the plan's columns come from: "instruction" (IGVA's stage 2: an allocator
+            computes them from instruction and image), "text" (an MLP computes them from the instruction alone),
+            "learned" (they are parameters) or "uniform" (IGVA's stage 1: each of the K columns weighs 1 / K).
+        mix_groups: the layer groups of IGVA's plan: a number of equal groups, which must divide the number of the
+            tower's layers, or the layers of each group. The plan's base layer is ``vision_feature_layer``.
+        mix_plan: a plan in place of IGVA's: a ``MixPlan``, or plain data, either what ``MixPlan.to_dict`` writes or a
+            constructor with its arguments, such as ``{"dense_connector": {"kind": "dci"}}``.
+        projector_layernorm_eps: eps of a LayerNorm over the mixed row in front of the projector; None for no LayerNorm.
+        vision_has_cls: whether token 0 of the tower's states is a CLS token; None for CLIP and SigLIP, which are known.
         vision_feature_select_strategy: "default" drops the CLS token from the visual tokens, "full" keeps every token.
-            "default" for towers that have a CLS token and "full" for the others, unless given.
+            None chooses "default" for towers with a CLS token and "full" for the others.
         sentence_encoder: name or directory of the sentence-transformers model that embeds instructions given as text.
         sentence_embed_dim: E, the width of its embeddings.
-        allocator_hidden_dim: width of the allocator, of either kind.
+        allocator_hidden_dim: hidden width of the allocator, whichever kind it is.
         allocator_num_blocks: cross-attention blocks of the allocator from instruction and image.
-        allocator_num_heads: attention heads of a block.
+        allocator_num_heads: attention heads per block.
         balance_coefficient: lambda, the factor of the negative entropy of the layer weights in the training loss.
-        freeze_vision_tower: whether a new model's tower takes no gradient.
-        stream_hidden_states: whether a tower that takes no gradient folds its states into the sources of the plan while
-            it runs, in place of keeping them all. Not where ``impl`` is "reference", the published steps, nor inside a
-            compiled model.
+        freeze_vision_tower: whether the vision tower is frozen.
+        stream_hidden_states: whether a tower without gradients folds its states into the plan's sources while it runs,
+            instead of keeping them all. Ignored if ``impl`` is "reference", which runs the published steps, and inside
+            a compiled model.
         impl: which implementation the connector uses, as in ``layer_mix``. It is not saved: a checkpoint says nothing
             about the machine that it will run on.
 
     Raises:
-        ValueError: a plan that the tower cannot serve, an unknown tower without ``vision_has_cls``, or a strategy or
-            activation that cannot be.
+        ValueError: the plan does not fit the tower, the tower is unknown and ``vision_has_cls`` is None, or the
+            strategy or the activation is not supported.
     """
 
     model_type = "llava_igva"
@@ -81,7 +82,7 @@ class LlavaIgvaConfig(LlavaConfig):
         tower = self.vision_config.model_type
         if self.vision_has_cls is None:
             if tower not in _HAS_CLS:
-                raise ValueError(f"vision_has_cls: say whether the tower {tower!r} has a CLS token, got None")
+                raise ValueError(f"vision_has_cls: need True or False for the tower {tower!r}, got None")
             self.vision_has_cls = _HAS_CLS[tower]
         if self.vision_feature_select_strategy is None:
             self.vision_feature_select_strategy = "default" if self.vision_has_cls else "full"
@@ -94,22 +95,22 @@ class LlavaIgvaConfig(LlavaConfig):
             raise ValueError(
                 f"projector_hidden_act: got {self.projector_hidden_act!r}, need one of {', '.join(_ACTIVATIONS)}"
             )
-        _ = self.plan  # a plan that does not fit the tower is an error here
+        _ = self.plan  # raises if the plan does not fit the tower
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """A config of another model is an error: its fields would be passed over, and the model would be a new one."""
+        """Raises ValueError for another model's config: its fields would be ignored, and the weights would be new."""
         kind = config_dict.get("model_type", cls.model_type)
         if kind != cls.model_type:
             raise ValueError(
-                f"model_type: need a config of {cls.model_type!r}, got {kind!r}; `igva-kernels convert` makes a "
-                f"checkpoint of the IGVA or LLaVA repository one, and from_llava a LLaVA of transformers"
+                f"model_type: need a config of {cls.model_type!r}, got {kind!r}; `igva-kernels convert` converts a "
+                f"checkpoint of the IGVA or LLaVA repository, and from_llava upgrades transformers' Llava"
             )
         return super().from_dict(config_dict, **kwargs)
 
     @property
     def plan(self) -> MixPlan:
-        """The plan of the connector, over the states of the vision tower; no columns where aggregation is uniform."""
+        """The connector's plan over the states of the vision tower; without columns if ``aggregation`` is "uniform"."""
         layers = self.vision_config.num_hidden_layers
         if self.mix_plan is None:
             if not isinstance(self.vision_feature_layer, int):
@@ -139,7 +140,7 @@ class LlavaIgvaConfig(LlavaConfig):
 
 
 def uniform_plan(plan: MixPlan) -> MixPlan:
-    """The plan with the constant 1 / K in place of each of its K weights: for IGVA's, ``MixPlan.igva_uniform``."""
+    """The plan with the constant 1 / K in place of each of its K weights; IGVA's becomes ``MixPlan.igva_uniform``."""
     return MixPlan(
         tuple(
             tuple(e if e.column is None else Entry(e.layer, None, e.scale / plan.num_columns) for e in block)

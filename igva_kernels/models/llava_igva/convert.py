@@ -1,16 +1,16 @@
-"""Checkpoints of the IGVA repository, and of the LLaVA repository it grew from, to transformers' layout and back.
+"""Converts checkpoints of the IGVA repository and of LLaVA, which it grew from, to transformers' layout and back.
 
-Both repositories save a ``LlavaLlamaForCausalLM``, whose config has the ``model_type`` "llava_llama". Where that config
-has ``vit_aggregate_groups``, the checkpoint is IGVA's and becomes a ``LlavaIgvaForConditionalGeneration``; else it is
-LLaVA's and becomes transformers' own Llava. No repository is imported.
+Both repositories save a ``LlavaLlamaForCausalLM``, whose config has the ``model_type`` "llava_llama". If that config
+has ``vit_aggregate_groups``, the checkpoint is IGVA's and becomes a ``LlavaIgvaForConditionalGeneration``; otherwise it
+is LLaVA's and becomes transformers' own Llava. Neither repository is imported.
 
-What they do otherwise than transformers:
+They differ from transformers in three ways:
 
-* The vision tower is a checkpoint of its own, at the ``mm_vision_tower`` of the config. They load the tower from there
-  even where their checkpoint holds it too.
-* No token stands for an image (its places have the index -200). One is added: its row in the embeddings is never read,
-  and is the mean of the others, as is its row in the head, so that its logit is never the largest.
-* The sentence encoder is a module of the model. It is frozen: only its name is kept.
+* The vision tower is a checkpoint of its own, named by the config's ``mm_vision_tower``. They load the tower from there
+  even if their checkpoint contains it too.
+* No token stands for an image (the input ids hold -200 in its place). One is added. Its rows in the embeddings and in
+  the head are the means of the other rows: the first is never read, and the second's logit is never the largest.
+* The sentence encoder is a module of the model. As it is frozen, only its name is kept.
 """
 
 from __future__ import annotations
@@ -55,13 +55,14 @@ _PREFIXES = (
     ("model.vision_aggregator.transformers.", "model.weight_allocator.blocks."),
     ("model.vision_aggregator.linear.", "model.weight_allocator.head."),
     ("model.vision_aggregator.", "model.weight_allocator."),
-    ("model.mm_projector.weight_allocator.", "model.weight_allocator."),  # of a LLaVA that was patched with a plan
+    ("model.mm_projector.weight_allocator.", "model.weight_allocator."),  # a LLaVA that was patched with a plan
     ("model.", "model.language_model."),
     ("lm_head.", "lm_head."),
 )
-"""Names in the repositories and in transformers; the first that fits counts."""
+"""Prefixes of the weights' names in the repositories and in transformers; the first that matches counts."""
 
 _NOT_WEIGHTS = ("model.sentence_embedder.", ".rotary_emb.inv_freq", ".embeddings.position_ids")
+"""Entries of a checkpoint whose names contain one of these are dropped."""
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -71,16 +72,16 @@ def convert(
     vision_tower: str | os.PathLike[str] | None = None,
     config_fields: dict[str, Any] | None = None,
 ) -> LlavaIgvaForConditionalGeneration | LlavaForConditionalGeneration:
-    """Write the checkpoint in the directory ``source`` to ``target`` in the other layout; the model is returned.
+    """Write the checkpoint in the directory ``source`` to ``target`` in the other layout, and return the model.
 
-    A tokenizer goes along, and for transformers a processor is made of it.
+    If there is a tokenizer, it is written too; in transformers' layout it becomes part of a processor.
 
     Args:
         source: a checkpoint of the IGVA or LLaVA repository, or of transformers' LLaVA-IGVA or Llava.
-        target: a directory; new, or empty.
-        vision_tower: the tower's own checkpoint, in place of the ``mm_vision_tower`` of a repository's config.
-        config_fields: for the checkpoint of a LLaVA that was patched with a plan, the fields of ``LlavaIgvaConfig``
-            that the repository's config does not have.
+        target: a new or an empty directory.
+        vision_tower: the tower's own checkpoint; None for the ``mm_vision_tower`` of the repository's config.
+        config_fields: for a LLaVA that was patched with a plan, the fields of ``LlavaIgvaConfig`` that the repository's
+            config lacks.
 
     Raises:
         FileNotFoundError: ``source`` holds no checkpoint.
@@ -92,7 +93,7 @@ def convert(
     kind = _read_config(source)["model_type"]
     tokenizer = None
     if (source / "tokenizer_config.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(source, config=LlamaConfig())  # no class has the repository's config
+        tokenizer = AutoTokenizer.from_pretrained(source, config=LlamaConfig())  # source's model_type is unknown
     if kind == REPO_TYPE:
         model = from_repo(source, vision_tower, _add_image_token(tokenizer), config_fields)
         model.save_pretrained(target)
@@ -121,12 +122,12 @@ def from_repo(
     Args:
         source: the directory of the checkpoint, in safetensors or pickled, in one file or in shards.
         vision_tower: as in ``convert``.
-        image_token: the id of the token that stands for an image; None for one behind the vocabulary.
+        image_token: the id of the token that stands for an image; None to append one to the vocabulary.
         config_fields: as in ``convert``.
 
     Raises:
-        FileNotFoundError: no checkpoint there.
-        ValueError: a model that transformers' Llava cannot be.
+        FileNotFoundError: ``source`` holds no checkpoint.
+        ValueError: transformers' Llava cannot represent the model.
     """
     fields = _read_config(Path(source))
     weights = {
@@ -160,11 +161,11 @@ def to_repo(
 ) -> None:
     """Save a model as a checkpoint of the IGVA repository or, if it is a plain Llava, of the LLaVA repository.
 
-    The vision tower goes to ``target/vision_tower``, the absolute path of which the config names: who moves the
-    checkpoint edits ``mm_vision_tower``. If the last token of the vocabulary is the image token, it is left out.
+    The vision tower goes to ``target/vision_tower``, whose absolute path is ``mm_vision_tower`` in the config: edit it
+    after moving the checkpoint. If the last token of the vocabulary is the image token, it is left out.
 
     Raises:
-        ValueError: a model that those repositories do not have.
+        ValueError: the repository cannot represent the model.
     """
     target = Path(target)
     tower = target / "vision_tower"
@@ -215,7 +216,7 @@ def _renamed(name: str, prefixes: Any) -> str:
     for old, new in prefixes:
         if name.startswith(old):
             return new + name.removeprefix(old)
-    raise ValueError(f"source: no place for the weight {name!r}")
+    raise ValueError(f"source: the weight {name!r} has no counterpart in the other layout")
 
 
 def _transformers_config(
@@ -223,7 +224,7 @@ def _transformers_config(
 ) -> LlavaConfig:
     for name, needed in (("mm_projector_type", "mlp2x_gelu"), ("mm_patch_merge_type", "flat")):
         if fields.get(name, needed) != needed:
-            raise ValueError(f"{name}: got {fields[name]!r}, transformers' Llava has {needed!r}")
+            raise ValueError(f"{name}: got {fields[name]!r}, transformers' Llava supports only {needed!r}")
     known = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling"} - {"model_type", "architectures"}
     text = {name: value for name, value in fields.items() if name in known}
     shared: dict[str, Any] = {
@@ -269,12 +270,12 @@ def _repo_config(config: LlavaConfig, tower: str) -> dict[str, Any]:
            ("vision_feature_select_strategy", config.vision_feature_select_strategy, "default")) if is_igva else ()),
     ):  # fmt: skip
         if given != needed:
-            raise ValueError(f"{name}: got {given!r}, the repository has {needed!r} only")
+            raise ValueError(f"{name}: got {given!r}, the repository supports only {needed!r}")
     text = config.text_config.to_dict()
     vocabulary = text["vocab_size"] - (config.image_token_id == text["vocab_size"] - 1)
     fields = {
         **{name: value for name, value in text.items() if name not in ("_name_or_path", "transformers_version")},
-        # transformers 4 reads this name
+        # transformers 4 reads the value under this name
         "rope_theta": text["rope_parameters"]["rope_theta"],
         "model_type": REPO_TYPE,
         "architectures": ["LlavaLlamaForCausalLM"],
@@ -315,7 +316,7 @@ def _image_processor(source: Path, vision_tower: str | os.PathLike[str] | None) 
     processor = CLIPImageProcessor.from_pretrained(vision_tower or fields["mm_vision_tower"])
     if fields.get("image_aspect_ratio") != "pad":
         return processor
-    return LlavaImageProcessor(**{**processor.to_dict(), "do_pad": True})  # CLIP's, on a square of the mean colour
+    return LlavaImageProcessor(**{**processor.to_dict(), "do_pad": True})  # CLIP's, on an image padded to a square
 
 
 def _processor(config: LlavaConfig, image_processor: Any, tokenizer: Any) -> LlavaProcessor:

@@ -19,14 +19,14 @@ from igva_kernels.ops.weighted_mix import MixPlan
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """Encoded images: the sources of a plan, and what is left of the plan to do once an instruction is known.
+    """Encoded images: the sources of a plan, and the rest of the plan, to be run once an instruction is known.
 
-    IGVA keeps 5 states an image instead of 25. Everything downstream of the tower can be had from them, the summaries
-    that the allocator reads included, so one encoded image serves any number of instructions.
+    IGVA keeps 5 states per image instead of 25. Everything downstream of the tower, including the summaries that the
+    allocator reads, is computed from them, so one encoded image serves any number of instructions.
     """
 
     sources: tuple[Tensor, ...]
-    """S states ``[I, T, D]``, CLS included, in the order in which ``plan`` counts them."""
+    """S states ``[I, T, D]``, CLS included, in the order in which ``plan`` numbers them."""
     plan: MixPlan
     """The connector's plan over the sources."""
 
@@ -45,7 +45,7 @@ class ImageFeatures:
         return ImageFeatures(tuple(source[at] for source in self.sources), self.plan)
 
     def to(self, *args: Any, **kwargs: Any) -> ImageFeatures:
-        """The same features on another device or in another dtype; arguments as of ``Tensor.to``."""
+        """The same features on another device or in another dtype; arguments as in ``Tensor.to``."""
         return ImageFeatures(tuple(source.to(*args, **kwargs) for source in self.sources), self.plan)
 
     @property
@@ -55,10 +55,10 @@ class ImageFeatures:
 
     @staticmethod
     def cat(features: Sequence[ImageFeatures]) -> ImageFeatures:
-        """The images of all, in order.
+        """All images, in order.
 
         Raises:
-            ValueError: nothing to join, or features of different plans.
+            ValueError: there is nothing to join, or the plans differ.
         """
         if not features or any(f.plan != features[0].plan for f in features):
             raise ValueError("features: need at least one ImageFeatures, all of one plan")
@@ -90,22 +90,22 @@ class ImageFeatures:
 
 
 class ImageFeatureCache:
-    """Remembers encoded images by their content: a picture that comes again is not encoded again.
+    """Remembers encoded images by their content, so that the same picture is encoded only once.
 
     ::
 
         encode = ImageFeatureCache(model.encode_images, max_bytes=2 << 30)
         model.generate(**prompt, image_features=encode(pixel_values))
 
-    The least recently used images go when the limit is reached. Threads may share a cache (two that meet a new picture
-    at once both encode it). What it holds is true of the tower as it was: ``clear`` it when the tower's weights change.
+    The least recently used images are dropped at the limit. Threads may share a cache (two that meet a new picture at
+    the same time both encode it). Call ``clear`` when the tower's weights change, which outdates what is remembered.
 
     Args:
-        encode: ``[I, 3, height, width]`` to the features of I images.
-        max_bytes: how much the remembered features may take, on the device where ``encode`` leaves them.
+        encode: computes the features of I images from ``[I, 3, height, width]``.
+        max_bytes: most bytes that the remembered features may take, on the device where ``encode`` leaves them.
 
     Raises:
-        ValueError: a negative limit.
+        ValueError: ``max_bytes`` is negative.
     """
 
     def __init__(self, encode: Callable[[Tensor], ImageFeatures], max_bytes: int) -> None:
@@ -156,7 +156,7 @@ class ImageFeatureCache:
             return
         if features.nbytes > self.max_bytes:
             return
-        # A copy: a view would keep the whole batch that it was encoded with.
+        # A copy, because a view would keep the whole batch alive that the image was encoded in.
         self._images[key] = ImageFeatures(tuple(source.clone() for source in features.sources), features.plan)
         self.nbytes += features.nbytes
         while self.nbytes > self.max_bytes:

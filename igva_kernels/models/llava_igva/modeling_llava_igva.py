@@ -5,7 +5,7 @@ the sentence embedding) -> ``LayerMixProjector`` (the hidden states and the weig
 places of the image tokens in the prompt. Everything else is transformers' Llava.
 
 Symbols: B samples of the batch, S tokens of a prompt, I images, R image places in the prompts of the batch (I without
-an ``image_index``), P visual tokens an image, E width of the sentence embedding, K weight columns, H width of the
+an ``image_index``), P visual tokens per image, E width of the sentence embedding, K weight columns, H width of the
 language model.
 """
 
@@ -47,19 +47,19 @@ from igva_kernels.streaming import stream_hidden_states
 
 @dataclass
 class LlavaIgvaImageOutput(BaseModelOutputWithPooling):
-    """``pooler_output``: the visual tokens, one ``[P, H]`` an image place."""
+    """``pooler_output`` holds the visual tokens, one ``[P, H]`` per image place."""
 
     layer_weights: Tensor | None = None
-    """``[R, K]``, None where the plan has no weights."""
+    """``[R, K]`` in fp32; None if the plan has no weights."""
 
 
 @dataclass
 class LlavaIgvaModelOutputWithPast(LlavaModelOutputWithPast):
-    """What ``LlavaModel`` returns, and the layer weights; ``image_hidden_states`` are ``[R, P, H]``."""
+    """What ``LlavaModel`` returns, and the layer weights; ``image_hidden_states`` is ``[R, P, H]``."""
 
     layer_weights: Tensor | None = None
-    """``[R, K]`` in fp32, in the order of the image places. Without images: None, or R is 0 where the connector ran on
-    an empty one. None where the plan has no weights."""
+    """``[R, K]`` in fp32, in the order of the image places; None if the plan has no weights. For a batch without
+    images, None, or R = 0 if the connector ran on a blank image."""
     images_per_sample: Tensor | None = None
     """int64 ``[B]``: how many rows of ``layer_weights`` belong to each sample."""
 
@@ -69,12 +69,12 @@ class LlavaIgvaCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
     """What ``LlavaForConditionalGeneration`` returns, and the layer weights."""
 
     layer_weights: Tensor | None = None
-    """``[R, K]`` in fp32, in the order of the image places. Without images: None, or R is 0 where the connector ran on
-    an empty one. None where the plan has no weights."""
+    """``[R, K]`` in fp32, in the order of the image places; None if the plan has no weights. For a batch without
+    images, None, or R = 0 if the connector ran on a blank image."""
 
 
 class _FrozenTowerMixin:
-    """Loading makes every parameter trainable; a tower that the config freezes is frozen again."""
+    """Freezes the tower again after loading, which makes every parameter trainable, if the config says so."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -92,7 +92,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
     config_class = LlavaIgvaConfig
 
     def __init__(self, config: LlavaIgvaConfig) -> None:
-        LlavaPreTrainedModel.__init__(self, config)  # LlavaModel's own would build a projector for one layer
+        LlavaPreTrainedModel.__init__(self, config)  # LlavaModel's would build a projector for one layer
         plan, width = config.plan, config.vision_config.hidden_size
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.vision_tower.requires_grad_(not config.freeze_vision_tower)
@@ -106,7 +106,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         self.post_init()
 
     def train(self, mode: bool = True) -> LlavaIgvaModel:
-        """A frozen tower stays in eval mode: no dropout, nothing recomputed under gradient checkpointing."""
+        """A frozen tower stays in eval mode: without dropout, and not recomputed under gradient checkpointing."""
         super().train(mode)
         if not self._tower_learns:
             self.vision_tower.eval()
@@ -117,7 +117,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         return any(p.requires_grad for p in self.vision_tower.parameters())
 
     def encode_sentences(self, instructions: Sequence[str]) -> Tensor:
-        """Embeddings ``[B, E]`` of instructions given as text, by the encoder that the config names; not trained."""
+        """Embeddings ``[B, E]`` of instructions given as text, by the config's encoder and without gradients."""
         return encode_sentences(self.config.sentence_encoder, instructions, self.device)
 
     @torch.no_grad()
@@ -128,7 +128,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
             pixel_values: ``[I, 3, height, width]``.
 
         Returns:
-            The reduced sources of the plan (IGVA: 5 states an image instead of 25), in the tower's dtype, no gradient.
+            The reduced sources of the plan (IGVA: 5 states per image, not 25), in the tower's dtype, without gradients.
         """
         _check_pixels(pixel_values)
         return self._streamed_states(pixel_values)
@@ -146,13 +146,13 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
 
         Args:
             pixel_values: ``[I, 3, height, width]``.
-            sentence_embeds: ``[R, E]``, one a row of the result; needed where the plan has weights.
-            image_features: encoded images in place of pixels.
+            sentence_embeds: ``[R, E]``, one per row of the result; needed if an allocator reads the instructions.
+            image_features: what ``encode_images`` returned, in place of pixels.
             image_index: int64 ``[R]``, the image that each row reads; None where row r reads image r.
             kwargs: for the vision tower.
 
         Raises:
-            ValueError: pixels and features, or neither; sentence embeddings missing or of the wrong shape.
+            ValueError: both pixels and features or neither; sentence embeddings missing or of the wrong shape.
         """
         features = self._image_states(pixel_values, image_features, **kwargs)
         tokens, weights = self._connect(features, sentence_embeds, image_index)
@@ -171,11 +171,11 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         mm_encoder_outputs: dict[str, Any] | None = None,
         always_connect: bool = False,
     ) -> tuple[Tensor, LlavaIgvaModelOutputWithPast]:
-        """The prompt's embeddings ``[B, S, H]``, visual tokens in their places, and what is known of the images.
+        """The prompt's embeddings ``[B, S, H]`` with visual tokens in their places, and the outputs for the images.
 
-        Arguments as in ``forward``. In training mode, or told to, a batch without images runs the connector on an empty
-        image and uses nothing of it: its parameters get zero gradients, and every rank of a sharded run makes the same
-        calls.
+        Arguments as in ``forward``. In training mode, or with ``always_connect``, a batch without images runs the
+        connector on a blank image and discards the result: the connector's parameters get zero gradients, and every
+        rank of a sharded run makes the same calls.
 
         Raises:
             ValueError: arguments that contradict each other, or image places that do not fit the images.
@@ -195,7 +195,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
             sentence_embeds = self.encode_sentences(instructions)
         if encoded is not None:
             if pixel_values is not None or image_features is not None:
-                raise ValueError("mm_encoder_outputs: got them with pixel_values or image_features, need one of these")
+                raise ValueError("mm_encoder_outputs: got pixel_values or image_features too, need one of the three")
             tokens = torch.stack(list(encoded.pooler_output))
             weights = encoded.get("layer_weights")
             per_sample = self._images_per_sample(places, tokens.shape[0], tokens.shape[1])
@@ -212,7 +212,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
             size = self.config.vision_config.image_size
             blank = self._image_states(inputs_embeds.new_zeros(1, self.config.vision_config.num_channels, size, size))
             tokens, weights = self._connect(blank, inputs_embeds.new_zeros(1, self.config.sentence_embed_dim), None)
-            # No rows, but of the graph: ZeRO-3 counts the outputs that every rank differentiates.
+            # No rows, but still in the graph: ZeRO-3 counts the outputs that every rank differentiates.
             weights = None if weights is None else weights[:0]
             places, per_sample = torch.zeros_like(places), places.new_zeros(batch, dtype=torch.int64)
         tokens = tokens.to(inputs_embeds.device, inputs_embeds.dtype)
@@ -241,18 +241,18 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         """Hidden states of the language model ``[B, S, H]`` and the layer weights.
 
         Args:
-            input_ids: ``[B, S]``, with P image tokens for each image, samples with none, one or several.
+            input_ids: ``[B, S]``, with P image tokens per image; a sample has none, one or several images.
             pixel_values: ``[I, 3, height, width]``, the images of all samples in the order of their places.
             attention_mask: ``[B, S]``.
             position_ids: ``[B, S]``.
             past_key_values: the cache of the language model.
             inputs_embeds: ``[B, S, H]`` in place of ``input_ids``.
-            sentence_embeds: ``[B, E]``, one instruction a sample, whatever its number of images; needed with images
-                where the plan has weights.
+            sentence_embeds: ``[B, E]``, one instruction per sample, however many images it has; needed with images if
+                an allocator reads the instructions.
             instructions: B strings in place of ``sentence_embeds``.
             image_features: what ``encode_images`` returned, in place of ``pixel_values``.
             image_index: int64 ``[R]``, the image that each place reads, so that several places can share one.
-            mm_encoder_outputs: ``{"image": get_image_features(...)}`` in place of all of these (transformers >= 5.20).
+            mm_encoder_outputs: ``{"image": get_image_features(...)}`` in place of the images (transformers >= 5.20).
             always_connect: whether a batch without images runs tower and connector outside training mode too.
             kwargs: for the language model.
 
@@ -271,14 +271,14 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         return LlavaIgvaModelOutputWithPast(**{**images, **outputs})
 
     def _hidden_states(self, pixel_values: Tensor, **kwargs: Any) -> ImageFeatures:
-        """What the connector reads of the tower: the sources of its plan, or every state."""
+        """What the connector reads from the tower: the sources of its plan, or every state."""
         _check_pixels(pixel_values)
         differentiates = torch.is_grad_enabled() and self._tower_learns
         streams = self.config.stream_hidden_states and self.multi_modal_projector.impl != "reference"
         with torch.set_grad_enabled(differentiates):
             if streams and not differentiates and not torch.compiler.is_compiling():
                 return self._streamed_states(pixel_values, **kwargs)
-            # All of them: transformers counts the layers of a selection differently before 5.23.
+            # Every state, because transformers before 5.23 numbers the layers of a selection differently.
             states = self.vision_tower(
                 pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True}
             ).hidden_states
@@ -299,7 +299,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
             return self._hidden_states(pixel_values, **kwargs)
         plan = self.multi_modal_projector.plan.reduced()[1]
         if image_features.plan != plan:
-            raise ValueError(f"image_features: they are for {image_features.plan}, need {plan}")
+            raise ValueError(f"image_features: got the sources of {image_features.plan}, need those of {plan}")
         return image_features
 
     def _connect(
@@ -330,7 +330,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         summaries = column_summaries(features.sources, features.plan, self.config.vision_has_cls, impl)
         if image_index is not None:
             summaries = summaries[image_index]
-        # The published steps throughout; what another backend is asked for is the connector.
+        # impl="reference" runs the published steps throughout; any other impl concerns the connector alone.
         return allocator(sentence_embeds, summaries, impl=impl if impl == "reference" else None)
 
     def _image_places(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
@@ -341,7 +341,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         return (inputs_embeds == self.get_input_embeddings()(token)).all(dim=-1)
 
     def _images_per_sample(self, places: Tensor, rows: int, num_patches: int) -> Tensor:
-        """int64 ``[B]``."""
+        """int64 ``[B]``: how many images each sample has."""
         counts = places.sum(dim=1)
         per_sample = counts // num_patches
         if has_values(counts) and (counts.sum() != rows * num_patches or per_sample.sum() != rows):
@@ -367,18 +367,18 @@ class LlavaIgvaForConditionalGeneration(_FrozenTowerMixin, LlavaForConditionalGe
     def from_llava(
         cls, model_or_path: LlavaForConditionalGeneration | str | os.PathLike[str], **config_overrides: Any
     ) -> LlavaIgvaForConditionalGeneration:
-        """Upgrade a Llava: the same answers at first, and layers to learn from.
+        """Upgrade a Llava: it answers at first as before, and can learn to read further layers.
 
         The Llava's projector becomes the part of ``linear_1`` that reads the plan's base layer; the part that reads the
-        mix starts at zero. The allocator is new. Weights are taken over, not copied: a Llava given as a model must not
-        be trained beside the result.
+        mix starts at zero. The allocator is new. Weights are shared, not copied: a Llava passed as a model must not be
+        trained any further.
 
         Args:
-            model_or_path: any transformers Llava, or the name or directory of its checkpoint, old or new.
+            model_or_path: any transformers Llava, or the name or directory of its checkpoint, of any version.
             config_overrides: fields of ``LlavaIgvaConfig`` (``aggregation``, ``mix_groups``, ``mix_plan``, ...).
 
         Raises:
-            ValueError: the plan has no block that is one of the layers which the Llava reads.
+            ValueError: a layer that the Llava reads has no block of its own in the plan.
             TypeError: ``model_or_path`` is neither a Llava nor a path.
         """
         llava = model_or_path
@@ -427,15 +427,15 @@ class LlavaIgvaForConditionalGeneration(_FrozenTowerMixin, LlavaForConditionalGe
         """Logits, layer weights, and with ``labels`` the training loss.
 
         The loss is ``1/N * sum over the N supervised tokens t of CE_t - lambda * entropy(w of the sample of t)``: the
-        balance term is charged with each token as the cross-entropy is, and normalised with it, by the tokens of the
-        micro-batch or by ``num_items_in_batch`` where the Trainer gives it. So a step has the same loss and gradient
-        however it is split into micro-batches or over ranks. A sample of several images has their mean entropy, one
-        without images none. Where samples have equally many supervised tokens this is the mean over the batch that
-        the authors of IGVA use.
+        balance term is charged per token, as the cross-entropy is, and normalised with it, by the tokens of the
+        micro-batch or by ``num_items_in_batch`` if the Trainer gives it. So a step has the same loss and gradient
+        however it is split into micro-batches or over ranks. A sample with several images has their mean entropy, one
+        without images has none. If all samples have equally many supervised tokens, this is the mean over the batch
+        that the authors of IGVA use.
 
         Args:
             labels: ``[B, S]``, -100 where a token is not supervised.
-            logits_to_keep: how many logits to compute, counted from the last token (0: all), or which.
+            logits_to_keep: for how many of the last tokens to compute logits (0: all), or for which tokens.
             kwargs: for the language model and the loss (``num_items_in_batch``).
 
         The other arguments, and the errors, are those of ``LlavaIgvaModel.forward``.
@@ -445,7 +445,7 @@ class LlavaIgvaForConditionalGeneration(_FrozenTowerMixin, LlavaForConditionalGe
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, sentence_embeds=sentence_embeds,
             instructions=instructions, image_features=image_features, image_index=image_index,
             mm_encoder_outputs=mm_encoder_outputs,
-            always_connect=labels is not None,  # ranks that evaluate a sharded model make the same calls as well
+            always_connect=labels is not None,  # ranks that evaluate a sharded model also make the same calls
             **kwargs,
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -470,7 +470,7 @@ class LlavaIgvaForConditionalGeneration(_FrozenTowerMixin, LlavaForConditionalGe
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """``GenerationMixin.generate``, and the image arguments of ``forward``.
+        """``GenerationMixin.generate`` with the image arguments of ``forward``.
 
         The images enter the prompt once, before a prompt is expanded into beams, so that samples with none or several
         images need no bookkeeping in any version of transformers.
@@ -517,7 +517,7 @@ def _share_of_loss(
     labels: Tensor, images_per_sample: Tensor, rows: int, num_items_in_batch: Tensor | int | None = None, **_: Any
 ) -> Tensor:
     """``[R]``: the share of the supervised tokens that belong to each image place."""
-    supervised = (labels[:, 1:] != -100).sum(dim=1)  # token t is predicted at t - 1, so the first never is
+    supervised = (labels[:, 1:] != -100).sum(dim=1)  # token t is predicted at t - 1, so the first is not counted
     total = supervised.sum() if num_items_in_batch is None else num_items_in_batch
     share = supervised / total / images_per_sample.to(labels.device)
     return share.repeat_interleave(images_per_sample.to(labels.device), output_size=rows)

@@ -1,4 +1,4 @@
-"""Processor of LLaVA-IGVA: Llava's, and sentence embeddings of the instructions."""
+"""Processor of LLaVA-IGVA: Llava's, with sentence embeddings of the instructions."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ class LlavaIgvaProcessor(LlavaProcessor):
 
         Args:
             images: the images of all prompts, in order.
-            text: one prompt or B of them, each with an image token for each of its images.
-            instructions: one bare instruction a prompt, without template or image tokens.
+            text: one prompt or B prompts, each with one image token per image.
+            instructions: one bare instruction per prompt, without chat template or image tokens.
             kwargs: as in ``LlavaProcessor``.
 
         Raises:
-            ValueError: instructions, but no ``sentence_encoder``.
+            ValueError: there are instructions, but the processor has no ``sentence_encoder``.
         """
         inputs = super().__call__(images=images, text=text, **kwargs)
         if instructions is not None:

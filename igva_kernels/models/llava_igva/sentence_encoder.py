@@ -14,19 +14,19 @@ def encode_sentences(encoder: str | None, texts: Sequence[str], device: torch.de
     """Sentence embeddings ``[len(texts), E]`` in fp32, without a gradient.
 
     Args:
-        encoder: name or directory of a sentence-transformers model; it is loaded once a process.
+        encoder: name or directory of a sentence-transformers model; it is loaded once per process.
         texts: the bare instructions, without a chat template or image tokens, as IGVA's authors embed them.
         device: where the encoder runs and the embeddings end up.
 
     Raises:
-        ValueError: no encoder.
+        ValueError: ``encoder`` is None.
         TypeError: ``texts`` is a string, not a sequence of them.
         ImportError: sentence-transformers is not installed.
     """
     if encoder is None:
         raise ValueError("sentence_encoder: instructions given as text need the name of an encoder, got None")
     if isinstance(texts, str):
-        raise TypeError(f"instructions: need a sequence of strings, one a sample, got the string {texts!r}")
+        raise TypeError(f"instructions: need a sequence of strings, one per sample, got the string {texts!r}")
     embeds = _load(encoder).encode(list(texts), convert_to_tensor=True, show_progress_bar=False, device=str(device))
     return embeds.float().clone()  # the encoder returns inference tensors, which autograd cannot save
 
@@ -38,6 +38,6 @@ def _load(encoder: str) -> Any:
     except ImportError as error:
         raise ImportError(
             "instructions given as text need sentence-transformers (pip install sentence-transformers); "
-            "sentence_embeds do without"
+            "sentence_embeds computed elsewhere do not"
         ) from error
     return SentenceTransformer(encoder, device="cpu")

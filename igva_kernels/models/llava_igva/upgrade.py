@@ -16,7 +16,7 @@ from igva_kernels.nn import widen
 
 
 def upgraded_config(llava: LlavaConfig, overrides: dict[str, Any]) -> LlavaIgvaConfig:
-    """The Llava's config with the fields of ``LlavaIgvaConfig`` at their defaults or as overridden."""
+    """The Llava's config, with the other fields of ``LlavaIgvaConfig`` at their defaults or as overridden."""
     fields = llava.to_dict()
     for name in ("model_type", "architectures", "transformers_version", "_name_or_path"):
         fields.pop(name, None)
@@ -24,10 +24,10 @@ def upgraded_config(llava: LlavaConfig, overrides: dict[str, Any]) -> LlavaIgvaC
 
 
 def upgraded_state_dict(llava: LlavaForConditionalGeneration, config: LlavaIgvaConfig) -> dict[str, Tensor]:
-    """The Llava's weights; ``linear_1`` reads each of its layers in the plan's block for it and zeros elsewhere.
+    """The Llava's weights, ``linear_1`` widened: its columns for a layer go to that layer's block, the rest are zeros.
 
     Raises:
-        ValueError: a layer that the Llava reads is no block of the plan.
+        ValueError: a layer that the Llava reads has no block of its own in the plan.
     """
     state_dict = llava.state_dict()
     name = "model.multi_modal_projector.linear_1.weight"
@@ -39,14 +39,14 @@ def upgraded_state_dict(llava: LlavaForConditionalGeneration, config: LlavaIgvaC
 def load_state_dict(
     model_class: Any, config: LlavaConfig, state_dict: dict[str, Tensor], dtype: torch.dtype, new: str | None = None
 ) -> Any:
-    """A model of this class with these weights, taken over and not copied. Nothing is printed.
+    """A model of this class that shares these weights instead of copying them. Nothing is printed.
 
     Args:
         model_class: a class of transformers' models.
         config: its config.
         state_dict: its weights.
         dtype: of the model.
-        new: the name of a module whose weights are initialised where they are missing.
+        new: name of a module whose missing weights are initialised; None for none.
 
     Raises:
         ValueError: any other weight is missing, left over or of another shape.
@@ -69,7 +69,7 @@ def load_state_dict(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers reports on the weights and draws a bar; what matters of that is an error here."""
+    """Silences transformers' report on the weights and its progress bar; what matters in the report is raised here."""
     verbosity, draws = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,7 +1,7 @@
 """The weight allocator at inference: ``nn.WeightAllocator`` in ``4 + 3 * blocks`` launches, 16 for IGVA's four blocks.
 
-Its query is one row per sample, so that the score of key k in head h is linear in the row x that asks, and what the head
-adds is linear in its probabilities p (d is the width of a head):
+Its query is one row per sample, so that the score of key k in head h is linear in the row x that asks, and what the
+head adds is linear in its probabilities p (d is the width of a head):
 
     score[h, k] = (x . U[k, h] + bq[h] . key[k, h]) / sqrt(d)         U[k, h] = Wq[h]^T key[k, h]
     attended    = sum over h, k of p[h, k] * T[k, h]  + bo            T[k, h] = Wo[:, h] value[k, h]

@@ -129,17 +129,12 @@ def _backward(given: SimpleNamespace, implementation: WeightedMix) -> list[Tenso
     return [grad for each in found for grad in (each if isinstance(each, list) else [each])]
 
 
-def _checked(given: SimpleNamespace) -> WeightedMix:
-    """The implementation of a backward, which reads weights a second time."""
-    for argument, name in {
-        "weight1": "weight1",
-        "norm_weight": "norm[0]",
-        "norm_bias": "norm[1]",
-        "weight2": "weight2",
-    }.items():
+def _check_storages(given: SimpleNamespace) -> None:
+    """A backward reads weights a second time; their names are those of the public functions."""
+    names = {"weight1": "weight1", "norm_weight": "norm[0]", "norm_bias": "norm[1]", "weight2": "weight2"}
+    for argument, name in names.items():
         if getattr(given, argument) is not None:
             check_storage(name, getattr(given, argument))
-    return OPERATOR.implementation(given.impl)
 
 
 def _differentiate(backward: Callable[..., list[Tensor]]) -> Differentiate:
@@ -165,31 +160,39 @@ def _fields(given: SimpleNamespace) -> tuple[str, ...]:
     return Needs._fields if given.weight1 is not None else ("mix_weights", "layers")
 
 
-_MIX = "Tensor[] layers, Tensor? mix_weights, Tensor? image_index"
-_LAYERS = "SymInt[] layer_shape, ScalarType layer_dtype, bool[] needs, str impl"
-_SCHEMAS = (
-    f"layer_mix({_MIX}, str plan, int skip_tokens, str keep, str impl) -> (Tensor, Tensor[])",
-    f"layer_mix_backward(Tensor grad_out, Tensor[] sources, Tensor? mix_weights, Tensor? image_index, str plan,"
-    f" int skip_tokens, {_LAYERS}) -> Tensor[]",
-    f"projector({_MIX}, Tensor weight1, Tensor? bias1, Tensor? norm_weight, Tensor? norm_bias, Tensor? weight2,"
-    f" Tensor? bias2, str plan, int skip_tokens, float? norm_eps, str? activation, str keep, bool keep_z, str impl)"
-    f" -> (Tensor, Tensor[])",
-    f"projector_backward(Tensor grad_out, Tensor[] sources, Tensor? rows, Tensor[] stats, Tensor? z,"
-    f" Tensor? mix_weights, Tensor? image_index, Tensor weight1, Tensor? norm_weight, Tensor? norm_bias,"
-    f" Tensor? weight2, str plan, int skip_tokens, float? norm_eps, str? activation, {_LAYERS}) -> Tensor[]",
-)
-_LEFT_OUT = dict.fromkeys(
-    ("weight1", "bias1", "norm_weight", "norm_bias", "weight2", "bias2", "norm_eps", "activation")
-)
-_LEFT_OUT |= {"keep_z": False, "rows": None, "stats": [], "z": None}
+def _register(forward: str, backward: str) -> None:
+    """A forward and its backward, by their schemas."""
+
+    def run_backward(given: SimpleNamespace) -> list[Tensor]:
+        _check_storages(given)
+        return _backward(given, OPERATOR.implementation(given.impl))
+
+    differentiate = _differentiate(
+        define(backward, run_backward, lambda given: _backward(given, Shapes()), None, no_second_derivative, _LEFT_OUT)
+    )
+    define(
+        forward, lambda given: _forward(given, OPERATOR.implementation(given.impl)),
+        lambda given: _forward(given, Shapes()), _save, differentiate, _LEFT_OUT,
+    )  # fmt: skip
+
+
+_LEFT_OUT: dict[str, Any] = {
+    "weight1": None, "bias1": None, "norm_weight": None, "norm_bias": None, "weight2": None, "bias2": None,
+    "norm_eps": None, "activation": None, "keep_z": False, "rows": None, "stats": [], "z": None,
+}  # fmt: skip
 """The arguments that one of the schemas has and another leaves out."""
 
-for _forward_schema, _backward_schema in (_SCHEMAS[:2], _SCHEMAS[2:]):
-    _run_backward = define(
-        _backward_schema, lambda given: _backward(given, _checked(given)), lambda given: _backward(given, Shapes()),
-        None, no_second_derivative, _LEFT_OUT,
-    )  # fmt: skip
-    define(
-        _forward_schema, lambda given: _forward(given, OPERATOR.implementation(given.impl)),
-        lambda given: _forward(given, Shapes()), _save, _differentiate(_run_backward), _LEFT_OUT,
-    )  # fmt: skip
+_MIX = "Tensor? mix_weights, Tensor? image_index"
+_OPTIONS = "str plan, int skip_tokens, float? norm_eps, str? activation"
+_LAYERS = "SymInt[] layer_shape, ScalarType layer_dtype, bool[] needs, str impl"
+
+_register(
+    f"layer_mix(Tensor[] layers, {_MIX}, str plan, int skip_tokens, str keep, str impl) -> (Tensor, Tensor[])",
+    f"layer_mix_backward(Tensor grad_out, Tensor[] sources, {_MIX}, str plan, int skip_tokens, {_LAYERS}) -> Tensor[]",
+)
+_register(
+    f"projector(Tensor[] layers, {_MIX}, Tensor weight1, Tensor? bias1, Tensor? norm_weight, Tensor? norm_bias,"
+    f" Tensor? weight2, Tensor? bias2, {_OPTIONS}, str keep, bool keep_z, str impl) -> (Tensor, Tensor[])",
+    f"projector_backward(Tensor grad_out, Tensor[] sources, Tensor? rows, Tensor[] stats, Tensor? z, {_MIX},"
+    f" Tensor weight1, Tensor? norm_weight, Tensor? norm_bias, Tensor? weight2, {_OPTIONS}, {_LAYERS}) -> Tensor[]",
+)

@@ -24,8 +24,8 @@ BLOCK_ROWS = 2304
 weight again, so blocks are as large as the cache lets them be; 2304 rows are four images of CLIP-L/336."""
 
 TILE_BYTES = 8 << 20
-"""The most bytes of one copied tile of the weight, and of its product. Smaller tiles save memory, but then more products
-wait for one another when other work shares the CPU."""
+"""The most bytes of one copied tile of the weight, and of its product. Smaller tiles save memory, but then more
+products wait for one another when other work shares the CPU."""
 
 ONEDNN_DEPTH = 512
 """The longest inner dimension that one oneDNN product sums. oneDNN adds it up in one chain, whose relative error grows

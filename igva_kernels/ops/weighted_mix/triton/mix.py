@@ -8,9 +8,9 @@ Layers are added in fp32 in index order, then scaled, then added to the block by
 once. With a norm, mean and variance of the unrounded row come from registers (two passes), and the normalised row is
 what is rounded.
 
-Modelled floor, CLIP-L/336 and IGVA, bf16, u = P*D*2 bytes = 1.18 MB per image: 24 layers read, 2 blocks written = 26 u =
-30.7 MB, 7.1 us per image at 4.3 TB/s; 4 u more where the group sums are kept. 27 fp32 additions and multiplications per
-element are free beside that.
+Modelled floor, CLIP-L/336 and IGVA, bf16, u = P*D*2 bytes = 1.18 MB per image: 24 layers read, 2 blocks written =
+26 u = 30.7 MB, 7.1 us per image at 4.3 TB/s; 4 u more where the group sums are kept. The 27 fp32 additions and
+multiplications per element are free beside that.
 
 Gradients: ``dw[b, c] = sum over p, d of s * dA * h`` as fp32 partials per row, added afterwards in a fixed order (IGVA:
 5 u read), and the layer gradients, one per signature (2 u read, 5 u written).
