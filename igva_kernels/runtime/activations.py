@@ -26,6 +26,8 @@ class Activation:
     """``grad * act'(z)`` from ``(grad, z)``."""
     forward_: Callable[[Tensor], Tensor]
     """``forward`` in place."""
+    hidden_acts: tuple[str, ...]
+    """What transformers' configurations call it."""
 
     def __call__(self, z: Tensor) -> Tensor:
         """``act(z)``."""
@@ -33,15 +35,36 @@ class Activation:
 
 
 ACTIVATIONS: dict[str, Activation] = {
-    "gelu": Activation(F.gelu, lambda grad, z: _aten.gelu_backward(grad, z), lambda z: _aten.gelu_(z)),
+    "gelu": Activation(
+        F.gelu, lambda grad, z: _aten.gelu_backward(grad, z), lambda z: _aten.gelu_(z), hidden_acts=("gelu",)
+    ),
     "gelu_tanh": Activation(
         lambda z: F.gelu(z, approximate="tanh"),
         lambda grad, z: _aten.gelu_backward(grad, z, approximate="tanh"),
         lambda z: _aten.gelu_(z, approximate="tanh"),
+        hidden_acts=("gelu_pytorch_tanh", "gelu_new"),
     ),
-    "relu": Activation(F.relu, lambda grad, z: _aten.threshold_backward(grad, z, 0), lambda z: _aten.relu_(z)),
-    "silu": Activation(F.silu, lambda grad, z: _aten.silu_backward(grad, z), lambda z: _aten.silu_(z)),
+    "relu": Activation(
+        F.relu, lambda grad, z: _aten.threshold_backward(grad, z, 0), lambda z: _aten.relu_(z), hidden_acts=("relu",)
+    ),
+    "silu": Activation(
+        F.silu, lambda grad, z: _aten.silu_backward(grad, z), lambda z: _aten.silu_(z), hidden_acts=("silu", "swish")
+    ),
 }
+
+
+def of_hidden_act(name: str) -> str:
+    """The key of what a transformers configuration calls ``name``.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return {act: key for key, activation in ACTIVATIONS.items() for act in activation.hidden_acts}[name]
+
+
+def hidden_acts() -> list[str]:
+    """Every name that ``of_hidden_act`` knows."""
+    return [act for activation in ACTIVATIONS.values() for act in activation.hidden_acts]
 
 
 def check_activation(name: str | None) -> None:

@@ -103,7 +103,7 @@ def quick_gelu_backward(grad, z):
 
 @pytest.fixture
 def quick(monkeypatch):
-    entry = Activation(quick_gelu, quick_gelu_backward, lambda z: z.copy_(quick_gelu(z)))
+    entry = Activation(quick_gelu, quick_gelu_backward, lambda z: z.copy_(quick_gelu(z)), ("quick_gelu",))
     monkeypatch.setitem(ACTIVATIONS, "quick_gelu", entry)
     registry.choose.cache_clear()
     yield

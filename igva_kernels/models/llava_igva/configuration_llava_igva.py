@@ -8,18 +8,10 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig
 
 from igva_kernels.ops.weighted_mix import Entry, MixPlan
+from igva_kernels.runtime.activations import hidden_acts, of_hidden_act
 
 # By a tower's model type: whether token 0 of its states is a CLS token.
 _HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False}
-# transformers' names of the activations, and those that layer_mix_mlp takes.
-_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
 
 
 @strict
@@ -91,9 +83,9 @@ class LlavaIgvaConfig(LlavaConfig):
                 f"vision_feature_select_strategy: 'default' drops the CLS token and the tower {tower!r} has none; "
                 f"need 'full'"
             )
-        if self.projector_hidden_act not in _ACTIVATIONS:
+        if self.projector_hidden_act not in hidden_acts():
             raise ValueError(
-                f"projector_hidden_act: got {self.projector_hidden_act!r}, need one of {', '.join(_ACTIVATIONS)}"
+                f"projector_hidden_act: got {self.projector_hidden_act!r}, need one of {', '.join(hidden_acts())}"
             )
         _ = self.plan  # raises if the plan does not fit the tower
 
@@ -131,7 +123,7 @@ class LlavaIgvaConfig(LlavaConfig):
     @property
     def projector_activation(self) -> str:
         """``projector_hidden_act`` as ``layer_mix_mlp`` calls it."""
-        return _ACTIVATIONS[self.projector_hidden_act]
+        return of_hidden_act(self.projector_hidden_act)
 
     def to_dict(self) -> dict[str, Any]:
         data = super().to_dict()
