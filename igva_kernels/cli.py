@@ -107,7 +107,11 @@ def _verify(args: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     if not cases:
-        print("no kernel backend can run here; see igva-kernels info", file=sys.stderr)
+        print(
+            "nothing to judge: no kernel backend can run here, or none of those that were asked for serves a case in "
+            "these dtypes; see igva-kernels info",
+            file=sys.stderr,
+        )
         return 2
     slow = [dtype for dtype in DTYPES if "cpu" in devices and is_slow(dtype, "cpu")]
     if slow and not args.dtype and not args.quick:

@@ -46,8 +46,9 @@ def verify(chosen: Sequence[str] = (), dtypes: Sequence[str] = (), quick: bool =
     """Judges backends, and yields as it goes.
 
     Args:
-        chosen: the backends; every one that can run here where none is named.
-        dtypes: among "fp32", "bf16" and "fp16"; where none is named all of them, real shapes without those that are
+        chosen: the backends; if none is named, every one that can run here. Each is judged in the operators and dtypes
+            that it serves.
+        dtypes: among "fp32", "bf16" and "fp16"; if none is named, all of them, at real shapes without those that are
             ``is_slow``.
         quick: leave out the real shapes.
         seed: of the draws.
@@ -70,9 +71,10 @@ def verify(chosen: Sequence[str] = (), dtypes: Sequence[str] = (), quick: bool =
                 if case.is_large and quick:
                     continue
                 able, fitting = (large, quickly) if case.is_large else (here, list(DTYPES))
-                able = [name for name in able if operator.implementation(name) is not None]
                 for dtype in dtypes or fitting:
-                    yield from judge(case, dtype, able, device, seed)
+                    at = torch.device(device), DTYPES[dtype]
+                    serving = [name for name in able if operator.why_not(name, *at) is None]
+                    yield from judge(case, dtype, serving, device, seed)
 
 
 def judge(case: Case, dtype_name: str, names: Sequence[str], device: str, seed: int = 0) -> Iterator[Row]:

@@ -31,15 +31,19 @@ CHECKS = {
 
 HEAD = """# Which transformers models `ik.patch` serves
 
-Written by `tests/compatibility.py` from the outcomes of `tests/test_patch_transformers.py`: tiny models with random
-weights on a CPU, each compared with the same model before the patch. How to use it: [patching.md](patching.md).
+`make compatibility` writes this page from the outcomes of the tests: tiny models with random weights on a CPU, each
+compared with the same model before the patch. [patching.md](patching.md) says how to patch.
 
-* forward: equal logits in fp32. generate: the same greedy tokens. gradients: of every parameter of the model. All three
-  with one layer, three and four; SigLIP towers have no CLS, CLIP towers do.
-* no concat: nothing as wide as the concat of the layers is computed. attention: a registered attention, eager and sdpa.
-* checkpointing: reentrant and not. offload: accelerate's, to CPU and disk. LoRA: peft's on the projector, with dropout,
-  DoRA, modules_to_save. FSDP2: units down to the single Linear. The last three patched before and after.
-* yes: every test passed. FAILS: one did not. not run: a library is missing there. Empty: no test on this model.
+* **forward**: equal logits in fp32. **generate**: the same greedy tokens. **gradients**: those of every parameter of
+  the model. All three are tested with one, three and four layers; CLIP towers have a CLS token, SigLIP towers have
+  none.
+* **no concat**: nothing as wide as the concat of the layers is computed. **attention**: a registered attention, eager,
+  sdpa.
+* **checkpointing**: reentrant and not. **offload**: accelerate's, to CPU and disk. **LoRA**: peft's on the projector,
+  with dropout, DoRA, modules_to_save. **FSDP2**: units down to the single Linear. The last three are tested with the
+  patch before and after.
+* yes: every test passed. FAILS: at least one did not. not run: a library is missing. An empty cell: this model has no
+  such test.
 """
 
 
