@@ -52,6 +52,48 @@ def write(tree, text):
         (tree / path).write_text(content)
 
 
+def change(tree, text):
+    """Makes the changes of a recipe: each diff and each formula goes into the file that its step names last."""
+    for before, language, block in re.findall(r"(.*?)```(diff|cpp)\n(.*?)\n *```", text, re.S):
+        path = tree / re.findall(r"`([\w./]+\.(?:py|h|cuh))`", text[: text.index(before) + len(before)])[-1]
+        content, lines = path.read_text(), textwrap.dedent(block).splitlines(keepends=True)
+        if language == "diff":
+            old = "".join(line[1:] for line in lines if line[0] != "+") + "\n"
+            new = "".join(line[1:] for line in lines if line[0] != "-") + "\n"
+        else:  # a formula, after that of silu
+            (old,) = re.findall(r"^struct Formula<Activation::silu> \{\n.*?^\};\n", content, re.M | re.S)
+            new = f"{old}\n{''.join(lines)}\n"
+        assert content.count(old) == 1, f"{path}: {old}"
+        path.write_text(content.replace(old, new))
+
+
+JUDGE = """
+import sys
+from dataclasses import replace
+from igva_kernels import verify
+from igva_kernels.ops.weighted_mix.cases import SMALL_CASES
+smooth = next(case for case in SMALL_CASES if case.activation == "gelu_tanh")
+for dtype in verify.DTYPES:
+    for row in verify.judge(replace(smooth, activation="relu2"), dtype, sys.argv[1:], "cpu"):
+        assert row.ok, row.worst
+        print(row.backend)
+"""
+
+
+def test_an_activation(tree):
+    for name in ("csrc", "CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tree / name)
+    change(tree, section("An activation"))
+    assert run(tree, "-c", JUDGE, "triton", TRITON_INTERPRET="1").split() == ["triton"] * 3
+    run(tree, "setup.py", "build_ext", "--inplace", IGVA_KERNELS_SKIP_CUDA="1")
+    assert run(tree, "-c", JUDGE, "cpu").split() == ["cpu"] * 3
+    if nvcc := shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc"):
+        source = tree / "csrc" / "dense" / "cuda" / "activation.cu"
+        command = [nvcc, "-std=c++17", "-arch=sm_80", f"-I{tree / 'csrc'}", "-c", source, "-o", tree / "activation.o"]
+        subprocess.run(command, check=True, timeout=600)
+
+
 def test_a_backend(tree):
     write(tree, section("A backend"))
     info = run(tree, "-m", "igva_kernels", "info")
