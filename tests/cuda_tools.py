@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +17,8 @@ ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "csrc"
 EMULATION = Path(__file__).parent / "cuda_emulation"
 BUILT = ROOT / "build" / "cuda_tests"
+BINDINGS = ["common/bindings", "weighted_mix/plan", "cuda/module", "dense/cuda/bindings"]
+BINDINGS += [f"weighted_mix/cuda/{name}" for name in ("program", "bindings", "gemm_bindings")]
 
 
 @cache
@@ -107,22 +108,13 @@ def _build(module, pybind_flags):
     folder = module.parent
     flags = ["-std=c++17", "-O1", "-fPIC", "-w", "-isystem", str(include()), f"-I{SOURCES}", f"-I{EMULATION}"]
     flags += ["-DIGVA_HOPPER", "-DIGVA_CUDA_MODULE=_cuda_emulated", *pybind_flags]
-    sources = {
-        folder / f"{'-'.join(source.relative_to(ROOT).with_suffix('.o').parts)}": source for source in _host_sources()
-    }
-
-    def compiles(item):
-        return subprocess.run(["g++", *flags, "-c", str(item[1]), "-o", str(item[0])]).returncode == 0
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        assert all(pool.map(compiles, sources.items()))
+    (folder / "bindings.cpp").write_text("".join(f'#include "{name}.cpp"\n' for name in BINDINGS))
+    sources = {"bindings.o": folder / "bindings.cpp", "kernels.o": EMULATION / "emulated.cpp"}
+    compilations = [
+        subprocess.Popen(["g++", *flags, "-c", str(source), "-o", str(folder / name)])
+        for name, source in sources.items()
+    ]
+    assert all(compilation.wait() == 0 for compilation in compilations)
     temporary = module.with_suffix(".partial")
-    subprocess.run(["g++", "-shared", *map(str, sources), "-o", str(temporary)], check=True)
+    subprocess.run(["g++", "-shared", *(str(folder / name) for name in sources), "-o", str(temporary)], check=True)
     temporary.rename(module)
-
-
-def _host_sources():
-    """The emulated kernels first, which take longest, then the bindings of the CUDA module."""
-    common = ["common/bindings", "weighted_mix/plan", "cuda/module", "dense/cuda/bindings"]
-    mix = [f"weighted_mix/cuda/{name}" for name in ("program", "bindings", "gemm_bindings")]
-    return [EMULATION / "emulated.cpp", *(SOURCES / f"{name}.cpp" for name in (*common, *mix))]

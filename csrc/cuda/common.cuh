@@ -8,7 +8,7 @@
 #include <type_traits>
 
 #include "common/operands.h"
-#include "cuda/launch.h"
+#include "cuda/host.h"
 
 namespace igva::cuda {
 

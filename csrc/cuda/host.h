@@ -1,4 +1,4 @@
-// What the bindings of the CUDA module share: the few calls of the CUDA runtime that they need, and their checks.
+// What host code knows of the GPU: launches, the few calls of the CUDA runtime that bindings need, and their checks.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +7,9 @@
 #include <utility>
 
 namespace igva::cuda {
+
+// Launchers queue work on a stream of the current device and return the runtime's error, 0 being success.
+using Stream = void*;
 
 const char* error_name(int error);
 int set_device(int device);

@@ -5,7 +5,7 @@
 
 #include "common/activations.h"
 #include "common/operands.h"
-#include "cuda/launch.h"
+#include "cuda/host.h"
 
 namespace igva::cuda {
 

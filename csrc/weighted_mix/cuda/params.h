@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "common/operands.h"
-#include "cuda/launch.h"
+#include "cuda/host.h"
 #include "weighted_mix/operands.h"
 
 namespace igva::cuda {
