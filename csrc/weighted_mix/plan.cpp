@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <initializer_list>
 
-namespace py = pybind11;
-
 namespace igva {
 
 namespace {
@@ -45,32 +43,6 @@ void check_shares(const Shares& shares, const MixWeights& weights, size_t grads)
     throw std::invalid_argument("plan: it has " + std::to_string(found) + " different layer gradients, got memory for " +
                                 std::to_string(grads));
   }
-}
-
-// Module-local: both modules have these types, and neither may meet the other's.
-void bind_plan(py::module_& m) {
-  const auto shape_of = [](DType dtype, const Ints3& shape, int64_t skip) {
-    return LayerShape{dtype, shape[0], shape[1], shape[2], skip};
-  };
-  py::class_<LayerShape>(m, "LayerShape", py::module_local())
-      .def(py::init(shape_of), py::arg("dtype"), py::arg("shape"), py::arg("skip"));
-  using Views = std::vector<std::pair<Address, Ints3>>;
-  py::class_<Layers>(m, "Layers", py::module_local())
-      .def(py::init([shape_of](DType dtype, const Ints3& shape, int64_t skip, const Views& views) {
-             Layers layers = {shape_of(dtype, shape, skip), {}};
-             layers.views.reserve(views.size());
-             for (const auto& [data, strides] : views) layers.views.push_back({pointer(data), strides[0], strides[1]});
-             return layers;
-           }),
-           py::arg("dtype"), py::arg("shape"), py::arg("skip"), py::arg("views"), "`views` are (address, strides).");
-  py::class_<MixWeights>(m, "MixWeights", py::module_local())
-      .def(py::init([](Address data, Ints2 strides, int64_t columns) {
-             return MixWeights{pointer(data), strides[0], strides[1], columns};
-           }),
-           py::arg("data"), py::arg("strides"), py::arg("columns"));
-  py::class_<Batch>(m, "Batch", py::module_local())
-      .def(py::init([](Address image_index, int64_t rows) { return Batch{pointer<const int64_t>(image_index), rows}; }),
-           py::arg("image_index"), py::arg("rows"));
 }
 
 } // namespace igva

@@ -73,21 +73,56 @@ void check_dots(const Dots& dots, const Layers& layers, int64_t columns);
 // Equal lengths; weight columns and as many gradients as were handed in.
 void check_shares(const Shares& shares, const MixWeights& weights, size_t grads);
 
-// Adds Layers, LayerShape, MixWeights and Batch.
-void bind_plan(pybind11::module_& m);
+using IntArray = std::vector<int>;
+using DoubleArray = std::vector<double>;
+using Views = std::vector<std::pair<Address, Ints3>>; // (address, strides)
+
+inline Steps make_steps(IntArray layers, IntArray ends, DoubleArray scales, IntArray columns, IntArray sums) {
+  return {std::move(layers), std::move(ends), std::move(scales), std::move(columns), std::move(sums)};
+}
+
+inline Dots make_dots(IntArray blocks, IntArray layers, IntArray columns, DoubleArray scales) {
+  return {std::move(blocks), std::move(layers), std::move(columns), std::move(scales)};
+}
+
+inline Shares make_shares(IntArray blocks, IntArray columns, DoubleArray scales, IntArray ends) {
+  return {std::move(blocks), std::move(columns), std::move(scales), std::move(ends)};
+}
+
+inline LayerShape make_layer_shape(DType dtype, Ints3 shape, int64_t skip) {
+  return {dtype, shape[0], shape[1], shape[2], skip};
+}
+
+inline Layers make_layers(DType dtype, Ints3 shape, int64_t skip, Views views) {
+  Layers layers = {make_layer_shape(dtype, shape, skip), {}};
+  layers.views.reserve(views.size());
+  for (const auto& [data, strides] : views) layers.views.push_back({pointer(data), strides[0], strides[1]});
+  return layers;
+}
+
+inline MixWeights make_mix_weights(Address data, Ints2 strides, int64_t columns) {
+  return {pointer(data), strides[0], strides[1], columns};
+}
+
+inline Batch make_batch(Address image_index, int64_t rows) { return {pointer<const int64_t>(image_index), rows}; }
 
 } // namespace igva
 
 namespace pybind11::detail {
 
-using IntArray = std::vector<int>;
-using DoubleArray = std::vector<double>;
-
 template <>
-struct type_caster<igva::Steps> : igva::from_tuple<igva::Steps, IntArray, IntArray, DoubleArray, IntArray, IntArray> {};
+struct type_caster<igva::Steps> : igva::from_tuple<&igva::make_steps> {};
 template <>
-struct type_caster<igva::Dots> : igva::from_tuple<igva::Dots, IntArray, IntArray, IntArray, DoubleArray> {};
+struct type_caster<igva::Dots> : igva::from_tuple<&igva::make_dots> {};
 template <>
-struct type_caster<igva::Shares> : igva::from_tuple<igva::Shares, IntArray, IntArray, DoubleArray, IntArray> {};
+struct type_caster<igva::Shares> : igva::from_tuple<&igva::make_shares> {};
+template <>
+struct type_caster<igva::LayerShape> : igva::from_tuple<&igva::make_layer_shape> {};
+template <>
+struct type_caster<igva::Layers> : igva::from_tuple<&igva::make_layers> {};
+template <>
+struct type_caster<igva::MixWeights> : igva::from_tuple<&igva::make_mix_weights> {};
+template <>
+struct type_caster<igva::Batch> : igva::from_tuple<&igva::make_batch> {};
 
 } // namespace pybind11::detail

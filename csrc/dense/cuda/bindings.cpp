@@ -30,8 +30,8 @@ void run_activation(const Matrix& z, Activation kind, const Matrix& y, Address s
   check(activation({z.rows * z.columns, kind, dense(z), dense(y)}, z.dtype, pointer(stream)), "activation");
 }
 
-void run_activation_grad(const Matrix& grad_y, const Matrix& z, Activation kind, const Matrix& grad_z, const Matrix* y,
-                         const ColumnSums& sums, bool vector, Address stream) {
+void run_activation_grad(const Matrix& grad_y, const Matrix& z, Activation kind, const Matrix& grad_z,
+                         const std::optional<Matrix>& y, const ColumnSums& sums, bool vector, Address stream) {
   const ActivationGradParams params = {z.rows,        int32_t(z.columns),     kind,          dense(grad_y), dense(z),
                                        dense(grad_z), y ? dense(*y) : nullptr, sums.partials, sums.chunk};
   check(activation_grad(params, z.dtype, vector, pointer(stream)), "activation_grad");

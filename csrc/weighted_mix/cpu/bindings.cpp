@@ -1,7 +1,5 @@
 #include "weighted_mix/bindings.h"
 
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <string>
 #include <utility>
@@ -169,8 +167,8 @@ std::vector<Layer> patches_of(const Layers& layers) {
   return found;
 }
 
-void mix(const Program& program, const Layers& layers, const MixWeights* weights, const Batch& batch, const RowBlock& out,
-         const Norm* norm, Address scratch, int threads) {
+void mix(const Program& program, const Layers& layers, const std::optional<MixWeights>& weights, const Batch& batch,
+         const RowBlock& out, const Norm* norm, Address scratch, int threads) {
   check_images(batch, layers.images);
   if (norm) check_norm(*norm, accumulation_dtype(layers.dtype));
   MixJob job = {};
@@ -236,9 +234,9 @@ void mix_weights_grad(const View& grad, const Dots& dots, const Layers& layers, 
   }
 }
 
-void layer_grads(const View& grad, const Shares& shares, const MixWeights* weights, const Batch& batch,
-                 const LayerShape& shape, const std::vector<Address>& grads, int threads) {
-  const MixWeights used = weights ? *weights : MixWeights{};
+void layer_grads(const View& grad, const Shares& shares, const std::optional<MixWeights>& weights,
+                 const Batch& batch, const LayerShape& shape, const std::vector<Address>& grads, int threads) {
+  const MixWeights used = weights.value_or(MixWeights{});
   check_images(batch, shape.images);
   check_shares(shares, used, grads.size());
   py::gil_scoped_release release;
@@ -270,7 +268,6 @@ void layer_grads(const View& grad, const Shares& shares, const MixWeights* weigh
 } // namespace
 
 void bind_weighted_mix(py::module_& m) {
-  bind_plan(m);
   py::class_<Program>(m, "Program")
       .def(py::init<const Steps&, const Steps&>(), py::arg("row"), py::arg("kept_sums"))
       .def("scratch", scratch_elements, py::arg("width"), py::arg("with_norm"),

@@ -27,9 +27,9 @@ struct WeightsGrad {
   int32_t chunk; // patches per chunk
 };
 
-void run_mix(const MixProgram& program, const Layers& layers, const MixWeights* weights, const Batch& batch,
+void run_mix(const MixProgram& program, const Layers& layers, const std::optional<MixWeights>& weights, const Batch& batch,
              const MixOutput& out, const Norm* norm, bool vector, Address stream) {
-  MixParams params = program.params(layers, weights, batch, out.sums);
+  MixParams params = program.params(layers, or_null(weights), batch, out.sums);
   params.out = out.dtype;
   params.rows = out.rows;
   params.raw_rows = out.raw_rows;
@@ -47,10 +47,10 @@ void run_mix_weights_grad(const View& grad, const Dots& dots, const Layers& laye
   check(cuda::mix_weights_grad(params, layers.dtype, vector, pointer(stream)), "mix_weights_grad");
 }
 
-void run_layer_grads(const View& grad, const Shares& shares, const MixWeights* weights, const Batch& batch,
-                     const LayerShape& shape, const std::vector<Address>& grads, bool vector, Address stream) {
+void run_layer_grads(const View& grad, const Shares& shares, const std::optional<MixWeights>& weights,
+                     const Batch& batch, const LayerShape& shape, const std::vector<Address>& grads, bool vector, Address stream) {
   LayerGradsParams params = {};
-  if (weights) params.weights = *weights;
+  params.weights = weights.value_or(MixWeights{});
   check_shares(shares, params.weights, grads.size());
   check_capacity(grads.size(), max_grads, "different layer gradients");
   check_capacity(shares.ends.size(), max_shares, "entries in all layer gradients together");
@@ -74,7 +74,6 @@ void run_layer_grads(const View& grad, const Shares& shares, const MixWeights* w
 } // namespace
 
 void bind_weighted_mix(py::module_& m) {
-  bind_plan(m);
   py::class_<MixProgram>(m, "MixProgram", py::module_local())
       .def(py::init<const Steps&, bool>(), py::arg("steps"), py::arg("keep_sums"));
   py::class_<MixOutput>(m, "MixOutput", py::module_local())

@@ -27,7 +27,7 @@ struct Epilogue {
 struct MixedBlocks {
   const MixProgram& program;
   Layers layers;
-  MixWeights weights;
+  std::optional<MixWeights> weights;
   std::vector<Address> sums;
   void* scratch;
   int32_t* flags;
@@ -64,7 +64,7 @@ void run_gemm_sm90(const Layers& taps, const std::vector<BlockTuple>& blocks, co
     const int64_t f_width = mixed->program.num_blocks() * taps.width;
     check(describe_matrix(a, {dtype, mixed->scratch, params.rows, f_width, f_width}, gemm_tile_m),
           "the tensor map of the scratch");
-    params.mix = mixed->program.params(mixed->layers, &mixed->weights, {nullptr, taps.images}, mixed->sums);
+    params.mix = mixed->program.params(mixed->layers, or_null(mixed->weights), {nullptr, taps.images}, mixed->sums);
     params.mix.out = dtype;
     params.mix.rows = mixed->scratch;
     params.num_mix_layers = int32_t(mixed->layers.views.size());
@@ -106,10 +106,9 @@ void bind_gemm_sm90(py::module_& m) {
            }),
            py::arg("bias"), py::arg("activation"), py::arg("y"), py::arg("z"));
   py::class_<MixedBlocks>(m, "MixedBlocks", py::module_local())
-      .def(py::init([](const MixProgram& program, const Layers& layers, const MixWeights* weights,
+      .def(py::init([](const MixProgram& program, const Layers& layers, const std::optional<MixWeights>& weights,
                        const std::vector<Address>& sums, Address scratch, Address flags) {
-             return MixedBlocks{program, layers, weights ? *weights : MixWeights{}, sums, pointer(scratch),
-                                pointer<int32_t>(flags)};
+             return MixedBlocks{program, layers, weights, sums, pointer(scratch), pointer<int32_t>(flags)};
            }),
            py::keep_alive<1, 2>(), py::arg("program"), py::arg("layers"), py::arg("weights"), py::arg("sums"),
            py::arg("scratch"), py::arg("flags"));

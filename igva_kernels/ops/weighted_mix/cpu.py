@@ -70,10 +70,9 @@ class CpuWeightedMix(CpuDense, WeightedMix):
             grad_rows = grad_rows.to(shape.dtype)
         size = (shape.num_images, shape.num_tokens, shape.width)
         grads = [grad_rows.new_empty(size, dtype=shape.dtype) for _ in range(shares.num_grads)]
-        native = module()
-        native.layer_grads(
+        module().layer_grads(
             _view(grad_rows), shares, _weights(mix_weights), _batch(image_index, grad_rows.shape[0]),
-            native.LayerShape(dtype_of(shape.dtype), size, skip_tokens), [grad.data_ptr() for grad in grads],
+            (dtype_of(shape.dtype), size, skip_tokens), [grad.data_ptr() for grad in grads],
             torch.get_num_threads(),
         )  # fmt: skip
         return grads
@@ -149,8 +148,7 @@ def _mix_rows(
         # Named, so that they live until the call returns.
         weight, bias = (None if p is None else p.to(mean.dtype) for p in norm[:2])
         wide = dtype_of(mean.dtype)
-        parameters = (native.Parameter(wide, address(p)) for p in (weight, bias))
-        native_norm = native.Norm(*parameters, norm[2], address(mean), address(rstd))
+        native_norm = native.Norm((wide, address(weight)), (wide, address(bias)), norm[2], address(mean), address(rstd))
     program = _program(args.plan, bool(sums))
     scratch = first.new_empty(
         (threads, program.scratch(args.width, norm is not None)), dtype=accumulation_dtype(first.dtype)
@@ -174,23 +172,25 @@ def _mixes_fp64(a: torch.dtype, b: torch.dtype) -> bool:
     return (a == torch.float64) != (b == torch.float64)
 
 
-def _view(tensor: Tensor) -> Any:
-    """A tensor ``[B, P, width]`` as the module takes it."""
-    return module().View(dtype_of(tensor.dtype), tensor.data_ptr(), tensor.stride())
+def _view(tensor: Tensor) -> tuple:
+    """A tensor ``[B, P, width]`` as the module takes it, ``View``."""
+    return dtype_of(tensor.dtype), tensor.data_ptr(), tensor.stride()
 
 
-def _layers(args: MixArgs) -> Any:
-    first = args.layers[0]
-    views = [(layer.data_ptr(), layer.stride()) for layer in args.layers]
-    return module().Layers(dtype_of(first.dtype), first.shape, args.skip_tokens, views)
+def _layers(args: MixArgs) -> tuple:
+    """``Layers`` of the module."""
+    first, views = args.layers[0], [(layer.data_ptr(), layer.stride()) for layer in args.layers]
+    return dtype_of(first.dtype), first.shape, args.skip_tokens, views
 
 
-def _weights(tensor: Tensor | None) -> Any:
-    return None if tensor is None else module().MixWeights(tensor.data_ptr(), tensor.stride(), tensor.shape[1])
+def _weights(tensor: Tensor | None) -> tuple | None:
+    """``MixWeights`` of the module."""
+    return None if tensor is None else (tensor.data_ptr(), tensor.stride(), tensor.shape[1])
 
 
-def _batch(image_index: Tensor | None, rows: int) -> Any:
-    return module().Batch(address(image_index), rows)
+def _batch(image_index: Tensor | None, rows: int) -> tuple:
+    """``Batch`` of the module."""
+    return address(image_index), rows
 
 
 @cache

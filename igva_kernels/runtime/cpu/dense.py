@@ -93,11 +93,9 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def matrix(tensor: Tensor | None) -> Any:
-    """A tensor ``[rows, columns]`` as the module takes it; None where there is none."""
-    if tensor is None:
-        return None
-    return module().Matrix(dtype_of(tensor.dtype), tensor.data_ptr(), tensor.shape, tensor.stride())
+def matrix(tensor: Tensor | None) -> tuple | None:
+    """A tensor ``[rows, columns]`` as the module takes it, ``Matrix``; None where there is none."""
+    return None if tensor is None else (dtype_of(tensor.dtype), tensor.data_ptr(), tensor.shape, tensor.stride())
 
 
 @cache

@@ -124,19 +124,17 @@ def data(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def view(tensor: Tensor) -> Any:
-    """A tensor ``[B, P, width]`` as the module takes it."""
-    return module().View(dtype(tensor), tensor.data_ptr(), tensor.stride())
+def view(tensor: Tensor) -> tuple:
+    """A tensor ``[B, P, width]`` as the module takes it, ``View``."""
+    return dtype(tensor), tensor.data_ptr(), tensor.stride()
 
 
-def matrix(tensor: Tensor | None) -> Any:
-    """A tensor ``[rows, columns]`` as the module takes it; None where there is none."""
-    if tensor is None:
-        return None
-    return module().Matrix(dtype(tensor), tensor.data_ptr(), tensor.shape, tensor.stride())
+def matrix(tensor: Tensor | None) -> tuple | None:
+    """A tensor ``[rows, columns]`` as the module takes it, ``Matrix``; None where there is none."""
+    return None if tensor is None else (dtype(tensor), tensor.data_ptr(), tensor.shape, tensor.stride())
 
 
 def norm(weight: Tensor | None, bias: Tensor | None, eps: float, mean: Tensor, rstd: Tensor) -> Any:
     """A LayerNorm as the module takes it."""
-    weight, bias = (module().Parameter(dtype(parameter), data(parameter)) for parameter in (weight, bias))
-    return module().Norm(weight, bias, eps, mean.data_ptr(), rstd.data_ptr())
+    parameters = ((dtype(parameter), data(parameter)) for parameter in (weight, bias))
+    return module().Norm(*parameters, eps, mean.data_ptr(), rstd.data_ptr())

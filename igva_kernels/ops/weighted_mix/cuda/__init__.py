@@ -106,7 +106,7 @@ class CudaWeightedMix(CudaDense, WeightedMix):
         with launch.on_device_of(grad_rows) as stream:
             launch.module().layer_grads(
                 launch.view(grad_rows), shares, weights(mix_weights), batch(image_index, grad_rows.shape[0]),
-                launch.module().LayerShape(launch.dtype_of(shape.dtype), size, skip_tokens),
+                (launch.dtype_of(shape.dtype), size, skip_tokens),
                 [grad.data_ptr() for grad in grads], allows_vectors(shape.width, [grad_rows, *grads]), stream,
             )  # fmt: skip
         return grads

@@ -27,21 +27,21 @@ def program(plan: MixPlan, keep_sums: bool) -> Any:
     return launch.module().MixProgram(lower(plan).steps, keep_sums)
 
 
-def layers(args: MixArgs, chosen: Sequence[int] | None = None) -> Any:
-    """The hidden states as the module takes them: all of them, or those that were chosen."""
+def layers(args: MixArgs, chosen: Sequence[int] | None = None) -> tuple:
+    """The hidden states, all of them or those that were chosen, as ``Layers`` of the module."""
     tensors = args.layers if chosen is None else [args.layers[layer] for layer in chosen]
     views = [(tensor.data_ptr(), tensor.stride()) for tensor in tensors]
-    return launch.module().Layers(launch.dtype(args.layers[0]), args.layers[0].shape, args.skip_tokens, views)
+    return launch.dtype(args.layers[0]), args.layers[0].shape, args.skip_tokens, views
 
 
-def weights(tensor: Tensor | None) -> Any:
-    """Mix weights ``[B, C]`` as the module takes them."""
-    return None if tensor is None else launch.module().MixWeights(tensor.data_ptr(), tensor.stride(), tensor.shape[1])
+def weights(tensor: Tensor | None) -> tuple | None:
+    """``MixWeights`` of the module."""
+    return None if tensor is None else (tensor.data_ptr(), tensor.stride(), tensor.shape[1])
 
 
-def batch(image_index: Tensor | None, rows: int) -> Any:
-    """Which image each row of the batch reads, as the module takes it."""
-    return launch.module().Batch(launch.data(image_index), rows)
+def batch(image_index: Tensor | None, rows: int) -> tuple:
+    """``Batch`` of the module: which image each row reads."""
+    return launch.data(image_index), rows
 
 
 def norm_row_fits(width: int, layers: torch.dtype) -> bool:
