@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ROOT / "csrc" / "cuda"
+SOURCES = ROOT / "csrc"
 EMULATION = Path(__file__).parent / "cuda_emulation"
 BUILT = ROOT / "build" / "cuda_tests"
+BINDINGS = ["common/bindings", "weighted_mix/plan", "cuda/module", "dense/cuda/bindings"]
+BINDINGS += [f"weighted_mix/cuda/{name}" for name in ("program", "bindings", "gemm_bindings")]
 
 
 @cache
@@ -61,13 +63,12 @@ class Usage(NamedTuple):
 
 
 def compile_cubin(source, arch, folder):
-    """``csrc/cuda/<source>.cu`` for one architecture, with the flags of the build."""
+    """``<source>.cu``, in whichever folder of ``csrc``, for one architecture, with the flags of the build."""
     cubin = Path(folder) / f"{source}.{arch}.cubin"
-    command = [nvcc(), "-std=c++17", "-O3", "-Werror", "all-warnings", f"-I{ROOT / 'csrc' / 'include'}", "-cubin"]
+    command = [nvcc(), "-std=c++17", "-O3", "-Werror", "all-warnings", f"-I{SOURCES}", "-cubin"]
+    (file,) = SOURCES.rglob(f"{source}.cu")
     target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-    done = subprocess.run(
-        [*command, target, str(SOURCES / f"{source}.cu"), "-o", str(cubin)], capture_output=True, text=True
-    )
+    done = subprocess.run([*command, target, str(file), "-o", str(cubin)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return cubin
 
@@ -88,7 +89,7 @@ def emulated_module():
     """The CUDA module with emulated kernels; built once for a state of the sources."""
     import pybind11
 
-    files = sorted([*SOURCES.glob("*"), *EMULATION.glob("*"), *(ROOT / "csrc" / "include").rglob("*.h")])
+    files = sorted([*SOURCES.rglob("*"), *EMULATION.glob("*")])
     state = hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()[:16]
     folder = BUILT / f"{state}-{sys.implementation.cache_tag}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,10 +107,11 @@ def emulated_module():
 def _build(module, pybind_flags):
     folder = module.parent
     flags = ["-std=c++17", "-O1", "-fPIC", "-w", "-isystem", str(include()), f"-I{SOURCES}", f"-I{EMULATION}"]
-    flags += [f"-I{ROOT / 'csrc' / 'include'}", "-DIGVA_HOPPER", "-DIGVA_CUDA_MODULE=_cuda_emulated"]
-    sources = {"bindings.o": SOURCES / "bindings.cpp", "kernels.o": EMULATION / "emulated.cpp"}
+    flags += ["-DIGVA_HOPPER", "-DIGVA_CUDA_MODULE=_cuda_emulated", *pybind_flags]
+    (folder / "bindings.cpp").write_text("".join(f'#include "{name}.cpp"\n' for name in BINDINGS))
+    sources = {"bindings.o": folder / "bindings.cpp", "kernels.o": EMULATION / "emulated.cpp"}
     compilations = [
-        subprocess.Popen(["g++", *flags, *pybind_flags, "-c", str(source), "-o", str(folder / name)])
+        subprocess.Popen(["g++", *flags, "-c", str(source), "-o", str(folder / name)])
         for name, source in sources.items()
     ]
     assert all(compilation.wait() == 0 for compilation in compilations)

@@ -1,18 +1,15 @@
 // The CPU kernels as one instruction set offers them.
 #pragma once
 
-#include "igva/args.h"
+#include "dense/cpu/table.h"
+#include "weighted_mix/cpu/table.h"
 
 namespace igva::cpu {
 
-// Each entry takes the dtypes of what it reads and writes and returns false for a pair that it was not built for.
 struct Kernels {
   const char* isa;
-  bool (*mix)(DType in, DType out, const MixArgs&, int threads);
-  bool (*epilogue)(DType in, DType out, const EpilogueArgs&, int threads);
-  bool (*activation_grad)(DType grad, DType out, const ActivationGradArgs&, int threads);
-  bool (*dots)(DType grad, DType layer, const DotsArgs&, int threads);
-  bool (*layer_grads)(DType grad, DType out, const LayerGradsArgs&, int threads);
+  DenseKernels dense;
+  MixKernels mix;
 };
 
 extern const Kernels scalar_kernels;
@@ -20,9 +17,5 @@ extern const Kernels scalar_kernels;
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
 #endif
-
-// How many threads a parallel region that asks for `threads` is sure to get from here: fewer under OMP_THREAD_LIMIT,
-// OMP_DYNAMIC or OMP_MAX_ACTIVE_LEVELS, and inside another region.
-int granted_threads(int threads);
 
 } // namespace igva::cpu

@@ -1,9 +1,9 @@
-#include "vec_avx2.h"
+#include "cpu/vec_avx2.h"
 
 namespace {
 using Vec = Avx2;
 }
 
-#include "kernels_impl.h"
+#include "cpu/all_kernels.h"
 
-const igva::cpu::Kernels igva::cpu::avx2_kernels = {"avx2", mix, epilogue, activation_grad, dots, layer_grads};
+const igva::cpu::Kernels igva::cpu::avx2_kernels = kernels_of("avx2");

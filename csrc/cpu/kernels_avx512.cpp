@@ -1,9 +1,9 @@
-#include "vec_avx512.h"
+#include "cpu/vec_avx512.h"
 
 namespace {
 using Vec = Avx512;
 }
 
-#include "kernels_impl.h"
+#include "cpu/all_kernels.h"
 
-const igva::cpu::Kernels igva::cpu::avx512_kernels = {"avx512", mix, epilogue, activation_grad, dots, layer_grads};
+const igva::cpu::Kernels igva::cpu::avx512_kernels = kernels_of("avx512");

@@ -1,10 +1,10 @@
-#define IGVA_SCALAR
-#include "vec_scalar.h"
+#define IGVA_SCALAR // fp64 too, which no other instruction set serves
+#include "cpu/vec_scalar.h"
 
 namespace {
 using Vec = Lane<float>;
 }
 
-#include "kernels_impl.h"
+#include "cpu/all_kernels.h"
 
-const igva::cpu::Kernels igva::cpu::scalar_kernels = {"scalar", mix, epilogue, activation_grad, dots, layer_grads};
+const igva::cpu::Kernels igva::cpu::scalar_kernels = kernels_of("scalar");

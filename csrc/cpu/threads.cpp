@@ -1,4 +1,4 @@
-#include "kernels.h"
+#include "cpu/isa.h"
 
 #ifdef _OPENMP
 #include <omp.h>

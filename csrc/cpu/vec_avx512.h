@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "types.h"
+#include "cpu/storage.h"
 
 namespace {
 
@@ -62,4 +62,4 @@ inline void stream_fence() { _mm_sfence(); }
 
 } // namespace
 
-#include "vec_exp.h"
+#include "cpu/vec_exp.h"

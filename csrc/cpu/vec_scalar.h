@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "types.h"
+#include "cpu/storage.h"
 
 namespace {
 

@@ -7,11 +7,12 @@
 
 #include <type_traits>
 
-#include "igva/cuda_args.h"
+#include "common/operands.h"
+#include "cuda/host.h"
 
 namespace igva::cuda {
 
-constexpr int block_threads = 256;
+constexpr int block_threads = 256; // of every kernel but the Hopper GEMMs
 
 template <class T>
 struct Accumulator {
@@ -118,7 +119,7 @@ __device__ inline W load(const void* from, DType dtype, int64_t at) {
   }
 }
 
-// The vector that a thread of a one-dimensional grid owns in a matrix of `vectors` vectors a row. The 64-bit division is
+// The vector that a thread of a one-dimensional grid owns in a matrix of `vectors` vectors per row. The 64-bit division is
 // that of the block's first vector; what a thread adds to it fits 32 bits.
 struct Place {
   int64_t row;
@@ -140,7 +141,7 @@ __device__ inline int64_t image_of(const int64_t* image_index, int64_t b, int64_
   return image >= 0 && image < num_images ? image : -1;
 }
 
-// The sum of every thread's value, for all of them, always in the same order. `scratch` holds a value a warp.
+// The sum of every thread's value, for all of them, always in the same order. `scratch` holds one value per warp.
 template <class W>
 __device__ inline W block_sum(W value, W* scratch) {
 #pragma unroll

@@ -1,5 +1,5 @@
 // The instructions of sm_90a that C++ has no words for: barriers, the tensor copy engine, warpgroup matrix products,
-// register reallocation. One wrapper an instruction.
+// register reallocation. One wrapper per instruction.
 #pragma once
 
 #include <cuda.h>

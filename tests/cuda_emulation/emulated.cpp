@@ -1,16 +1,16 @@
 // The launchers of the CUDA kernels, with the kernels emulated. `runtime.cu` and `tensor_map.cu` are replaced.
 #include "emulation.h"
 
-#include "activation.cu"
-#include "gemm_sm90.cu"
-#include "layer_grads.cu"
-#include "mix.cu"
-#include "mix_norm.cu"
-#include "mix_weights_grad.cu"
-#include "mix_weights_grad_sm90.cu"
-#include "norm_grad.cu"
+#include "dense/cuda/activation.cu"
+#include "weighted_mix/cuda/gemm_sm90.cu"
+#include "weighted_mix/cuda/layer_grads.cu"
+#include "weighted_mix/cuda/mix.cu"
+#include "weighted_mix/cuda/mix_norm.cu"
+#include "weighted_mix/cuda/mix_weights_grad.cu"
+#include "weighted_mix/cuda/mix_weights_grad_sm90.cu"
+#include "dense/cuda/norm_grad.cu"
 
-#include "runtime.h"
+#include "cuda/host.h"
 
 namespace igva::cuda {
 
@@ -18,11 +18,11 @@ const char* error_name(int) { return "an argument that the driver would refuse";
 int set_device(int) { return 0; }
 std::pair<int, int> versions() { return {0, 0}; }
 
-int describe_matrix(CUtensorMap* map, DType, const void* data, int64_t rows, int64_t columns, int64_t row_stride,
-                    int box_rows) {
-  const bool fits = reinterpret_cast<uintptr_t>(data) % 16 == 0 && row_stride * 2 % 16 == 0 && row_stride >= columns;
-  if (!fits || rows <= 0 || columns <= 0 || box_rows > 256) return 1;
-  const emulation::TensorMap matrix = {static_cast<const unsigned char*>(data), rows, columns, row_stride, box_rows};
+int describe_matrix(CUtensorMap* map, const Matrix& given, int box_rows) {
+  const bool fits = reinterpret_cast<uintptr_t>(given.data) % 16 == 0 && given.stride * 2 % 16 == 0;
+  if (!fits || given.stride < given.columns || given.rows <= 0 || given.columns <= 0 || box_rows > 256) return 1;
+  const emulation::TensorMap matrix = {static_cast<const unsigned char*>(given.data), given.rows, given.columns,
+                                       given.stride, box_rows};
   std::memcpy(map, &matrix, sizeof(matrix));
   return 0;
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from igva_kernels.ops.weighted_mix.plan import MixPlan
-from igva_kernels.ops.weighted_mix.program import BLOCK, TERM, Shares, Steps, dots, lower
+from igva_kernels.ops.weighted_mix.program import Shares, Steps, dots, lower
 from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Mixed, Projector, WeightedMix
 from igva_kernels.runtime.cpu import products
 from igva_kernels.runtime.cpu.dense import CpuDense, activations, address, dtype_of, linear_into, module
@@ -51,12 +51,9 @@ class CpuWeightedMix(CpuDense, WeightedMix):
             grad_rows = grad_rows.to(first.dtype)
         shape, wide = args.mix_weights.shape, accumulation_dtype(first.dtype)
         grad = first.new_empty(shape, dtype=wide)
-        wanted = dots(args.plan, tuple(blocks))
-        entries = [*zip(wanted.blocks, wanted.columns, wanted.layers, wanted.scales, strict=True)]
         module().mix_weights_grad(
-            dtype_of(grad_rows.dtype), dtype_of(first.dtype), args.num_rows, args.num_patches, args.width,
-            *_address(grad_rows), [_address(layer) for layer in args.layers], args.skip_tokens,
-            address(args.image_index), entries, shape[1], first.shape[0], address(grad), torch.get_num_threads(),
+            _view(grad_rows), dots(args.plan, tuple(blocks)), _layers(args), _batch(args.image_index, args.num_rows),
+            shape[1], address(grad), torch.get_num_threads(),
         )  # fmt: skip
         return grad
 
@@ -74,15 +71,10 @@ class CpuWeightedMix(CpuDense, WeightedMix):
             grad_rows = grad_rows.to(shape.dtype)
         size = (shape.num_images, shape.num_tokens, shape.width)
         grads = [grad_rows.new_empty(size, dtype=shape.dtype) for _ in range(shares.num_grads)]
-        entries: list[list[tuple[int, int, float]]] = [[]]
-        for *share, end in zip(*shares, strict=True):
-            entries[-1].append(tuple(share))  # type: ignore[arg-type]
-            entries += [[]] * end
-        entries.pop()
         module().layer_grads(
-            dtype_of(grad_rows.dtype), dtype_of(shape.dtype), grad_rows.shape[0], shape.num_images, grad_rows.shape[1],
-            skip_tokens, shape.width, *_address(grad_rows), _weights(mix_weights), address(image_index), entries,
-            [address(grad) for grad in grads], torch.get_num_threads(),
+            _view(grad_rows), shares, _weights(mix_weights), _batch(image_index, grad_rows.shape[0]),
+            (dtype_of(shape.dtype), size, skip_tokens), [grad.data_ptr() for grad in grads],
+            torch.get_num_threads(),
         )  # fmt: skip
         return grads
 
@@ -150,18 +142,19 @@ def _mix_rows(
         assert mean is not None
         # Named, so that they live until the call returns.
         weight, bias = (None if p is None else p.to(mean.dtype) for p in norm[:2])
-        native_norm = native.Norm(
-            address(weight), address(bias), norm[2], address(raw_rows), address(mean), address(rstd)
-        )
-    # A norm needs whole rows in the accumulation dtype, a mix alone one block at a time.
-    row = args.width if norm is None else args.width * args.plan.num_blocks
-    scratch = first.new_empty((threads, native.mix_scratch(row)), dtype=accumulation_dtype(first.dtype))
+        wide = dtype_of(mean.dtype)
+        native_norm = native.Norm((wide, address(weight)), (wide, address(bias)), norm[2], address(mean), address(rstd))
+    program = _program(args.plan, bool(sums))
+    scratch = first.new_empty(
+        (threads, program.scratch(args.width, norm is not None)), dtype=accumulation_dtype(first.dtype)
+    )
+    block = native.RowBlock(
+        dtype_of(out.dtype), address(out), address(raw_rows), (rows.start, rows.stop), [s.data_ptr() for s in sums],
+        out.nbytes > STREAM_BYTES,
+    )  # fmt: skip
     native.mix(
-        _program(args.plan, bool(sums)), [_address(layer) for layer in args.layers], dtype_of(first.dtype),
-        dtype_of(out.dtype), _weights(args.mix_weights), address(args.image_index), first.shape[0], args.num_rows,
-        args.skip_tokens, args.num_patches, args.width, rows.start, rows.stop, address(out),
-        [address(each) for each in sums], native_norm, address(scratch), row,
-        out.nbytes > STREAM_BYTES, threads,
+        program, _layers(args), _weights(args.mix_weights), _batch(args.image_index, args.num_rows), block, native_norm,
+        address(scratch), threads,
     )  # fmt: skip
 
 
@@ -174,34 +167,32 @@ def _mixes_fp64(a: torch.dtype, b: torch.dtype) -> bool:
     return (a == torch.float64) != (b == torch.float64)
 
 
-def _address(tensor: Tensor) -> tuple[int, int, int]:
-    """Address and the first two strides, in elements."""
-    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
+def _view(tensor: Tensor) -> tuple:
+    """A tensor ``[B, P, width]`` as the module takes it, ``View``."""
+    return dtype_of(tensor.dtype), tensor.data_ptr(), tensor.stride()
 
 
-def _weights(tensor: Tensor | None) -> tuple[int, int, int, int]:
-    """The same of ``[B, C]``, and C; zeros where there is no tensor."""
-    return (0, 0, 0, 0) if tensor is None else (*_address(tensor), tensor.shape[1])
+def _layers(args: MixArgs) -> tuple:
+    """``Layers`` of the module."""
+    first, views = args.layers[0], [(layer.data_ptr(), layer.stride()) for layer in args.layers]
+    return dtype_of(first.dtype), first.shape, args.skip_tokens, views
+
+
+def _weights(tensor: Tensor | None) -> tuple | None:
+    """``MixWeights`` of the module."""
+    return None if tensor is None else (tensor.data_ptr(), tensor.stride(), tensor.shape[1])
+
+
+def _batch(image_index: Tensor | None, rows: int) -> tuple:
+    """``Batch`` of the module."""
+    return address(image_index), rows
 
 
 @cache
 def _program(plan: MixPlan, with_sums: bool) -> Any:
     """The plan in the tables of the C++ module."""
     program = lower(plan)
-    return module().Program(_table(program.steps), _table(program.sum_steps) if with_sums else [])
-
-
-def _table(steps: Steps) -> list[list[tuple[int, float, tuple[int, ...]]]]:
-    blocks, block, layers = [], [], []
-    for layer, end, scale, column, _ in zip(*steps, strict=True):
-        layers.append(layer)
-        if end >= TERM:
-            block.append((column, scale, tuple(layers)))
-            layers = []
-        if end == BLOCK:
-            blocks.append(block)
-            block = []
-    return blocks
+    return module().Program(program.steps, program.sum_steps if with_sums else Steps((), (), (), (), ()))
 
 
 IMPLEMENTATION = CpuWeightedMix()

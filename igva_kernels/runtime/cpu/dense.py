@@ -67,18 +67,13 @@ def linear_into(
 
 
 def epilogue(x: Tensor, activation: str | None, y: Tensor, z: Tensor | None) -> None:
-    module().epilogue(
-        dtype_of(x.dtype), dtype_of(y.dtype), *x.shape, address(x), x.stride(0), activation_of(activation), address(y),
-        y.stride(0), address(z), 0 if z is None else z.stride(0), torch.get_num_threads(),
-    )  # fmt: skip
+    module().epilogue(matrix(x), activation_of(activation), matrix(y), matrix(z), torch.get_num_threads())
 
 
 def activation_grad(grad_y: Tensor, z: Tensor, activation: str, grad_z: Tensor, y: Tensor | None) -> None:
     module().activation_grad(
-        dtype_of(grad_y.dtype), dtype_of(z.dtype), *z.shape, address(grad_y), grad_y.stride(0), address(z), z.stride(0),
-        activation_of(activation), address(grad_z), grad_z.stride(0), address(y), 0 if y is None else y.stride(0),
-        torch.get_num_threads(),
-    )  # fmt: skip
+        matrix(grad_y), matrix(z), activation_of(activation), matrix(grad_z), matrix(y), torch.get_num_threads()
+    )
 
 
 def module() -> Any:
@@ -96,6 +91,11 @@ def module() -> Any:
 def address(tensor: Tensor | None) -> int:
     """Of the first element; 0 where there is no tensor."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def matrix(tensor: Tensor | None) -> tuple | None:
+    """A tensor ``[rows, columns]`` as the module takes it, ``Matrix``; None where there is none."""
+    return None if tensor is None else (dtype_of(tensor.dtype), tensor.data_ptr(), tensor.shape, tensor.stride())
 
 
 @cache

@@ -33,9 +33,7 @@ class CudaDense(Dense):
             return z, None
         y = torch.empty_like(z) if keep_z else z
         with launch.on_device_of(z) as stream:
-            launch.module().activation(
-                launch.dtype(z), launch.activation(activation), z.numel(), z.data_ptr(), y.data_ptr(), stream
-            )
+            launch.module().activation(launch.matrix(z), launch.activation(activation), launch.matrix(y), stream)
         return y, z if keep_z else None
 
     def linear_grad_input(
@@ -61,8 +59,8 @@ class CudaDense(Dense):
             partials = z.new_empty((chunks(rows, chunk), columns), dtype=accumulation_dtype(z.dtype))
         with launch.on_device_of(z) as stream:
             launch.module().activation_grad(
-                launch.dtype(z), launch.activation(activation), rows, columns, grad_y.data_ptr(), z.data_ptr(),
-                grad_z.data_ptr(), launch.data(y), launch.data(partials), chunk,
+                launch.matrix(grad_y), launch.matrix(z), launch.activation(activation), launch.matrix(grad_z),
+                launch.matrix(y), launch.module().ColumnSums(launch.data(partials), chunk),
                 allows_vectors(columns, [grad_y, z]), stream,
             )  # fmt: skip
         return grad_z, y, None if partials is None else partials.sum(0).to(z.dtype)
@@ -77,12 +75,11 @@ class CudaDense(Dense):
         grad_rows = torch.empty_like(rows)
         (count, width), chunk = rows.shape, NORM_CHUNK
         partials = mean.new_empty((chunks(count, chunk), 2, width)) if need_params else None
-        weight = norm[0]
         with launch.on_device_of(rows) as stream:
             launch.module().norm_grad(
-                launch.dtype(rows), count, width, grad_out.data_ptr(), rows.data_ptr(), mean.data_ptr(),
-                rstd.data_ptr(), launch.data(weight), launch.dtype(weight), grad_rows.data_ptr(),
-                launch.data(partials), chunk, allows_vectors(width, [grad_out, rows]), stream,
+                launch.matrix(grad_out), launch.matrix(rows), launch.norm(*norm, mean, rstd), launch.matrix(grad_rows),
+                launch.module().ColumnSums(launch.data(partials), chunk),
+                allows_vectors(width, [grad_out, rows]), stream,
             )  # fmt: skip
         return NormGrads(grad_rows, *norm_param_grads(None if partials is None else partials.sum(0), norm))
 

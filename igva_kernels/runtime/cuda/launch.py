@@ -95,7 +95,12 @@ def on_device_of(tensor: Tensor) -> Iterator[int]:
 
 def dtype(tensor: Tensor | None) -> Any:
     """The module's name of the tensor's dtype; that of fp32 where there is no tensor."""
-    return getattr(module().DType, DTYPES[torch.float32 if tensor is None else tensor.dtype])
+    return dtype_of(torch.float32 if tensor is None else tensor.dtype)
+
+
+def dtype_of(dtype: torch.dtype) -> Any:
+    """The module's name of a dtype."""
+    return getattr(module().DType, DTYPES[dtype])
 
 
 def activation(name: str | None) -> Any:
@@ -119,15 +124,17 @@ def data(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def view(tensor: Tensor) -> tuple[int, int, int]:
-    """``(address, stride of the first dimension, of the second)`` of ``[I, T, D]``."""
-    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
+def view(tensor: Tensor) -> tuple:
+    """A tensor ``[B, P, width]`` as the module takes it, ``View``."""
+    return dtype(tensor), tensor.data_ptr(), tensor.stride()
 
 
-def views(tensors: Sequence[Tensor]) -> list[tuple[int, int, int]]:
-    return [view(tensor) for tensor in tensors]
+def matrix(tensor: Tensor | None) -> tuple | None:
+    """A tensor ``[rows, columns]`` as the module takes it, ``Matrix``; None where there is none."""
+    return None if tensor is None else (dtype(tensor), tensor.data_ptr(), tensor.shape, tensor.stride())
 
 
-def weights(tensor: Tensor | None) -> tuple[int, int, int]:
-    """``(address, row stride, column stride)`` of ``[B, C]``; zeros where there is no tensor."""
-    return (0, 0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
+def norm(weight: Tensor | None, bias: Tensor | None, eps: float, mean: Tensor, rstd: Tensor) -> Any:
+    """A LayerNorm as the module takes it."""
+    parameters = ((dtype(parameter), data(parameter)) for parameter in (weight, bias))
+    return module().Norm(*parameters, eps, mean.data_ptr(), rstd.data_ptr())

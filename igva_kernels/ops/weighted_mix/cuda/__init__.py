@@ -11,9 +11,12 @@ from torch import Tensor
 from igva_kernels.ops.weighted_mix.cuda import gemm, grad_gemm
 from igva_kernels.ops.weighted_mix.cuda.program import (
     DOT_CHUNK,
+    batch,
     dtype_pair_is_served,
+    layers,
     norm_row_fits,
     program,
+    weights,
 )
 from igva_kernels.ops.weighted_mix.program import Shares, dots
 from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Mixed, Projector, WeightedMix
@@ -67,18 +70,15 @@ class CudaWeightedMix(CudaDense, WeightedMix):
         first = args.layers[0]
         grad_rows = _readable(grad_rows, first.dtype)
         grad = first.new_empty(args.mix_weights.shape, dtype=accumulation_dtype(first.dtype))
-        wanted = dots(args.plan, tuple(blocks))
-        entries = [*zip(wanted.blocks, wanted.layers, wanted.columns, wanted.scales, strict=True)]
+        wanted, columns = dots(args.plan, tuple(blocks)), grad.shape[1]
         partials = first.new_empty(
-            (args.num_rows, chunks(args.num_patches, DOT_CHUNK), len(entries)), dtype=torch.float64
+            (args.num_rows, chunks(args.num_patches, DOT_CHUNK), len(wanted.layers)), dtype=torch.float64
         )
         vector = allows_vectors(args.width, [grad_rows, *args.layers])
         with launch.on_device_of(first) as stream:
             launch.module().mix_weights_grad(
-                launch.dtype(grad_rows), launch.dtype(first), launch.view(grad_rows),
-                launch.views([layer[:, args.skip_tokens :] for layer in args.layers]), entries,
-                launch.data(args.image_index), first.shape[0], args.num_rows, args.num_patches, args.width,
-                DOT_CHUNK, grad.shape[1], partials.data_ptr(), grad.data_ptr(), vector, stream,
+                launch.view(grad_rows), wanted, layers(args), batch(args.image_index, args.num_rows),
+                launch.module().WeightsGrad(columns, grad.data_ptr(), partials.data_ptr(), DOT_CHUNK), vector, stream,
             )  # fmt: skip
         return grad
 
@@ -103,17 +103,11 @@ class CudaWeightedMix(CudaDense, WeightedMix):
         grad_rows = _readable(grad_rows, shape.dtype)
         size = (shape.num_images, shape.num_tokens, shape.width)
         grads = [grad_rows.new_empty(size, dtype=shape.dtype) for _ in range(shares.num_grads)]
-        entries: list[list[tuple[int, int, float]]] = [[]]
-        for *share, end in zip(*shares, strict=True):
-            entries[-1].append(tuple(share))  # type: ignore[arg-type]
-            entries += [[]] * end
-        entries.pop()
         with launch.on_device_of(grad_rows) as stream:
             launch.module().layer_grads(
-                launch.dtype(grad_rows), launch.dtype(grads[0]), launch.view(grad_rows), entries,
-                launch.weights(mix_weights), launch.data(image_index), grad_rows.shape[0], *size[:2],
-                skip_tokens, shape.width, [grad.data_ptr() for grad in grads],
-                allows_vectors(shape.width, [grad_rows, *grads]), stream,
+                launch.view(grad_rows), shares, weights(mix_weights), batch(image_index, grad_rows.shape[0]),
+                (launch.dtype_of(shape.dtype), size, skip_tokens),
+                [grad.data_ptr() for grad in grads], allows_vectors(shape.width, [grad_rows, *grads]), stream,
             )  # fmt: skip
         return grads
 
@@ -148,19 +142,17 @@ def _launch_mix(
     """Rows and sums in one launch; without ``rows`` the sums alone."""
     first = args.layers[0]
     vector = allows_vectors(args.width, [*args.layers, *sums])
-    call = [
-        program(args.plan, bool(sums)), launch.views(args.layers), args.skip_tokens, launch.dtype(first),
-        launch.weights(args.mix_weights), launch.data(args.image_index), first.shape[0], args.num_rows,
-        args.num_patches, args.width, launch.data(rows), launch.dtype(rows), [out.data_ptr() for out in sums],
-    ]  # fmt: skip
+    out = launch.module().MixOutput(
+        launch.dtype(rows), launch.data(rows), launch.data(raw), [kept.data_ptr() for kept in sums]
+    )
+    native_norm = None
+    if norm is not None:
+        assert mean is not None and rstd is not None
+        native_norm = launch.norm(*norm, mean, rstd)
     with launch.on_device_of(first) as stream:
-        if norm is None:
-            launch.module().mix(*call, vector, stream)
-            return
-        weight, bias, eps = norm
-        launch.module().mix_norm(
-            *call, launch.data(weight), launch.dtype(weight), launch.data(bias), launch.dtype(bias), eps,
-            launch.data(raw), launch.data(mean), launch.data(rstd), vector, stream,
+        launch.module().mix(
+            program(args.plan, bool(sums)), layers(args), weights(args.mix_weights),
+            batch(args.image_index, args.num_rows), out, native_norm, vector, stream,
         )  # fmt: skip
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from igva_kernels.ops.weighted_mix.cuda.program import program
+from igva_kernels.ops.weighted_mix.cuda.program import layers, program, weights
 from igva_kernels.ops.weighted_mix.plan import MixPlan, is_tap
 from igva_kernels.ops.weighted_mix.steps import Keep, MixArgs, Projector
 from igva_kernels.runtime.cuda import launch
@@ -148,20 +148,18 @@ def run(
     rows, positions = images * tokens, [g for g, block in enumerate(args.plan.blocks) if not is_tap(block)]
     y = first.new_empty((images * args.num_patches, columns))
     z = torch.empty_like(y) if keep_z and activation is not None else None
-    mixed: Any = None
-    scratch = flags = None
+    native, mixed = launch.module(), None
     if plan.mixed is not None:
-        mixed = program(plan.mixed, bool(sums))
         scratch = first.new_empty((rows, len(positions) * width))
         flags = torch.zeros(num_flags(rows), dtype=torch.int32, device=first.device)
+        mixed = native.MixedBlocks(
+            program(plan.mixed, bool(sums)), layers(args, plan.mixed_layers), weights(args.mix_weights),
+            [kept.data_ptr() for kept in sums], scratch.data_ptr(), flags.data_ptr(),
+        )  # fmt: skip
+    epilogue = native.Epilogue(launch.data(bias), launch.activation(activation), y.data_ptr(), launch.data(z))
     with launch.on_device_of(first) as stream:
-        launch.module().gemm_sm90(
-            launch.dtype(first), [(args.layers[layer].data_ptr(), args.layers[layer].stride(1)) for layer in plan.taps],
-            operands(plan, positions, width), images, tokens, args.skip_tokens, width,
-            (weight.data_ptr(), weight.stride(0), weight.shape[1]), columns, launch.data(bias),
-            launch.activation(activation), y.data_ptr(), launch.data(z), mixed,
-            launch.views([args.layers[layer] for layer in plan.mixed_layers]), launch.weights(args.mix_weights),
-            [out.data_ptr() for out in sums], launch.data(scratch), launch.data(flags),
+        native.gemm_sm90(
+            layers(args, plan.taps), operands(plan, positions, width), launch.matrix(weight), epilogue, mixed,
             grid(rows, columns, mixed is not None, multiprocessors(first.device)), stream,
         )  # fmt: skip
     return y, z

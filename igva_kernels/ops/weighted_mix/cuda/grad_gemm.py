@@ -12,6 +12,7 @@ from torch import Tensor
 
 from igva_kernels.ops.weighted_mix import program
 from igva_kernels.ops.weighted_mix.cuda import gemm
+from igva_kernels.ops.weighted_mix.cuda.program import batch, layers
 from igva_kernels.ops.weighted_mix.plan import MixPlan
 from igva_kernels.ops.weighted_mix.steps import MixArgs, take_blocks
 from igva_kernels.runtime.cuda import launch
@@ -34,8 +35,8 @@ def slots(width: int) -> int:
 
 def why_not(grad_z: Tensor, weight1: Tensor, blocks: Sequence[int], args: MixArgs) -> str | None:
     """None if the kernel can serve the call on a Hopper GPU, otherwise why not: a function of shapes and layouts."""
-    (rows, depth), layers = grad_z.shape, args.layers
-    dtypes = {grad_z.dtype, weight1.dtype, *(layer.dtype for layer in layers)}
+    (rows, depth), states = grad_z.shape, args.layers
+    dtypes = {grad_z.dtype, weight1.dtype, *(layer.dtype for layer in states)}
     if dtypes not in ({torch.bfloat16}, {torch.float16}):
         return f"it takes bf16 or fp16 throughout, not {', '.join(sorted(map(str, dtypes)))}"
     if not grad_z.numel() or rows + gemm.CLUSTER * gemm.TILE_M >= 2**31:
@@ -46,7 +47,7 @@ def why_not(grad_z: Tensor, weight1: Tensor, blocks: Sequence[int], args: MixArg
         return f"it takes {MAX_DOTS} weighted entries a block"
     if grad_z.stride(1) != 1:
         return "the gradient is not contiguous"
-    if depth % 8 or not allows_vectors(args.width, layers) or not allows_vectors(depth, [grad_z]):
+    if depth % 8 or not allows_vectors(args.width, states) or not allows_vectors(depth, [grad_z]):
         return "an address or a stride is not a multiple of 16 bytes"
     return None
 
@@ -54,20 +55,19 @@ def why_not(grad_z: Tensor, weight1: Tensor, blocks: Sequence[int], args: MixArg
 def run(grad_z: Tensor, weight1: Tensor, blocks: Sequence[int], args: MixArgs) -> Tensor:
     """``WeightedMix.mix_weights_grad_of_linear``, one launch per block; the partials are added in a fixed order."""
     first, width, columns = args.layers[0], args.width, args.plan.num_columns
-    (rows, depth), tiles = grad_z.shape, slots(width)
+    rows, tiles = grad_z.shape[0], slots(width)
     # Zeros: a block need not have every column.
     partials = torch.zeros(
         args.num_rows, args.num_patches, len(blocks), tiles, columns, dtype=torch.float64, device=first.device
     )
-    layers = launch.views([layer[:, args.skip_tokens :] for layer in args.layers])
     grid = gemm.grid(rows, width, False, gemm.multiprocessors(first.device))
     for position, block in enumerate(blocks):
         # Both operands have the depth of the product as their rows.
         weight = take_blocks(weight1, [block], width).t().contiguous()
+        out = launch.module().RowPartials(columns, partials[:, :, position].data_ptr(), len(blocks) * tiles)
         with launch.on_device_of(first) as stream:
             launch.module().mix_weights_grad_sm90(
-                launch.dtype(first), grad_z.data_ptr(), grad_z.stride(0), weight.data_ptr(), depth, layers,
-                dots(args.plan, block), launch.data(args.image_index), first.shape[0], args.num_rows, args.num_patches,
-                width, columns, partials[:, :, position].data_ptr(), len(blocks) * tiles, grid, stream,
+                launch.matrix(grad_z), launch.matrix(weight), program.Dots(*zip(*dots(args.plan, block), strict=True)),
+                layers(args), batch(args.image_index, args.num_rows), out, grid, stream,
             )  # fmt: skip
     return partials.sum((1, 2, 3)).float()

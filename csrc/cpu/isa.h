@@ -1,0 +1,30 @@
+// The choice between the instruction sets, and how many threads a kernel gets.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "common/dtype.h"
+#include "cpu/kernels.h"
+
+namespace igva::cpu {
+
+// The instruction sets that this CPU and this build share, best last.
+std::vector<std::string> isas();
+std::string isa();
+void set_isa(const std::string& isa);
+
+// The kernels that calls use: those of the chosen set, and scalar ones for fp64, which serves tests and gradcheck.
+const Kernels& kernels_for(DType dtype);
+
+// Throws where a kernel has returned that it does not serve its dtypes.
+void check_served(bool served);
+
+// Threads for work on so many elements.
+int threads_for(int64_t elements, int threads);
+
+// How many threads a parallel region that asks for `threads` is sure to get from here: fewer under OMP_THREAD_LIMIT,
+// OMP_DYNAMIC or OMP_MAX_ACTIVE_LEVELS, and inside another region.
+int granted_threads(int threads);
+
+} // namespace igva::cpu

@@ -1,0 +1,17 @@
+// The Python module `igva_kernels._native`: raw addresses in, nothing allocated for the caller, no torch.
+#include "common/bindings.h"
+#include "cpu/isa.h"
+#include "dense/bindings.h"
+#include "weighted_mix/bindings.h"
+
+using namespace igva;
+
+PYBIND11_MODULE(_native, m) {
+  bind_common(m);
+  bind_dense(m);
+  bind_weighted_mix(m);
+  m.def("isas", cpu::isas, "Instruction sets that this CPU and this build share, best last.");
+  m.def("isa", cpu::isa);
+  m.def("set_isa", cpu::set_isa);
+  m.def("granted_threads", cpu::granted_threads, "Threads that OpenMP is sure to grant the caller of so many.");
+}

@@ -1,0 +1,97 @@
+// Activations around the library GEMMs, which add the bias themselves: adding it here would round twice.
+//
+//   y = act(z), in place where z is not kept;     grad_z = grad_y * act'(z) in place, and y = act(z) again
+//
+// The column sums of grad_z, the gradient of the bias, are taken on the way from the unrounded products: in fixed chunks of
+// rows, which the caller adds in order.
+//
+// Modelled floor (M = 36864, H = 4096, bf16, 4.3 TB/s; not measured): forward 0.60 GB = 0.14 ms, backward 1.21 GB = 0.28 ms.
+#include "dense/cuda/activation.cuh"
+
+#include "cuda/common.cuh"
+#include "dense/cuda/params.h"
+
+namespace igva::cuda {
+
+// A thread owns 16 bytes; the last one may own less.
+template <class T, int V>
+__device__ inline void apply(const ActivationParams& params, int64_t at) {
+  Wide<T> values[V];
+  load<V>(static_cast<const T*>(params.z) + at, values);
+#pragma unroll
+  for (int i = 0; i < V; ++i) values[i] = act<T>(params.activation, values[i]);
+  store<V>(static_cast<T*>(params.y) + at, values);
+}
+
+template <class T>
+__global__ void __launch_bounds__(block_threads) activation_kernel(const __grid_constant__ ActivationParams params) {
+  constexpr int V = vector_width<T>;
+  const int64_t begin = (int64_t(blockIdx.x) * block_threads + threadIdx.x) * V;
+  if (begin + V <= params.count) {
+    apply<T, V>(params, begin);
+  } else {
+    for (int64_t at = begin; at < params.count; ++at) apply<T, 1>(params, at);
+  }
+}
+
+// A block owns 32 vectors of every row of a chunk; each of its eight warps takes every eighth row.
+template <class T, int V>
+__global__ void __launch_bounds__(block_threads)
+    activation_grad_kernel(const __grid_constant__ ActivationGradParams params) {
+  using W = Wide<T>;
+  constexpr int warps = block_threads / 32, segment = 32 * V;
+  __shared__ W sums[warps * segment];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int segments = (params.columns + segment - 1) / segment, chunk = blockIdx.x / segments;
+  const int column = (blockIdx.x - chunk * segments) * segment + lane * V;
+  const int64_t begin = int64_t(chunk) * params.chunk;
+  const int64_t end = begin + params.chunk < params.rows ? begin + params.chunk : params.rows;
+  W sum[V] = {};
+  for (int64_t row = begin + warp; row < end && column < params.columns; row += warps) {
+    const int64_t at = row * params.columns + column;
+    W z[V], grad[V];
+    load<V>(static_cast<const T*>(params.z) + at, z);
+    load<V>(static_cast<const T*>(params.grad_y) + at, grad);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      grad[i] *= act_slope<T>(params.activation, z[i]);
+      sum[i] += grad[i];
+    }
+    store<V>(static_cast<T*>(params.grad_z) + at, grad);
+    if (params.y == nullptr) continue;
+#pragma unroll
+    for (int i = 0; i < V; ++i) z[i] = act<T>(params.activation, z[i]);
+    store<V>(static_cast<T*>(params.y) + at, z);
+  }
+  if (params.partials == nullptr) return;
+  // Column i of a lane lies 32 from the next: neighbours in different banks.
+#pragma unroll
+  for (int i = 0; i < V; ++i) sums[warp * segment + i * 32 + lane] = sum[i];
+  __syncthreads();
+  for (int i = warp; i < V; i += warps) {
+    W total = 0;
+    for (int other = 0; other < warps; ++other) total += sums[other * segment + i * 32 + lane];
+    if (column < params.columns) static_cast<W*>(params.partials)[int64_t(chunk) * params.columns + column + i] = total;
+  }
+}
+
+int activation(const ActivationParams& params, DType dtype, Stream stream) {
+  return with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    const dim3 grid(blocks_for((params.count + vector_width<T> - 1) / vector_width<T>));
+    return launch(activation_kernel<T>, grid, block_threads, 0, stream, params);
+  });
+}
+
+int activation_grad(const ActivationGradParams& params, DType dtype, bool vector, Stream stream) {
+  return with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    const int segment = 32 * (vector ? vector_width<T> : 1);
+    const int64_t chunks = (params.rows + params.chunk - 1) / params.chunk;
+    const dim3 grid(unsigned(chunks * ((params.columns + segment - 1) / segment)));
+    return launch(vector ? activation_grad_kernel<T, vector_width<T>> : activation_grad_kernel<T, 1>, grid, block_threads,
+                  0, stream, params);
+  });
+}
+
+} // namespace igva::cuda

@@ -1,0 +1,18 @@
+// Shapes and tensor maps of the Hopper GEMMs, which hopper.cuh runs.
+#pragma once
+
+#include <cuda.h>
+
+#include "common/operands.h"
+
+namespace igva::cuda {
+
+// A block of threads computes 128 x 256 of the product in steps of 64 along K; two blocks form a cluster.
+constexpr int gemm_tile_m = 128, gemm_tile_n = 256, gemm_tile_k = 64;
+constexpr int gemm_cluster = 2;
+
+// Describes a matrix of 2-byte elements to the copy engine, in boxes of box_rows x 64 columns with the 128-byte swizzle.
+// Returns a driver error.
+int describe_matrix(CUtensorMap* map, const Matrix& matrix, int box_rows);
+
+} // namespace igva::cuda

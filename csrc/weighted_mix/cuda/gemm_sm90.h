@@ -1,0 +1,59 @@
+// Parameters of the Hopper GEMMs around the mix (gemm_sm90.cu, mix_weights_grad_sm90.cu).
+#pragma once
+
+#include "common/activations.h"
+#include "gemm/hopper.h"
+#include "weighted_mix/cuda/params.h"
+
+namespace igva::cuda {
+
+constexpr int gemm_mix_rows = 8; // rows that a warp mixes for one count of a flag
+constexpr int gemm_max_taps = 8;
+
+// A block of A: where the copy engine finds it and which columns of W it meets.
+struct GemmBlock {
+  int32_t map;      // among GemmParams::a
+  int32_t offset;   // its first column there
+  int32_t position; // in the mixed row
+  int32_t mixed;    // it is in F
+};
+
+// 5.5 KB: more than the 4 KB of old drivers, which no driver for Hopper with CUDA 12.1 or newer is.
+struct GemmParams {
+  CUtensorMap a[gemm_max_taps + 1]; // the taps, then F
+  CUtensorMap w;
+  GemmBlock blocks[2 * gemm_max_taps]; // in the order in which they are multiplied: the mixed ones last
+  int32_t num_blocks;
+  int32_t width;   // D
+  int32_t rows;    // B * T
+  int32_t tokens;  // T
+  int32_t skip;
+  int32_t columns; // H
+  int32_t grid;    // a multiple of the cluster
+  int32_t num_mix_layers;
+  Activation activation; // none or gelu
+  const void* bias;      // [H] or null
+  void* y;               // [B * P, H]
+  void* z;               // or null
+  int32_t* flags;        // the ticket, then one flag per tile of rows, of whole clusters; zero at launch
+  MixParams mix;         // rows is F; num_terms == 0 without mixed blocks
+};
+static_assert(sizeof(GemmParams) <= 32764);
+
+int gemm_sm90(const GemmParams& params, DType dtype, Stream stream);
+
+// partials[m, slot, c] = sum over the dots e of column c and the columns n of one tile of scale_e * dA[m, n] * layer_e[m, n],
+// dA = grad_z * weight^T being one block of the gradient of the mixed row.
+struct GradGemmParams {
+  CUtensorMap grad_z; // [M, H]
+  CUtensorMap weight; // [D, H]: the block of the weight, transposed
+  int32_t rows;       // M
+  int32_t depth;      // H
+  int32_t slots;      // of a row of partials; `dots.partials` is the first of this block
+  int32_t grid;
+  DotsParams dots; // sorted by column; chunk, grad and grad_weights are not used
+};
+
+int mix_weights_grad_sm90(const GradGemmParams& params, DType dtype, Stream stream);
+
+} // namespace igva::cuda
