@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from igva_kernels.ops.weighted_mix.operands import batch, layers, serves_pair, weights
 from igva_kernels.ops.weighted_mix.plan import MixPlan
 from igva_kernels.ops.weighted_mix.program import Shares, Steps, dots, lower
 from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Mixed, Projector, WeightedMix
@@ -34,7 +35,7 @@ class CpuWeightedMix(CpuDense, WeightedMix):
     def mix(self, args: MixArgs, dtype: torch.dtype, norm: Norm | None = None, keep: Keep = Keep.NOTHING) -> Mixed:
         """The mixed rows, rounded once to ``dtype``; ``norm`` is applied to the unrounded rows."""
         first = args.layers[0]
-        if _mixes_fp64(dtype, first.dtype):
+        if not serves_pair(first.dtype, dtype):
             return self.mix(args, accumulation_dtype(first.dtype), norm, keep).to(dtype)
         rows = args.new_rows(dtype)
         raw_rows = torch.empty_like(rows) if keep == Keep.ROWS and norm is not None else None
@@ -47,13 +48,13 @@ class CpuWeightedMix(CpuDense, WeightedMix):
         """``dw[b, c]`` in the accumulation dtype, summed in an order that depends on the shapes only."""
         assert args.mix_weights is not None
         first = args.layers[0]
-        if _mixes_fp64(grad_rows.dtype, first.dtype):
+        if not serves_pair(first.dtype, grad_rows.dtype):
             grad_rows = grad_rows.to(first.dtype)
         shape, wide = args.mix_weights.shape, accumulation_dtype(first.dtype)
         grad = first.new_empty(shape, dtype=wide)
         module().mix_weights_grad(
-            _view(grad_rows), dots(args.plan, tuple(blocks)), _layers(args), _batch(args.image_index, args.num_rows),
-            shape[1], address(grad), torch.get_num_threads(),
+            _view(grad_rows), dots(args.plan, tuple(blocks)), layers(dtype_of(first.dtype), args),
+            batch(args.image_index, args.num_rows), shape[1], address(grad), torch.get_num_threads(),
         )  # fmt: skip
         return grad
 
@@ -67,12 +68,12 @@ class CpuWeightedMix(CpuDense, WeightedMix):
         shape: LayerShape,
     ) -> list[Tensor]:
         """One gradient ``[I, T, D]`` per signature; skipped tokens get zeros, rows that share an image add in order."""
-        if _mixes_fp64(grad_rows.dtype, shape.dtype):
+        if not serves_pair(shape.dtype, grad_rows.dtype):
             grad_rows = grad_rows.to(shape.dtype)
         size = (shape.num_images, shape.num_tokens, shape.width)
         grads = [grad_rows.new_empty(size, dtype=shape.dtype) for _ in range(shares.num_grads)]
         module().layer_grads(
-            _view(grad_rows), shares, _weights(mix_weights), _batch(image_index, grad_rows.shape[0]),
+            _view(grad_rows), shares, weights(mix_weights), batch(image_index, grad_rows.shape[0]),
             (dtype_of(shape.dtype), size, skip_tokens), [grad.data_ptr() for grad in grads],
             torch.get_num_threads(),
         )  # fmt: skip
@@ -85,7 +86,7 @@ class CpuWeightedMix(CpuDense, WeightedMix):
         weight1, bias1, weight2, bias2, norm, activation = projector
         first, dtype = args.layers[0], weight1.dtype
         # The sums of an image that several rows read are written once, which blocks of rows cannot see to.
-        if _mixes_fp64(dtype, first.dtype) or (keep == Keep.SOURCES and args.image_index is not None):
+        if not serves_pair(first.dtype, dtype) or (keep == Keep.SOURCES and args.image_index is not None):
             return super().project(args, projector, keep, keep_z)
         batch, patches, total = args.num_rows, args.num_patches, args.num_rows * args.num_patches
         row_width, hidden = weight1.shape[1], weight1.shape[0]
@@ -153,8 +154,8 @@ def _mix_rows(
         out.nbytes > STREAM_BYTES,
     )  # fmt: skip
     native.mix(
-        program, _layers(args), _weights(args.mix_weights), _batch(args.image_index, args.num_rows), block, native_norm,
-        address(scratch), threads,
+        program, layers(dtype_of(first.dtype), args), weights(args.mix_weights),
+        batch(args.image_index, args.num_rows), block, native_norm, address(scratch), threads,
     )  # fmt: skip
 
 
@@ -162,30 +163,9 @@ def _new_stats(args: MixArgs, norm: Norm | None) -> Stats:
     return (None, None) if norm is None else args.new_stats()
 
 
-def _mixes_fp64(a: torch.dtype, b: torch.dtype) -> bool:
-    """Whether fp64 meets a narrower dtype: no kernel takes the pair."""
-    return (a == torch.float64) != (b == torch.float64)
-
-
 def _view(tensor: Tensor) -> tuple:
     """A tensor ``[B, P, width]`` as the module takes it, ``View``."""
     return dtype_of(tensor.dtype), tensor.data_ptr(), tensor.stride()
-
-
-def _layers(args: MixArgs) -> tuple:
-    """``Layers`` of the module."""
-    first, views = args.layers[0], [(layer.data_ptr(), layer.stride()) for layer in args.layers]
-    return dtype_of(first.dtype), first.shape, args.skip_tokens, views
-
-
-def _weights(tensor: Tensor | None) -> tuple | None:
-    """``MixWeights`` of the module."""
-    return None if tensor is None else (tensor.data_ptr(), tensor.stride(), tensor.shape[1])
-
-
-def _batch(image_index: Tensor | None, rows: int) -> tuple:
-    """``Batch`` of the module."""
-    return address(image_index), rows
 
 
 @cache

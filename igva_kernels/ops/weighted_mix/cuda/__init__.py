@@ -9,15 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from igva_kernels.ops.weighted_mix.cuda import gemm, grad_gemm
-from igva_kernels.ops.weighted_mix.cuda.program import (
-    DOT_CHUNK,
-    batch,
-    dtype_pair_is_served,
-    layers,
-    norm_row_fits,
-    program,
-    weights,
-)
+from igva_kernels.ops.weighted_mix.cuda.program import DOT_CHUNK, norm_row_fits, program
+from igva_kernels.ops.weighted_mix.operands import batch, layers, serves_pair, weights
 from igva_kernels.ops.weighted_mix.program import Shares, dots
 from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Mixed, Projector, WeightedMix
 from igva_kernels.runtime.cuda import launch
@@ -38,7 +31,7 @@ class CudaWeightedMix(CudaDense, WeightedMix):
     def mix(self, args: MixArgs, dtype: torch.dtype, norm: Norm | None = None, keep: Keep = Keep.NOTHING) -> Mixed:
         """The mixed rows, rounded once to ``dtype``; ``norm`` is applied to the unrounded rows."""
         first = args.layers[0]
-        if not dtype_pair_is_served(first.dtype, dtype):
+        if not serves_pair(first.dtype, dtype):
             return self.mix(args, first.dtype, norm, keep).to(dtype)
         if norm is not None and not norm_row_fits(args.plan.num_blocks * args.width, first.dtype):
             return self._mix_wide_norm(args, dtype, norm, keep)
@@ -77,7 +70,8 @@ class CudaWeightedMix(CudaDense, WeightedMix):
         vector = allows_vectors(args.width, [grad_rows, *args.layers])
         with launch.on_device_of(first) as stream:
             launch.module().mix_weights_grad(
-                launch.view(grad_rows), wanted, layers(args), batch(args.image_index, args.num_rows),
+                launch.view(grad_rows), wanted, layers(launch.dtype(first), args),
+                batch(args.image_index, args.num_rows),
                 launch.module().WeightsGrad(columns, grad.data_ptr(), partials.data_ptr(), DOT_CHUNK), vector, stream,
             )  # fmt: skip
         return grad
@@ -151,14 +145,14 @@ def _launch_mix(
         native_norm = launch.norm(*norm, mean, rstd)
     with launch.on_device_of(first) as stream:
         launch.module().mix(
-            program(args.plan, bool(sums)), layers(args), weights(args.mix_weights),
+            program(args.plan, bool(sums)), layers(launch.dtype(args.layers[0]), args), weights(args.mix_weights),
             batch(args.image_index, args.num_rows), out, native_norm, vector, stream,
         )  # fmt: skip
 
 
 def _readable(grad_rows: Tensor, layers: torch.dtype) -> Tensor:
     """The gradient of the mixed row as the kernels read it: adjacent channels, fp64 beside fp64 layers only."""
-    if not dtype_pair_is_served(layers, grad_rows.dtype):
+    if not serves_pair(layers, grad_rows.dtype):
         grad_rows = grad_rows.to(layers)
     return grad_rows if grad_rows.stride(-1) == 1 else grad_rows.contiguous()
 

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from igva_kernels.ops.weighted_mix.cuda.program import layers, program, weights
+from igva_kernels.ops.weighted_mix.cuda.program import program
+from igva_kernels.ops.weighted_mix.operands import layers, weights
 from igva_kernels.ops.weighted_mix.plan import MixPlan, is_tap
 from igva_kernels.ops.weighted_mix.steps import Keep, MixArgs, Projector
 from igva_kernels.runtime.cuda import launch
@@ -153,13 +154,13 @@ def run(
         scratch = first.new_empty((rows, len(positions) * width))
         flags = torch.zeros(num_flags(rows), dtype=torch.int32, device=first.device)
         mixed = native.MixedBlocks(
-            program(plan.mixed, bool(sums)), layers(args, plan.mixed_layers), weights(args.mix_weights),
-            [kept.data_ptr() for kept in sums], scratch.data_ptr(), flags.data_ptr(),
+            program(plan.mixed, bool(sums)), layers(launch.dtype(first), args, plan.mixed_layers),
+            weights(args.mix_weights), [kept.data_ptr() for kept in sums], scratch.data_ptr(), flags.data_ptr(),
         )  # fmt: skip
     epilogue = native.Epilogue(launch.data(bias), launch.activation(activation), y.data_ptr(), launch.data(z))
     with launch.on_device_of(first) as stream:
         native.gemm_sm90(
-            layers(args, plan.taps), operands(plan, positions, width), launch.matrix(weight), epilogue, mixed,
-            grid(rows, columns, mixed is not None, multiprocessors(first.device)), stream,
+            layers(launch.dtype(first), args, plan.taps), operands(plan, positions, width), launch.matrix(weight),
+            epilogue, mixed, grid(rows, columns, mixed is not None, multiprocessors(first.device)), stream,
         )  # fmt: skip
     return y, z

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from igva_kernels.ops.weighted_mix import program
 from igva_kernels.ops.weighted_mix.cuda import gemm
-from igva_kernels.ops.weighted_mix.cuda.program import batch, layers
+from igva_kernels.ops.weighted_mix.operands import batch, layers
 from igva_kernels.ops.weighted_mix.plan import MixPlan
 from igva_kernels.ops.weighted_mix.steps import MixArgs, take_blocks
 from igva_kernels.runtime.cuda import launch
@@ -68,6 +68,6 @@ def run(grad_z: Tensor, weight1: Tensor, blocks: Sequence[int], args: MixArgs) -
         with launch.on_device_of(first) as stream:
             launch.module().mix_weights_grad_sm90(
                 launch.matrix(grad_z), launch.matrix(weight), program.Dots(*zip(*dots(args.plan, block), strict=True)),
-                layers(args), batch(args.image_index, args.num_rows), out, grid, stream,
+                layers(launch.dtype(first), args), batch(args.image_index, args.num_rows), out, grid, stream,
             )  # fmt: skip
     return partials.sum((1, 2, 3)).float()
