@@ -1,4 +1,10 @@
-"""Every test draws from a seed of the command line and finds NaN in memory that nobody has written."""
+"""Every test draws from a seed of the command line and finds NaN in memory that nobody has written.
+
+Triton reads TRITON_INTERPRET when it is imported, so the tests marked ``interpreted`` need a process of their own:
+
+    TRITON_INTERPRET=1 pytest tests/ops tests/runtime        them, and no others
+    pytest                                                   all others
+"""
 
 import os
 import sys
@@ -21,6 +27,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch  # noqa: E402  (after the variables that it reads)
 from seeds import VARIABLE, seeded  # noqa: E402
 
+from igva_kernels import testing  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 
 def pytest_addoption(parser):
     parser.addoption("--seed", type=int, default=0, help="of all random numbers; a right kernel passes with any")
@@ -34,11 +44,25 @@ def pytest_report_header(config):
     return f"seed: {config.getoption('--seed')}"
 
 
+def pytest_collection_modifyitems(config, items):
+    others = [item for item in items if bool(item.get_closest_marker("interpreted")) != INTERPRETED]
+    config.hook.pytest_deselected(items=others)
+    left = set(others)
+    items[:] = [item for item in items if item not in left]
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _share_of_the_cores():
-    """What runs beside other workers leaves them theirs."""
+    """What runs beside other workers leaves them theirs; the interpreter is serial, and its tensors are small."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    torch.set_num_threads(1 if INTERPRETED else max(1, torch.get_num_threads() // workers))
+
+
+@pytest.fixture(autouse=True)
+def _few_draws_of_the_interpreter(monkeypatch):
+    """It is slow: one draw may acquit even a small result, but convicts none."""
+    if INTERPRETED:
+        monkeypatch.setattr(testing, "FIRST_DRAWS", 1)
 
 
 @pytest.fixture(autouse=True)
