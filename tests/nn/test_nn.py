@@ -108,7 +108,7 @@ def test_heads_that_do_not_divide_the_width_are_refused():
 def test_a_backend_without_kernels_for_the_allocator_says_so_and_auto_takes_the_modules(impl):
     allocator, inputs = WeightAllocator(6, 8, 3, hidden_dim=16, impl=impl), (torch.randn(2, 6), torch.randn(2, 3, 8))
     with pytest.raises(
-        NotImplementedError, match=f"impl='{impl}' cannot serve .* has no kernels for the operator allocator"
+        NotImplementedError, match=f"'{impl}' cannot serve .* has no kernels for the operator allocator"
     ):
         allocator(*inputs)
     results = []

@@ -4,12 +4,17 @@ import copy
 
 import pytest
 import torch
-from igva_kernels.backends.triton import allocator as kernels
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from igva_kernels.nn import WeightAllocator
 from igva_kernels.testing import within_rule
+
+pytest.importorskip("triton")
+
+from igva_kernels.ops.allocator import triton as kernels
+
+pytestmark = pytest.mark.interpreted
 
 OPS = torch.ops.igva_kernels
 DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]

@@ -1,19 +1,27 @@
 """The CUDA backend with its own kernels, emulated on the CPU: values and gradients beside fp64, and the protocol of the
 Hopper GEMM (stages, phases, tickets, flags, coordinates). What an emulation cannot show is the hardware's own rules."""
 
+from dataclasses import replace
+from importlib import import_module
+
+import harness
 import pytest
 import strides
 import torch
 from cuda_tools import emulated_module, include
-from igva_kernels.backends.cuda import BACKEND, gemm, grad_gemm, launch, programs
 from seeds import seeded
 
 import igva_kernels as ik
-from igva_kernels import MixPlan, verify
+from igva_kernels import MixPlan, registry, verify
 from igva_kernels.ops.weighted_mix import cases
 from igva_kernels.ops.weighted_mix.cases import Case
+from igva_kernels.ops.weighted_mix.cuda import IMPLEMENTATION as KERNELS
+from igva_kernels.ops.weighted_mix.cuda import gemm, grad_gemm
 from igva_kernels.ops.weighted_mix.steps import Keep, MixArgs, ProjectorWeights, take_blocks
+from igva_kernels.runtime.activations import ACTIVATIONS
+from igva_kernels.runtime.cuda import launch
 
+program = import_module("igva_kernels.ops.weighted_mix.cuda.program")  # its package has a function of that name
 pytestmark = pytest.mark.skipif(include() is None, reason="the emulation needs the headers of a CUDA toolkit")
 
 MULTIPROCESSORS = 2
@@ -25,12 +33,14 @@ def emulated(monkeypatch):
     """CPU tensors go to the emulated module, and the fused GEMM is on."""
     module = emulated_module()
     monkeypatch.setattr(launch, "module", lambda: module)
-    monkeypatch.setattr(type(BACKEND), "why_not", lambda *_: None)
+    backends = registry.all_backends()
+    served = replace(backends["cuda"], why_not=lambda *_: None)
+    monkeypatch.setitem(backends, "cuda", served)
     monkeypatch.setattr(gemm, "why_not_device", lambda index: None)
     monkeypatch.setattr(gemm, "multiprocessors", lambda device: MULTIPROCESSORS)
-    programs.program.cache_clear()
+    program.program.cache_clear()
     yield module
-    programs.program.cache_clear()
+    program.program.cache_clear()
 
 
 def test_the_host_plans_with_the_constants_of_the_kernels(emulated):
@@ -40,8 +50,7 @@ def test_the_host_plans_with_the_constants_of_the_kernels(emulated):
 
 
 def judge(case, dtype):
-    for row in verify.judge(case, dtype, ["cuda"], "cpu", seeded()):
-        assert row.ok, str(row.worst)
+    harness.assert_right(case, dtype, "cuda", "cpu", seeded())
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -133,9 +142,9 @@ def test_an_image_out_of_range_gives_nan_rows_and_reads_nothing(norm):
 
 
 def test_a_row_too_wide_for_a_multiprocessor_is_normalised_from_memory(monkeypatch):
-    monkeypatch.setattr(programs, "NORM_ROW_BYTES", 64)
+    monkeypatch.setattr(program, "NORM_ROW_BYTES", 64)
     for name in ("concat + LayerNorm", "igva + norm"):
-        judge(next(case for case in cases.SMALL_CASES if case.name == name), "bf16")
+        judge(harness.case_of("weighted_mix", name), "bf16")
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 16), (2, 0, 16), (2, 1, 16)])
@@ -160,18 +169,18 @@ def test_one_layer_too_many_is_refused_by_name():
         ik.layer_mix(states, MixPlan.weighted_sum(range(73)), torch.rand(1, 73), impl="cuda")
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_activations_and_their_slopes(activation, dtype):
     """103 elements: the last thread has a tail, the second chunk of rows ends early."""
     z = torch.cat([torch.linspace(-12, 12, 101), torch.tensor([0.0, float("nan")])]).to(dtype)[:, None]
     grad = torch.randn_like(z)
-    forward, kept = BACKEND.linear(z, torch.ones(1, 1, dtype=dtype), None, activation, True)
+    forward, kept = KERNELS.linear(z, torch.ones(1, 1, dtype=dtype), None, activation, True)
     assert torch.equal(kept.nan_to_num(), z.nan_to_num())
     wide = z.double().requires_grad_()
-    exact = ik.reference.ACTIVATIONS[activation](wide)
+    exact = ACTIVATIONS[activation](wide)
     (slope,) = torch.autograd.grad(exact, wide, grad.double())
-    grad_z, y, _ = BACKEND.linear_grad_input(grad, None, z, activation, True, False)
+    grad_z, y, _ = KERNELS.linear_grad_input(grad, None, z, activation, True, False)
     eps = torch.finfo(dtype).eps
     tolerance = {"rtol": 4 * eps, "atol": (32 if dtype == torch.float64 else 4) * eps, "equal_nan": True}
     torch.testing.assert_close(y.double(), exact.detach(), **tolerance)
@@ -182,7 +191,7 @@ def test_activations_and_their_slopes(activation, dtype):
 def test_the_gradient_of_the_caller_is_not_overwritten():
     grad, z = torch.randn(3, 8), torch.randn(3, 8)
     before = grad.clone()
-    BACKEND.linear_grad_input(grad, None, z, "gelu", False, False)
+    KERNELS.linear_grad_input(grad, None, z, "gelu", False, False)
     assert torch.equal(grad, before)
 
 
@@ -192,8 +201,8 @@ def test_the_bias_gradient_is_summed_before_rounding(dtype, columns):
     """Three chunks of rows of one sign: a sum in 16 bits, or of rounded rows, would be further from fp64."""
     dtype = verify.DTYPES[dtype]
     grad, z = torch.rand(150, columns).to(dtype), torch.rand(150, columns).to(dtype)
-    grad_z, y, grad_bias = BACKEND.linear_grad_input(grad, None, z, "gelu", False, True)
-    exact = ACTIVATION_GRADS["gelu"](grad.double(), z.double())
+    grad_z, y, grad_bias = KERNELS.linear_grad_input(grad, None, z, "gelu", False, True)
+    exact = ACTIVATIONS["gelu"].backward(grad.double(), z.double())
     assert y is None and grad_bias.dtype == dtype
     torch.testing.assert_close(grad_z.double(), exact, rtol=max(torch.finfo(dtype).eps, 1e-6), atol=1e-6)
     torch.testing.assert_close(grad_bias.double(), exact.sum(0), rtol=max(0.51 * torch.finfo(dtype).eps, 1e-6), atol=0)
@@ -230,8 +239,7 @@ def test_the_fused_gemm_obeys_the_error_rule_with_its_gradients(case, dtype, mul
 @pytest.mark.parametrize("skip", [0, 1, 3])
 def test_the_fused_gemm_on_taps_and_constant_means(plan, skip, fused):
     case = Case("", "layer_mix_linear", plan, 3, 45, 64, 280, skip=skip, activation="gelu")
-    for row in verify.judge(case, "bf16", ["cuda"], "cpu", seeded()):
-        assert row.ok, str(row.worst)
+    judge(case, "bf16")
     assert fused
 
 
@@ -242,13 +250,13 @@ def test_the_fused_gemm_keeps_the_bits_of_the_mix_kernel():
     args = [layer for layer in inputs.layers if layer is not None]
     plan = case.plan.compact()[1]
     call = MixArgs(args, plan, inputs.mix_weights, None, 1)
-    two = BACKEND.mix(call, torch.bfloat16, None, Keep.SOURCES)
+    two = KERNELS.mix(call, torch.bfloat16, None, Keep.SOURCES)
     width, row = plan.num_blocks * 64, two.rows.shape[-1]
-    sums = [torch.empty_like(kept) for kept in two.kept]
+    sums = [torch.empty_like(kept) for kept in two.sums]
     out, z = gemm.run(call, torch.eye(row, width, dtype=torch.bfloat16), None, None, False, sums)
     assert z is None
     assert torch.equal(out, two.rows.flatten(0, 1))
-    assert all(torch.equal(a, b) for a, b in zip(sums, two.kept, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(sums, two.sums, strict=True))
 
 
 def test_the_ring_of_stages_wraps_without_losing_one():
@@ -325,7 +333,7 @@ def why_not_fused(case, inputs):
     layers = [layer for layer in inputs.layers if layer is not None]
     args = MixArgs(layers, case.plan.compact()[1], inputs.mix_weights, None, case.skip)
     weights = ProjectorWeights(inputs.params["weight1"], inputs.params["bias1"], None, None)
-    return BACKEND.why_not_fused(args, None, weights, "gelu", Keep.NOTHING)
+    return KERNELS.why_not_fused(args, None, weights, "gelu", Keep.NOTHING)
 
 
 # ---- the weight gradient in the product ----
@@ -373,7 +381,7 @@ def check_weight_gradient(index):
     args = MixArgs(layers, WEIGHTED, torch.rand(rows, 3), index, 0)
     grad_z = torch.randint(-2, 3, (rows * 70, 208)).bfloat16()[:, :200]
     weight1 = torch.randint(-2, 3, (200, 3 * 264)).bfloat16()
-    actual = BACKEND.mix_weights_grad_of_linear(grad_z, weight1, WEIGHTED.weighted_blocks, args)
+    actual = KERNELS.mix_weights_grad_of_linear(grad_z, weight1, WEIGHTED.weighted_blocks, args)
     grad_rows = (grad_z.double() @ take_blocks(weight1, [0, 2], 264).double()).view(rows, 70, 2, 264)
     sources = [layer.double() if index is None else layer[index].double() for layer in layers]
     expected = torch.zeros(rows, 3, dtype=torch.float64)
@@ -387,6 +395,6 @@ def test_a_missing_image_has_no_weight_gradient_and_reads_nothing(fused_grad):
     layers = [torch.randn(2, 66, 64).bfloat16() for _ in range(3)]
     args = MixArgs(layers, WEIGHTED, torch.rand(3, 3), torch.tensor([1, 7, 0]), 0)
     grad_z, weight1 = torch.randn(3 * 66, 64).bfloat16(), torch.randn(64, 192).bfloat16()
-    grad = BACKEND.mix_weights_grad_of_linear(grad_z, weight1, WEIGHTED.weighted_blocks, args)
+    grad = KERNELS.mix_weights_grad_of_linear(grad_z, weight1, WEIGHTED.weighted_blocks, args)
     assert fused_grad
     assert grad[1].isnan().all() and grad[[0, 2]].isfinite().all()

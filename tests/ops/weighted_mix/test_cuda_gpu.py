@@ -1,7 +1,8 @@
 """The CUDA backend on a GPU: values, compile, graphs, streams, devices, the same bits, no waiting; on Hopper the fused
 GEMMs too, whose flags and ticket are hammered.
 
-`python tests/ops/weighted_mix/test_cuda_gpu.py` is a small run of every kernel for compute-sanitizer (memcheck, racecheck, synccheck).
+`python tests/ops/weighted_mix/test_cuda_gpu.py` is a small run of every kernel for compute-sanitizer (memcheck,
+racecheck, synccheck).
 """
 
 import os

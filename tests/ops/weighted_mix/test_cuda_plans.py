@@ -1,14 +1,21 @@
 """What the CUDA backend decides on the host, as pure functions: plans, layouts, grids, and who serves a call."""
 
+import re
 import subprocess
 import sys
+import types
 
+import plain_torch
 import pytest
 import torch
-from igva_kernels.backends.cuda import gemm, grad_gemm, launch, programs
 
 from igva_kernels import MixPlan
+from igva_kernels.ops.weighted_mix.cuda import gemm, grad_gemm
+from igva_kernels.ops.weighted_mix.cuda.program import norm_row_fits
+from igva_kernels.ops.weighted_mix.plan import is_tap
 from igva_kernels.ops.weighted_mix.steps import Keep, MixArgs
+from igva_kernels.runtime.cuda import BACKEND, launch
+from igva_kernels.runtime.cuda.dense import allows_vectors, chunks
 
 IGVA = MixPlan.igva(6, 3)
 
@@ -17,27 +24,6 @@ def mix_args(plan=IGVA, images=2, tokens=9, width=64, dtype=torch.bfloat16, inde
     layers, plan = plan.compact()
     weights = torch.rand(images, plan.num_columns) if plan.num_columns else None
     return MixArgs([torch.zeros(images, tokens, width, dtype=dtype) for _ in layers], plan, weights, index, skip)
-
-
-def test_a_plan_becomes_parts_with_their_kept_sums():
-    base, mixed = programs.mix_blocks(IGVA.compact()[1], True)
-    assert base == [(-1, -1, [(1.0, [4])])]
-    assert mixed == [(k, k, [(0.5, [2 * k, 2 * k + 1])]) for k in range(3)]
-    assert programs.mix_blocks(IGVA.compact()[1], False)[1][0][1] == -1
-
-
-def test_a_sum_of_two_blocks_is_kept_once_and_a_tap_never():
-    mean = [(1, None, 0.5), (2, None, 0.5)]
-    plan = MixPlan((mean, mean, [(0, None, 1.0)], [(0, 0, 2.0), *mean]), 3)
-    parts = programs.mix_blocks(plan, True)
-    kept = [part[1] for block in parts for part in block]
-    assert kept == [0, -1, -1, -1, -1]
-    assert len(programs.kept_sums(plan)) == 1
-
-
-def test_weighted_entries_know_their_position_among_the_blocks_given():
-    plan = MixPlan(([(0, None, 1.0)], [(0, 1, 0.5), (1, None, 1.0), (1, 0, 2.0)]), 2)
-    assert programs.dots(plan, [1]) == [(0, 0, 1, 0.5), (0, 1, 0, 2.0)]
 
 
 @pytest.mark.parametrize(
@@ -57,13 +43,13 @@ def test_vectors_need_every_address_to_be_a_multiple_of_16_bytes(width, stride, 
     storage = torch.zeros(4096, dtype=dtype)
     assert storage.data_ptr() % 16 == 0
     layer = storage.as_strided((2, 3, width), (3 * stride, stride, 1), offset)
-    assert programs.allows_vectors(width, [layer]) is expected
+    assert allows_vectors(width, [layer]) is expected
 
 
 def test_the_rows_of_the_project_fit_the_norm_kernel_and_wider_ones_do_not():
-    assert programs.norm_row_fits(5 * 1152, torch.bfloat16) and programs.norm_row_fits(24 * 1024, torch.float32)
-    assert not programs.norm_row_fits(25 * 1024, torch.bfloat16)
-    assert not programs.norm_row_fits(13 * 1024, torch.float64)
+    assert norm_row_fits(5 * 1152, torch.bfloat16) and norm_row_fits(24 * 1024, torch.float32)
+    assert not norm_row_fits(25 * 1024, torch.bfloat16)
+    assert not norm_row_fits(13 * 1024, torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -137,32 +123,53 @@ def test_only_the_taps_must_be_flat():
     assert fused_why_not(one_image) is None
 
 
-def test_the_kernel_multiplies_taps_first_and_knows_where_every_block_meets_the_weight():
-    mean = [(1, None, 0.5), (2, None, 0.5)]
-    plan = MixPlan((mean, [(0, None, 1.0)], [(3, 0, 1.0)], [(4, None, 1.0)], [(0, None, 1.0)]), 5)
-    lowered = gemm.lower(plan)
-    assert lowered.taps == (0, 4)
-    assert lowered.blocks == ((0, 0, 1, False), (1, 0, 3, False), (0, 0, 4, False))
-    assert lowered.mixed_layers == (1, 2, 3)
-    assert lowered.mixed == MixPlan((((0, None, 0.5), (1, None, 0.5)), ((2, 0, 1.0),)), 3)
-    assert gemm.operands(lowered, [0, 2], 64)[3:] == [(2, 0, 0, True), (2, 64, 2, True)]
-
-
-def test_concat_has_nothing_to_mix():
-    lowered = gemm.lower(MixPlan.concat([2, 0], 3))
-    assert lowered.mixed is None and lowered.mixed_layers == ()
+MEAN = [(1, None, 0.5), (2, None, 0.5)]
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "mixes", "expected"),
-    [(64 * 577, 4096, True, 132), (577, 4096, True, 132), (577, 4096, False, 96), (1, 8, False, 2)],
+    "plan",
+    [
+        MixPlan((MEAN, [(0, None, 1.0)], [(3, 0, 1.0)], [(4, None, 1.0)], [(0, None, 1.0)]), 5),
+        MixPlan.concat([2, 0], 3),
+        MixPlan.weighted_sum(range(5)),
+        IGVA.compact()[1],
+    ],
 )
-def test_grid(rows, columns, mixes, expected):
-    assert gemm.grid(rows, columns, mixes, 132) == gemm.grid(rows, columns, mixes, 133) == expected
+def test_every_block_is_multiplied_once_from_where_it_lies_and_taps_wait_for_nothing(plan):
+    lowered, mixed = gemm.lower(plan), [g for g, block in enumerate(plan.blocks) if not is_tap(block)]
+    operands = gemm.operands(lowered, mixed, 64)
+    assert sorted(position for _, _, position, _ in operands) == [*range(plan.num_blocks)]
+    waits = [is_mixed for *_, is_mixed in operands]
+    assert waits == sorted(waits)
+    for source, column, position, is_mixed in operands:
+        if is_mixed:
+            assert (source, column) == (len(lowered.taps), mixed.index(position) * 64)
+        else:
+            assert (lowered.taps[source], column) == (plan.blocks[position][0].layer, 0)
+    assert (lowered.mixed is None) == (not mixed)
+    if mixed:  # what the mixers compute, over the layers that they read
+        layers = torch.randn(6, 1, 2, 3).double().unbind()
+        weights = torch.rand(1, plan.num_columns).double() if plan.num_columns else None
+        rows = plain_torch.layer_mix(layers, MixPlan(tuple(plan.blocks[g] for g in mixed), 6), weights)
+        read = [layers[layer] for layer in lowered.mixed_layers]
+        assert torch.equal(plain_torch.layer_mix(read, lowered.mixed, weights), rows)
 
 
-def test_flags_cover_every_block_of_rows():
-    assert [gemm.num_flags(rows) for rows in (1, 128, 256, 64 * 577)] == [3, 3, 3, 291]
+@pytest.mark.parametrize("rows", [1, 128, 129, 577, 64 * 577])
+@pytest.mark.parametrize("columns", [8, 256, 4096])
+def test_whole_clusters_of_tiles_cover_every_row_and_column(rows, columns):
+    tiles = gemm.row_tiles(rows)
+    assert tiles % gemm.CLUSTER == 0 and (tiles - gemm.CLUSTER) * gemm.TILE_M < rows <= tiles * gemm.TILE_M
+    assert gemm.num_flags(rows) == 1 + tiles
+    slots = grad_gemm.slots(columns)
+    assert (slots - 1) * gemm.TILE_N < columns <= slots * gemm.TILE_N
+    for multiprocessors in (1, 6, 132, 133):
+        idle, busy = (gemm.grid(rows, columns, mixes, multiprocessors) for mixes in (False, True))
+        assert idle % gemm.CLUSTER == busy % gemm.CLUSTER == 0
+        assert (
+            0 < idle <= busy <= max(multiprocessors, gemm.CLUSTER)
+        )  # all of them are resident, or flags wait for ever
+        assert idle == busy or idle >= tiles * chunks(columns, gemm.TILE_N)
 
 
 def test_the_fused_gemm_is_off_until_it_is_switched_on(monkeypatch):
@@ -192,25 +199,23 @@ def test_the_weight_gradient_in_the_product_serves_what_it_can_and_says_why_not(
     assert "not contiguous" in grad_why_not(order="columns")
 
 
-def test_the_dots_of_a_block_come_column_by_column():
+def test_the_dots_of_a_block_are_its_entries_column_by_column():
     plan = MixPlan((((0, 1, 0.5), (1, 0, 2.0), (2, 1, -1.0)), ((1, 0, 3.0), (0, None, 1.0))), 3)
-    assert grad_gemm.dots(plan, 0) == [(0, 1, 0, 2.0), (0, 0, 1, 0.5), (0, 2, 1, -1.0)]
-    assert grad_gemm.dots(plan, 1) == [(0, 1, 0, 3.0)]
-
-
-def test_a_row_has_a_partial_a_tile():
-    assert [grad_gemm.slots(width) for width in (8, 256, 264, 1024, 1152)] == [1, 1, 2, 4, 5]
+    for block in plan.weighted_blocks:
+        found = grad_gemm.dots(plan, block)
+        assert [column for _, _, column, _ in found] == sorted(column for _, _, column, _ in found)
+        entries = {(0, e.layer, e.column, e.scale) for e in plan.blocks[block] if e.column is not None}
+        assert len(found) == len(entries) and {*found} == entries
 
 
 # ---- who serves a call ----
 
 
 def test_the_backend_refuses_with_a_reason():
-    backend = dispatch.get("cuda")
-    assert "CUDA tensors" in backend.why_not(torch.device("cpu"), torch.float32)
-    assert "torch.int8" in backend.why_not(torch.device("cuda"), torch.int8)
+    assert "CUDA tensors" in BACKEND.why_not(torch.device("cpu"), torch.float32)
+    assert "torch.int8" in BACKEND.why_not(torch.device("cuda"), torch.int8)
     if not torch.cuda.is_available():
-        assert backend.why_not(torch.device("cuda"), torch.float32)
+        assert BACKEND.why_not(torch.device("cuda"), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -240,9 +245,6 @@ def test_a_missing_module_says_why(monkeypatch, error, reason):
     ],
 )
 def test_driver_and_capability_are_checked(monkeypatch, versions, capability, reason):
-    import re
-    import types
-
     monkeypatch.setattr(launch, "module", lambda: types.SimpleNamespace(versions=lambda: versions))
     monkeypatch.setattr(launch.native, "build_info", lambda: {"cuda": {"archs": ["80", "90a"], "ptx": "90"}})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
@@ -257,8 +259,8 @@ def test_import_touches_no_driver_and_needs_no_module():
 import sys
 sys.modules["igva_kernels._cuda"] = None
 import torch
-from igva_kernels import registry
-assert dispatch.get("cuda").why_not(torch.device("cuda"), torch.float32)
+from igva_kernels.runtime.cuda import BACKEND
+assert BACKEND.why_not(torch.device("cuda"), torch.float32)
 assert not torch.cuda.is_initialized()
 """
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -6,40 +6,26 @@ import numpy as np
 import plain_torch
 import pytest
 import torch
-from igva_kernels.backends.triton import BACKEND, gemm, mix
-from igva_kernels.backends.triton.config import GemmConfig, of_device
-from seeds import seeded
 
 import igva_kernels as ik
-from igva_kernels import MixPlan, verify
+from igva_kernels import MixPlan
 from igva_kernels.nn import column_summaries
-from igva_kernels.ops.weighted_mix import cases
+from igva_kernels.ops.weighted_mix.program import shares
 from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs
 from igva_kernels.runtime.activations import ACTIVATIONS
+from igva_kernels.runtime.config import GemmConfig, of_device
+from igva_kernels.runtime.dense import Dense
 from igva_kernels.testing import within_rule
 
+pytest.importorskip("triton")
+
+from igva_kernels.ops.weighted_mix.triton import IMPLEMENTATION as KERNELS
+from igva_kernels.ops.weighted_mix.triton import gemm, mix
+from igva_kernels.runtime.triton import gemm as dense_gemm
+
+pytestmark = pytest.mark.interpreted
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-QUICK = {
-    "fp32": {case.name for case in cases.SMALL_CASES},
-    "bf16": {"igva, trainable tower", "several instructions an image", "gelu_tanh"},
-    "fp16": {"weighted sum + norm", "odd sizes", "mix alone"},
-}
-"""What ``make test`` judges; the interpreter is slow, and slowest in bf16."""
-
-
-def small_cases():
-    for case in cases.SMALL_CASES:
-        for dtype, quick in QUICK.items():
-            marks = [] if case.name in quick else [pytest.mark.slow]
-            yield pytest.param(case, dtype, id=f"{case.name}-{dtype}", marks=marks)
-
-
-@pytest.mark.parametrize(("case", "dtype"), [*small_cases()])
-def test_values_and_every_gradient_obey_the_error_rule(case, dtype):
-    for row in verify.judge(case, dtype, ["triton"], "cpu", seeded()):
-        assert row.ok, str(row.worst)
 
 
 def make_plan(num_layers, columns):
@@ -85,21 +71,6 @@ def test_mix_of_odd_shapes(dtype, width, index):
     check_mix((2, 5, width), make_plan(4, 2), len(index or [0, 0]), dtype, **options)
 
 
-def strided(images, tokens, width, pad_tokens, pad_width):
-    buffer = torch.randn(images, tokens + pad_tokens, width + pad_width)
-    return buffer[:, pad_tokens:, :width]
-
-
-@pytest.mark.parametrize("same", [True, False], ids=["shared strides", "strides of their own"])
-def test_layers_are_read_where_they_lie(same):
-    layers = [strided(2, 6, 32, 1 + i * (not same), 8 * (1 + i * (not same))) for i in range(5)]
-    plan = make_plan(5, 2)
-    weights = torch.randn(2, 2)
-    expected = plain_torch.layer_mix(layers, plan, weights, skip_tokens=1)
-    actual = ik.layer_mix(layers, plan, weights, skip_tokens=1, impl="triton")
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-
-
 def test_offsets_beyond_32_bits():
     """Two images 2**31 elements apart, in memory that numpy asks for and nobody fills."""
     stride = 2**31 + 16
@@ -127,22 +98,22 @@ def test_what_is_kept(index, norm):
     rows = 2 if index is None else 3
     args = MixArgs(layers, plan, torch.rand(rows, 2), index, 1)
     norm = (torch.rand(48), torch.randn(48), 1e-5) if norm else None
-    mixed = BACKEND.mix(args, torch.float32, norm, Keep.SOURCES)
+    mixed = KERNELS.mix(args, torch.float32, norm, Keep.SOURCES)
     # The sum that two blocks share is kept once, the single layers not at all.
-    (total,) = mixed.kept
+    (total,) = mixed.sums
     torch.testing.assert_close(total, (layers[1] + layers[2])[:, 1:] / 2)
     plain = plain_torch.layer_mix(layers, plan, args.mix_weights, skip_tokens=1, image_index=index)
     if norm is None:
         torch.testing.assert_close(mixed.rows, plain, rtol=1e-5, atol=1e-5)
         return
-    with_rows = BACKEND.mix(args, torch.float32, norm, Keep.ROWS)
+    with_rows = KERNELS.mix(args, torch.float32, norm, Keep.ROWS)
     for result in (mixed, with_rows):
         torch.testing.assert_close(
             result.rows, torch.nn.functional.layer_norm(plain, (48,), *norm), rtol=1e-4, atol=1e-5
         )  # fmt: skip
         torch.testing.assert_close(result.mean, plain.mean(-1), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(result.rstd, (plain.var(-1, unbiased=False) + 1e-5).rsqrt(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(with_rows.kept[0], plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(with_rows.raw_rows, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_an_image_that_does_not_exist_gives_nan_rows_and_nothing_else():
@@ -150,37 +121,25 @@ def test_an_image_that_does_not_exist_gives_nan_rows_and_nothing_else():
     plan, weights = make_plan(3, 2), torch.rand(4, 2)
     index = torch.tensor([0, -1, 2, 1])
     args = MixArgs(layers, plan, weights, index, 1)
-    rows = BACKEND.mix(args, torch.float32).rows
+    rows = KERNELS.mix(args, torch.float32).rows
     good = [0, 3]
     expected = plain_torch.layer_mix(layers, plan, weights[good], skip_tokens=1, image_index=index[good])
     torch.testing.assert_close(rows[good], expected, rtol=1e-5, atol=1e-5)
     assert rows[[1, 2]].isnan().all()
     grad = torch.randn(4, 3, 32)
-    dw = BACKEND.mix_weights_grad(
+    dw = KERNELS.mix_weights_grad(
         grad[..., 16:], (1,), args.over_sources([layers[2], torch.randn(2, 3, 16), layers[1]])
     )
     assert dw[good].isfinite().all()
     assert dw[[1, 2]].isnan().all()
     shape = LayerShape(2, 4, 16, torch.float32)
-    (grads,) = BACKEND.layer_grads(grad, [((0, None, 1.0),)], weights, index, 1, shape)
+    (grads,) = KERNELS.layer_grads(grad, shares(MixPlan.concat([0]), (True,))[0], weights, index, 1, shape)
     torch.testing.assert_close(grads[:, 1:], grad[good, :, :16])
     weight = torch.randn(8, 32)
     taps = dataclasses.replace(args, plan=MixPlan.concat([0, 1], 3))
-    y, _, _ = BACKEND.mix_linear(taps, None, weight, None, "gelu", Keep.NOTHING, False)
+    y, _, _ = KERNELS.mix_linear(taps, None, weight, None, "gelu", Keep.NOTHING, False)
     assert y.view(4, 3, 8)[[1, 2]].isnan().all()
     assert y.view(4, 3, 8)[good].isfinite().all()
-
-
-@pytest.mark.parametrize("shape", [(0, 5), (2, 1)], ids=["no rows", "no patches"])
-def test_nothing_to_do(shape):
-    layers = [torch.randn(*shape, 16) for _ in range(3)]
-    weights = torch.rand(shape[0], 2, requires_grad=True)
-    w1, w2 = torch.randn(12, 32, requires_grad=True), torch.randn(8, 12, requires_grad=True)
-    out = ik.layer_mix_mlp(layers, make_plan(3, 2), weights, w1, None, w2, None, skip_tokens=1, impl="triton")
-    assert out.shape == (shape[0], shape[1] - 1, 8)
-    out.sum().backward()
-    for leaf in (weights, w1, w2):
-        assert leaf.grad.eq(0).all()
 
 
 TILES = [
@@ -193,7 +152,7 @@ TILES = [
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.slices} slices, {'TMA' if tile.tma else 'pointers'}")
 def test_linear(tile, activation):
     x, weight, bias = torch.randn(70, 48), torch.randn(40, 48), torch.randn(40)
-    y, z = gemm.linear(x, weight, bias, activation, True, tile)
+    y, z = dense_gemm.linear(x, weight, bias, activation, True, tile)
     expected = torch.nn.functional.linear(x, weight, bias)
     if activation is not None:
         torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-4)
@@ -205,8 +164,8 @@ def test_linear(tile, activation):
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.slices} slices, {'TMA' if tile.tma else 'pointers'}")
 def test_linear_grad_input(tile, activation):
     grad, weight, z = torch.randn(70, 48), torch.randn(48, 40), torch.randn(70, 40)
-    grad_z, y, grad_bias = gemm.linear_grad_input(grad, weight, z, activation, True, True, tile)
-    expected = ACTIVATION_GRADS[activation](grad @ weight, z)
+    grad_z, y, grad_bias = dense_gemm.linear_grad_input(grad, weight, z, activation, True, True, tile)
+    expected = ACTIVATIONS[activation].backward(grad @ weight, z)
     torch.testing.assert_close(grad_z, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(y, ACTIVATIONS[activation](z), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad_bias, expected.sum(0), rtol=1e-4, atol=1e-3)
@@ -216,8 +175,8 @@ def test_linear_grad_input(tile, activation):
 def test_the_bias_gradient_is_summed_before_rounding(dtype):
     """600 rows of one sign: a sum in 16 bits, or of rounded rows, would be further from fp64 than its own rounding."""
     grad, weight, z = torch.rand(600, 48).to(dtype), torch.rand(48, 40).to(dtype), torch.rand(600, 40).to(dtype)
-    _, y, grad_bias = gemm.linear_grad_input(grad, weight, z, "gelu", False, True, TILES[0])
-    exact = ACTIVATION_GRADS["gelu"](grad.double() @ weight.double(), z.double()).sum(0)
+    _, y, grad_bias = dense_gemm.linear_grad_input(grad, weight, z, "gelu", False, True, TILES[0])
+    exact = ACTIVATIONS["gelu"].backward(grad.double() @ weight.double(), z.double()).sum(0)
     assert y is None
     assert grad_bias.dtype == dtype
     torch.testing.assert_close(grad_bias.double(), exact, rtol=max(0.51 * torch.finfo(dtype).eps, 1e-6), atol=0)
@@ -227,9 +186,9 @@ def test_activations_at_the_edges():
     z = torch.tensor([[0.0, -0.0, 1e-30, -40.0, 40.0, float("nan"), 3.0, -3.0]])
     identity = torch.eye(8)
     for activation, fn in ACTIVATIONS.items():
-        grad_z, y, _ = gemm.linear_grad_input(torch.ones(1, 8), identity, z, activation, True, False, TILES[1])
+        grad_z, y, _ = dense_gemm.linear_grad_input(torch.ones(1, 8), identity, z, activation, True, False, TILES[1])
         torch.testing.assert_close(y, fn(z), equal_nan=True, rtol=1e-5, atol=1e-6)
-        expected = ACTIVATION_GRADS[activation](torch.ones(1, 8), z)
+        expected = ACTIVATIONS[activation].backward(torch.ones(1, 8), z)
         if activation != "relu":
             torch.testing.assert_close(grad_z, expected, equal_nan=True, rtol=1e-5, atol=1e-6)
 
@@ -246,7 +205,7 @@ def test_mix_weights_grad_of_linear(tile, index):
     actual = gemm.mix_weights_grad_of_linear(grad_z, weight, plan.weighted_blocks, args, tile)
     rows = (grad_z @ weight).view(args.num_rows, 5, 120)
     rows = torch.cat([rows[..., :40], rows[..., 80:]], -1)
-    torch.testing.assert_close(actual, BACKEND.mix_weights_grad(rows, (0, 2), args), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(actual, KERNELS.mix_weights_grad(rows, (0, 2), args), rtol=1e-4, atol=1e-3)
 
 
 PROLOGUES = {
@@ -333,21 +292,9 @@ def test_fp32_products_follow_the_setting_of_torch():
     try:
         for allowed, wanted in ((True, "tf32"), (False, "ieee")):
             setting.allow_tf32 = allowed
-            assert gemm.precision(torch.float32) == wanted
+            assert dense_gemm.precision(torch.float32) == wanted
     finally:
         setting.allow_tf32 = before
-
-
-def test_vectors_may_have_strides():
-    layers, plan = [torch.randn(2, 4, 16) for _ in range(3)], make_plan(3, 2)
-    index, weights = torch.tensor([1, 7, 0, 7, 1, 7])[::2], torch.rand(2, 3).t()
-    w1, b1 = torch.randn(8, 32), torch.randn(8, 2)[:, 0]
-    norm = (torch.rand(32, 2)[:, 1], torch.randn(1).expand(32), 1e-5)
-    results = [
-        ik.layer_mix_linear(layers, plan, weights, w1, b1, norm=norm, image_index=index, activation="silu", impl=impl)
-        for impl in ("triton", "reference")
-    ]
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("params", [True, False])
@@ -356,8 +303,8 @@ def test_norm_backward(width, params):
     rows, grad = torch.randn(9, width), torch.randn(9, width)
     norm = (torch.rand(width), torch.rand(width), 1e-5) if params else (None, None, 1e-5)
     mean, rstd = rows.mean(-1), (rows.var(-1, unbiased=False) + 1e-5).rsqrt()
-    actual = BACKEND.norm_backward(grad, rows, norm, mean, rstd, params)
-    expected = Backend.norm_backward(BACKEND, grad, rows, norm, mean, rstd, params)
+    actual = KERNELS.norm_backward(grad, rows, norm, mean, rstd, params)
+    expected = Dense().norm_backward(grad, rows, norm, mean, rstd, params)
     for a, e in zip(actual, expected, strict=True):
         assert (a is None) == (e is None)
         if a is not None:
@@ -368,7 +315,7 @@ def test_gradients_of_a_norm_have_the_dtype_of_its_parameters():
     """What the fake operator promises to compiled code: the engine of eager torch would convert in silence."""
     rows, weight, bias = torch.randn(9, 64).bfloat16(), torch.rand(64).half(), torch.rand(64)
     stats = rows.float().mean(-1), rows.float().var(-1, unbiased=False).rsqrt()
-    grads = BACKEND.norm_backward(rows, rows, (weight, bias, 1e-5), *stats, True)
+    grads = KERNELS.norm_backward(rows, rows, (weight, bias, 1e-5), *stats, True)
     assert [grad.dtype for grad in grads] == [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -378,7 +325,7 @@ def test_rounding_is_to_nearest_even(dtype):
         [torch.randn(2000), torch.tensor([1.00390625, 1.01171875, 0.0, float("inf"), 3e38, float("nan")])]
     )
     args = MixArgs([layer.view(1, 1, -1)], MixPlan((((0, None, 1.0),),), 1), None, None, 0)
-    rows = BACKEND.mix(args, dtype).rows
+    rows = KERNELS.mix(args, dtype).rows
     assert torch.equal(rows.nan_to_num(7.0), layer.to(dtype).view(1, 1, -1).nan_to_num(7.0))
 
 
@@ -394,18 +341,5 @@ def test_what_the_allocator_sees_is_one_launch(has_cls, monkeypatch):
     torch.testing.assert_close(summaries, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_same_bits_again():
-    case = cases.SMALL_CASES[2]
-    runs = [case.run(case.draw(0, torch.bfloat16, "cpu"), "triton") for _ in range(2)]
-    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
-
-
 def test_the_interpreter_has_a_configuration_of_its_own():
     assert of_device(None).interpreted
-
-
-@pytest.mark.parametrize("index", [None, [1, 0, 1]])
-def test_a_layer_may_stand_in_a_block_more_often_than_there_are_layers(index):
-    plan = MixPlan((((0, None, 0.125),) * 9, ((0, 0, 0.5), (0, 1, 2.0), (0, 0, 0.5), (0, 1, 2.0))), 1)
-    options = {"image_index": None if index is None else torch.tensor(index)}
-    check_mix((2, 5, 16), plan, len(index or [0, 0]), torch.float32, **options)

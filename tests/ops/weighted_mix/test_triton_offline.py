@@ -5,18 +5,24 @@ import os
 
 import pytest
 import torch
-from igva_kernels.library import _signatures
 
 from igva_kernels import MixPlan
 from igva_kernels.nn import WeightAllocator
+from igva_kernels.ops.allocator.weights import AllocatorWeights
+from igva_kernels.ops.weighted_mix.program import shares
 from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 pytest.importorskip("triton")
 
-from igva_kernels.backends.triton import allocator, config, gemm, mix, norm
 from triton_build import SHARED_MEMORY, build, record, specialised
+
+from igva_kernels.ops.allocator import triton as allocator
+from igva_kernels.ops.weighted_mix.triton import gemm as mix_gemm
+from igva_kernels.ops.weighted_mix.triton import mix
+from igva_kernels.runtime import config
+from igva_kernels.runtime.triton import gemm, norm
 
 ARCHITECTURES = {80: "sm_80", 90: "sm_90", 100: "sm_100"}
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
@@ -50,13 +56,13 @@ GEMMS = {
     "linear_grad_input": lambda tile: gemm.linear_grad_input(
         meta(M, H), meta(H, H), meta(M, H), "gelu", True, True, tile
     ),
-    "mix_weights_grad_of_linear": lambda tile: gemm.mix_weights_grad_of_linear(
+    "mix_weights_grad_of_linear": lambda tile: mix_gemm.mix_weights_grad_of_linear(
         meta(M, H), meta(H, 2 * D), (1,), args(REDUCED), tile
     ),
-    "mix_linear": lambda tile: gemm.mix_linear(
+    "mix_linear": lambda tile: mix_gemm.mix_linear(
         args(VIP_LLAVA), meta(H, 5 * D), stat(H), "gelu", False, tile, (stat(2, T - 1), stat(2, T - 1), stat(H))
     ),
-    "mix_linear_mixed": lambda tile: gemm.mix_linear(args(REDUCED), meta(H, 2 * D), meta(H), "gelu", False, tile),
+    "mix_linear_mixed": lambda tile: mix_gemm.mix_linear(args(REDUCED), meta(H, 2 * D), meta(H), "gelu", False, tile),
 }
 
 ROWS = {
@@ -69,7 +75,7 @@ ROWS = {
         meta(2, T - 1, D), (1,), args(REDUCED), rows["mix_weights_grad"]
     ),
     "layer_grads": lambda rows: mix.layer_grads(
-        meta(2, T - 1, 2 * D), _signatures(IGVA, [True] * 24)[0], stat(2, 4), meta(2, dtype=torch.int64), 1,
+        meta(2, T - 1, 2 * D), shares(IGVA, (True,) * 24)[0], stat(2, 4), meta(2, dtype=torch.int64), 1,
         LayerShape(2, T, D, torch.bfloat16), rows["layer_grads"],
     ),
     "norm_backward": lambda rows: norm.norm_backward(
@@ -135,7 +141,7 @@ def test_one_build_serves_every_batch(monkeypatch):
         mix.mix(layers, torch.bfloat16, norm_of(2 * D), Keep.SOURCES, rows["mix"])
         mix.mix_weights_grad(meta(batch, T - 1, D), (1,), sources, rows["mix_weights_grad"])
         shape, weights = LayerShape(batch, T, D, torch.bfloat16), layers.mix_weights
-        signatures = _signatures(IGVA, [True] * 24)[0]
+        signatures = shares(IGVA, (True,) * 24)[0]
         mix.layer_grads(
             meta(batch, T - 1, 2 * D), signatures, weights, layers.image_index, 1, shape, rows["layer_grads"]
         )
@@ -144,8 +150,10 @@ def test_one_build_serves_every_batch(monkeypatch):
         )
         gemm.linear(meta(m, 2 * D), meta(H, 2 * D), meta(H), "gelu", True, tiles["linear"])
         gemm.linear_grad_input(meta(m, H), meta(H, H), meta(m, H), "gelu", True, True, tiles["linear_grad_input"])
-        gemm.mix_weights_grad_of_linear(meta(m, H), meta(H, 2 * D), (1,), sources, tiles["mix_weights_grad_of_linear"])
-        gemm.mix_linear(sources, meta(H, 2 * D), meta(H), "gelu", False, tiles["mix_linear_mixed"])
+        mix_gemm.mix_weights_grad_of_linear(
+            meta(m, H), meta(H, 2 * D), (1,), sources, tiles["mix_weights_grad_of_linear"]
+        )
+        mix_gemm.mix_linear(sources, meta(H, 2 * D), meta(H), "gelu", False, tiles["mix_linear_mixed"])
 
     builds = []
     for batch in (1, 3, 16):
