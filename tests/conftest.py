@@ -24,6 +24,7 @@ if isa := os.environ.get("IGVA_KERNELS_CPU_ISA", "").strip().lower():
     os.environ.update(zip(LIBRARY_VARIABLES, LIBRARY_ISAS[isa], strict=True))
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import cpu_kernels  # noqa: E402
 import torch  # noqa: E402  (after the variables that it reads)
 from seeds import VARIABLE, seeded  # noqa: E402
 
@@ -82,3 +83,22 @@ def _nan_in_fresh_memory(request):
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=cpu_kernels.isas())
+def isa(request):
+    """Every instruction set of this CPU, in turn."""
+    best = cpu_kernels.MODULE.isa()
+    cpu_kernels.MODULE.set_isa(request.param)
+    yield request.param
+    cpu_kernels.MODULE.set_isa(best)
+
+
+@pytest.fixture(params=[*cpu_kernels.ROUTES[:2], pytest.param(cpu_kernels.ROUTES[2], marks=cpu_kernels.needs_onednn)])
+def products(request, monkeypatch):
+    """Products by every library, whichever suits this CPU; in several blocks already at small sizes."""
+    monkeypatch.setattr(cpu_kernels.gemm, "route", cpu_kernels.routes(request.param, 16))
+    monkeypatch.setattr(cpu_kernels.backend, "SCRATCH_BYTES", 0)
+    monkeypatch.setattr(cpu_kernels.gemm, "BLOCK_ROWS", 32)
+    monkeypatch.setattr(cpu_kernels.gemm, "TILE_BYTES", 16 * 16 * 4)
+    return request.param

@@ -123,7 +123,7 @@ def _implementation(operator: Operator, name: str) -> Any:
 
 
 def case_of(operator: str, name: str) -> Case:
-    """A case by its name."""
+    """One case of an operator."""
     return next(case for case in registry.operators()[operator].cases() if case.name == name)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-import igva_kernels as ik
 from igva_kernels import MixPlan
 from igva_kernels.nn import WeightAllocator
 from igva_kernels.ops.weighted_mix.program import lower
@@ -70,38 +69,7 @@ def draw(dtype):
 
 
 OUTPUTS = {"layer_mix": ROW, "layer_mix_linear": HIDDEN, "layer_mix_mlp": OUT}
-_OF_THE_MIX = ["layer0", "layer1", "layer2", "mix_weights", "image_index"]
 _OF_LINEAR = ["weight1", "bias1", "norm_weight", "norm_bias"]
-ARGUMENTS = {
-    "layer_mix": _OF_THE_MIX,
-    "layer_mix_linear": _OF_THE_MIX + _OF_LINEAR,
-    "layer_mix_mlp": [*_OF_THE_MIX, *_OF_LINEAR, "weight2", "bias2"],
-}
-PUBLIC = [(name, argument) for name in OUTPUTS for argument in [*ARGUMENTS[name], f"grad of {name}"]]
-
-
-def run_public(name, tensors, impl):
-    """The output of a public operator and the gradient of every tensor that it takes."""
-    leaves = {n: tensors[n].detach() for n in ARGUMENTS[name]}
-    leaves = {n: x.requires_grad_() if x.is_floating_point() else x for n, x in leaves.items()}
-    args = [leaves[n] for n in ("weight1", "bias1", "weight2", "bias2") if n in leaves]
-    options = {"skip_tokens": SKIP, "image_index": leaves["image_index"], "impl": impl}
-    if args:
-        options |= {"activation": "gelu", "norm": (leaves["norm_weight"], leaves["norm_bias"], EPS)}
-    states = [leaves[f"layer{i}"] for i in range(3)]
-    out = getattr(ik, name)(states, PLAN, leaves["mix_weights"], *args, **options)
-    wanted = [x for x in leaves.values() if x.requires_grad]
-    return [out, *torch.autograd.grad(out, wanted, tensors[f"grad of {name}"])]
-
-
-def check_public(name, argument, layout, dtype, impl):
-    """Values and gradients with one argument in another layout, beside the reference on dense copies in fp64."""
-    tensors = draw(dtype)
-    tensors[argument] = LAYOUTS[layout](tensors[argument])
-    dense = {n: x.contiguous().double() if x.is_floating_point() else x.contiguous() for n, x in tensors.items()}
-    tolerance = 1e-4 if dtype == torch.float32 else 0.1
-    for actual, expected in zip(run_public(name, tensors, impl), run_public(name, dense, "reference"), strict=True):
-        torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def _kept(keep, tensors, impl):

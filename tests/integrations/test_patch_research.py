@@ -15,10 +15,10 @@ from igva_kernels.nn import WeightAllocator, negative_entropy
 pytest.importorskip("transformers")
 
 from hosts import gradients
+from recording import Dispatched
 from research_hosts import IGVA, TGIF, DenseConnector, LayerSelectFuse, LLaVA, inputs, make
 from threads import in_threads
 from tiny import EMBED, FUSED, VISION
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
 from igva_kernels.testing import relative_error
@@ -55,18 +55,6 @@ def sentences(name):
     return name == "IGVA"
 
 
-class Calls(TorchDispatchMode):
-    """Which operators ran."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("name", HOSTS)
 def test_a_patched_model_has_the_same_answers_gradients_and_greedy_tokens(name):
     model = host(name).train()
@@ -79,7 +67,7 @@ def test_a_patched_model_has_the_same_answers_gradients_and_greedy_tokens(name):
     prompt["input_ids"] = prompt["input_ids"][:, :7]
     prompt["inputs"] = prompt.pop("input_ids")
     tokens = model.generate(**prompt, max_new_tokens=6, do_sample=False)
-    with ik.patch(model), Calls() as calls:
+    with ik.patch(model), Dispatched() as calls:
         assert list(model.state_dict()) == keys
         close(model(**batch).logits, logits)
         assert torch.equal(model.generate(**prompt, max_new_tokens=6, do_sample=False), tokens)
@@ -139,7 +127,7 @@ def test_patching_twice_is_an_error_and_other_models_stay_as_they_are(name):
         with pytest.raises(ValueError, match="patched already"):
             ik.patch(model)
         assert "encode_images" not in vars(other)
-        with Calls() as calls:
+        with Dispatched() as calls:
             other(**inputs((1, 1), sentences=sentences(name)))
     assert not any("igva_kernels" in call for call in calls.names)
 
@@ -147,9 +135,9 @@ def test_patching_twice_is_an_error_and_other_models_stay_as_they_are(name):
 def test_igva_keeps_no_state_beside_its_sources():
     """The 5 states of the tiny tower become 3, and no stack of them is made."""
     model, batch = host("IGVA"), inputs((1, 1), sentences=True)
-    with Calls() as plain, torch.no_grad():
+    with Dispatched() as plain, torch.no_grad():
         model.encode_images(batch["images"], batch["sentence_embeds"])
-    with ik.patch(model), Calls() as fused, torch.no_grad():
+    with ik.patch(model), Dispatched() as fused, torch.no_grad():
         model.encode_images(batch["images"], batch["sentence_embeds"])
     assert plain.names.count("aten::stack") + plain.names.count("aten::mean.dim") > 0
     assert fused.names.count("aten::stack") == 0
@@ -212,7 +200,7 @@ def test_tgif_returns_its_weights_and_does_not_stack_the_layers():
     model = host("TGIF")
     images, text = torch.randn(2, 3, 28, 28), torch.randn(2, 32)
     tokens, weights = model.encode_images(images, text)
-    with ik.patch(model), Calls() as calls:
+    with ik.patch(model), Dispatched() as calls:
         fused_tokens, fused_weights = model.encode_images(images, text)
     close(fused_tokens, tokens)
     close(fused_weights, weights)

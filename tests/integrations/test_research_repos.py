@@ -246,8 +246,8 @@ def _expanded(ids, mask, token):
 def compare(name, folder):
     """Largest differences of the patched model, in outputs and gradients, as fractions of the largest number."""
     import torch
+    from recording import Dispatched
     from research_hosts import inputs
-    from test_patch_research import Calls
     from tiny import EMBED, VISION
 
     import igva_kernels as ik
@@ -288,7 +288,7 @@ def compare(name, folder):
     keys = list(model.state_dict())
     before = {path: dict(vars(module)) for path, module in model.named_modules()}
     handle = ik.patch(model, **options)
-    with Calls() as calls:
+    with Dispatched() as calls:
         results, patched_grads = run({"sentence_embeds": torch.randn(2, EMBED)} if attach else {})
     if attach:  # the part that LLaVA's own weight became; what is new has gradients of its own
         first = patched_grads["model.mm_projector.0.weight"]

@@ -8,10 +8,10 @@ import torch
 
 pytest.importorskip("transformers")
 
+from recording import Dispatched
 from threads import in_threads
 from tiny import EMBED, FUSED, IMAGE, PATCHES, batch, igva_config, igva_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoProcessor, CLIPImageProcessor, PreTrainedTokenizerFast
 
 from igva_kernels import MixPlan
@@ -215,19 +215,6 @@ def test_the_processor_survives_saving(tmp_path):
 # ---- streaming and the cache ----
 
 
-class LayersRead(TorchDispatchMode):
-    """How many layers each fused connector is given."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name() == "igva_kernels::projector":
-            self.counts.append(len(args[0]))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
 def test_a_frozen_tower_is_streamed_unless_it_is_switched_off(tower, training):
@@ -235,9 +222,9 @@ def test_a_frozen_tower_is_streamed_unless_it_is_switched_off(tower, training):
     results = []
     for streams, layers in ((True, 3), (False, 4)):  # the base and two sums, or the four layers that the plan reads
         model.config.stream_hidden_states = streams
-        with LayersRead() as read:
+        with Dispatched() as ran:
             out = model(**inputs)
-        assert read.counts == [layers]
+        assert [len(args[0]) for func, args in ran.calls if "projector" in func.name()] == [layers]
         out.loss.backward()
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         results.append((out.loss.detach(), out.logits.detach(), grads))

@@ -7,10 +7,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from igva_kernels.backends.triton import config, cost, tune
+
+from igva_kernels import registry
+from igva_kernels.ops.weighted_mix import MixPlan
+from igva_kernels.runtime import config
+from igva_kernels.runtime.backend import Backend
+
+pytest.importorskip("triton")
+
 from triton.runtime.errors import OutOfResources
 
-from igva_kernels.ops.weighted_mix import MixPlan
+from igva_kernels import tune
+from igva_kernels.ops.weighted_mix.triton import cost, tuning
+from igva_kernels.runtime.triton import cost as dense_cost
+
+pytestmark = pytest.mark.interpreted
 
 
 @pytest.fixture
@@ -26,9 +37,12 @@ def card(monkeypatch, tmp_path):
     }
     for name, fact in facts.items():
         monkeypatch.setattr(torch.cuda, name, fact)
-    small = {"DEVICE": "cpu", "PATCHES": 4, "WIDTH": 32, "HIDDEN": 32, "BATCHES": (1, 2), "ROWS": tune.ROWS[:2]}
-    for name, value in small.items():
-        monkeypatch.setattr(tune, name, value)
+    for module, small in (
+        (tune, {"DEVICE": "cpu", "BATCHES": (1, 2), "ROWS": tune.ROWS[:2]}),
+        (tuning, {"DEVICE": "cpu", "PATCHES": 4, "WIDTH": 32, "HIDDEN": 32}),
+    ):
+        for name, value in small.items():
+            monkeypatch.setattr(module, name, value)
     yield tmp_path
     config.of_device.cache_clear()
 
@@ -66,19 +80,18 @@ def test_a_tuned_card_uses_its_file(card, timed):
 
 
 def test_auto_takes_the_backend_that_was_faster_on_this_card(card, timed, monkeypatch):
-    class Other(tune.TritonBackend):
-        name = "cuda"
-
-    def time_us(job):
-        backend = getattr(job.func, "__self__", None)
-        return 6.0 if backend is None else {"triton": 7.0, "cuda": 5.0}[backend.name]
-
-    monkeypatch.setattr(tune, "BACKENDS", (tune.TritonBackend(), Other()))
-    monkeypatch.setattr(tune, "time_us", time_us)
+    times = {"slow": 7.0, "fast": 5.0}
+    made_up = {name: Backend(name, rank, ("cuda", "cpu"), lambda *_: None) for rank, name in enumerate(times)}
+    named = {name: SimpleNamespace(name=name, why_not=lambda *_: None) for name in times}
+    weighted_mix = registry.operators()["weighted_mix"]
+    monkeypatch.setattr(registry, "all_backends", lambda: made_up)
+    monkeypatch.setattr(tune, "all_backends", lambda: made_up)
+    monkeypatch.setattr(weighted_mix, "implementation", named.get)
+    monkeypatch.setattr(tune, "block", lambda implementation, batch: implementation.name)
+    monkeypatch.setattr(tune, "time_us", lambda job: times.get(job, 6.0) if isinstance(job, str) else 6.0)
     _, tuned = tune.tune()
-    assert tuned.backends == ("cuda", "triton")
-    monkeypatch.setattr(dispatch, "get", lambda name: SimpleNamespace(why_not=lambda *_: None))
-    assert dispatch.select("auto", torch.device("cuda", 0), torch.bfloat16) == "cuda"
+    assert tuned.backends == ("fast", "slow")
+    assert weighted_mix.select("auto", torch.device("cuda", 0), torch.bfloat16, ()) == "fast"
 
 
 def test_a_write_that_breaks_off_leaves_the_earlier_file(card, timed, monkeypatch):
@@ -96,8 +109,16 @@ def test_a_write_that_breaks_off_leaves_the_earlier_file(card, timed, monkeypatc
     assert path.read_text() == earlier
 
 
-@pytest.mark.parametrize("text", ["", "{}", config.shipped("sm_90").to_json().replace("layer_grads", "other")])
-def test_a_file_of_another_version_is_named(card, text):
+def test_a_kernel_that_was_written_later_takes_the_shipped_tiles(card):
+    shipped = config.shipped("sm_90")
+    rows = {name: row for name, row in shipped.rows.items() if name != "layer_grads"}
+    (card / "Made_up_Card_1.json").write_text(replace(shipped, status="measured", rows=rows).to_json())
+    assert config.of_device(0).status == "measured"
+    assert config.of_device(0).rows["layer_grads"] == shipped.rows["layer_grads"]
+
+
+@pytest.mark.parametrize("text", ["", "{}", config.shipped("sm_90").to_json().replace("num_warps", "other")])
+def test_a_file_that_cannot_be_read_is_named(card, text):
     (card / "Made_up_Card_1.json").write_text(text)
     with pytest.raises(ValueError, match=r"Made_up_Card_1.json: .* `igva-kernels tune`"):
         config.of_device(0)
@@ -120,13 +141,13 @@ def test_choices_follow_the_rates():
     fast, slow = with_efficiency(0.97), with_efficiency(0.5)
     taps, reduced = MixPlan.concat(range(5), 5), MixPlan.igva().reduced()[1]
     for model, fused in ((fast, True), (slow, False)):
-        assert (cost.linear(model, rows, 4096, 2048, dtype, True) is not None) == fused
-        assert (cost.linear_grad_input(model, rows, 4096, 4096, dtype, True, True) is not None) == fused
+        assert (dense_cost.linear(model, rows, 4096, 2048, dtype, True) is not None) == fused
+        assert (dense_cost.linear_grad_input(model, rows, 4096, 4096, dtype, True, True) is not None) == fused
         assert (cost.mix_weights_grad_of_linear(model, rows, 1024, 4096, dtype) is not None) == fused
         assert (cost.mix_linear(model, taps, 1024, rows, 4096, dtype, True, False) is not None) == fused
     # A product without an activation is cuBLAS's, fp32 too, and a GEMM over 24 layers nobody's.
-    assert cost.linear(fast, rows, 4096, 2048, dtype, False) is None
-    assert cost.linear(fast, rows, 4096, 2048, torch.float32, True) is None
+    assert dense_cost.linear(fast, rows, 4096, 2048, dtype, False) is None
+    assert dense_cost.linear(fast, rows, 4096, 2048, torch.float32, True) is None
     assert cost.mix_linear(fast, MixPlan.igva(), 1024, rows, 4096, dtype, True, False) is None
     # Layers that every column of tiles reads again pay where there are few columns.
     assert cost.mix_linear(fast, reduced, 1024, rows, 4096, dtype, True, False) is None

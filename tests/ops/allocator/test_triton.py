@@ -3,9 +3,10 @@
 import copy
 
 import pytest
+import strides
 import torch
+from recording import Dispatched
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from igva_kernels.nn import WeightAllocator
 from igva_kernels.testing import within_rule
@@ -85,6 +86,11 @@ def test_tensors_lie_as_they_like():
         return module
 
     check(transposed, lambda: (torch.randn(20, 3).mT, torch.randn(4, 3, 24).transpose(0, 1)))
+
+
+@pytest.mark.parametrize("layout", ["column of a matrix", "expanded"])
+def test_the_registered_operator_gives_what_it_gives_for_a_dense_copy(layout):
+    strides.check_registered_at_once("allocate", strides.allocate_call("triton"), layout)
 
 
 def test_an_ffn_of_another_width():
@@ -212,17 +218,10 @@ def test_it_compiles_without_a_graph_break():
 
 
 def test_a_dispatch_mode_sees_it():
-    seen = []
-
-    class Spy(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append(func.name())
-            return func(*args, **(kwargs or {}))
-
     module, inputs = make(), draw(1)
-    with Spy():
+    with Dispatched() as seen:
         module(*inputs)
-    assert seen == ["igva_kernels::allocate"]
+    assert seen.ours == ["allocate"]
 
 
 def test_a_gradient_is_refused_by_name():

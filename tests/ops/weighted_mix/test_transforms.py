@@ -6,10 +6,10 @@ import torch
 from block import IGVA as PLAN
 from block import NAMES
 from block import named as make
+from recording import Dispatched
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import igva_kernels as ik
 from igva_kernels import MixPlan
@@ -111,11 +111,7 @@ def test_the_operators_themselves_lose_no_tangent(impl):
         with pytest.raises(NotImplementedError):
             transform()
 
-    class Mode(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            return func(*args, **(kwargs or {}))
-
-    with Mode():
+    with Dispatched():
         with pytest.raises(NotImplementedError, match="forward-mode AD"):
             tangent_of(operator, value, value)
         with forward_ad.dual_level():
