@@ -81,7 +81,7 @@ SANITIZE = LD_PRELOAD="$$(ldd $(SANITIZED)/igva_kernels/_native*.so | grep -oE '
 
 sanitize: .venv-test/installed $(SANITIZED)/installed
 	$(RUN) "random calls, sanitized" -- env $(SANITIZE) $(TEST)/python tests/helpers/fuzz_cpu.py --calls 10000 --processes 2
-	$(RUN) "CPU tests, sanitized" -- env $(SANITIZE) $(TEST)/pytest $(PARALLEL) -o pythonpath= --capture=sys \
+	$(RUN) "CPU tests, sanitized" -- env $(SANITIZE) $(TEST)/pytest $(PARALLEL) -o pythonpath=tests/helpers --capture=sys \
 		-m "not plain_memory and not slow" $(CPU_KERNEL_TESTS) tests/ops/weighted_mix/test_strides.py
 
 $(SANITIZED)/installed: $(BUILD) $(PYTHON_FILES) .venv-test/installed

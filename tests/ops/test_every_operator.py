@@ -1,21 +1,22 @@
 """What holds for every implementation of every operator: the error rule, the same bits again, any strides, and torch's
 own checks of what is registered."""
 
-from functools import partial
-
 import harness
 import pytest
 import strides
 import torch
-from recording import Dispatched
+from recording import registered_calls
 from seeds import seeded
-from torch.overrides import TorchFunctionMode
 from torch.testing._internal.optests.generate_tests import OpCheckError
 from torch.utils._pytree import tree_map_only
 
+from igva_kernels import registry
 from igva_kernels.registry import REFERENCE
-from igva_kernels.runtime.torch_op import NAMESPACE
 from igva_kernels.verify import DTYPES
+
+
+def test_a_kernel_backend_runs_here():
+    assert [*harness.subjects(device="cpu")], [tuple(status) for status in registry.backends()]
 
 
 @pytest.mark.parametrize(("subject", "case", "dtype"), harness.calls())
@@ -54,30 +55,17 @@ def test_any_strides_give_what_a_dense_copy_gives(subject, case, dtype, layout):
         torch.testing.assert_close(results[name], value, **close, msg=lambda m, n=name: f"{n}: {m}")
 
 
-class Called(TorchFunctionMode):
-    """Records the calls of this package's registered operators, with the tensors that autograd sees."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = {}
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if str(getattr(func, "_qualified_op_name", "")).startswith(f"{NAMESPACE}::"):
-            self.calls[func.default.name()] = (func.default, args)
-        return func(*args, **(kwargs or {}))
+@pytest.mark.parametrize("layout", strides.LAYOUTS)
+@pytest.mark.parametrize(("subject", "case", "dtype"), harness.calls(device="cpu", dtypes=("fp32",), few=2))
+def test_any_argument_of_a_registered_operator_may_have_any_strides(subject, case, dtype, layout):
+    for operator, args in registered_calls(case, subject.impl, seeded(), detached=True).items():
+        strides.check(operator, args, layout, at_once=harness.INTERPRETED)
 
 
 @pytest.mark.plain_memory
 @pytest.mark.parametrize(("subject", "case", "dtype"), harness.calls(device="cpu", dtypes=("fp32",), few=1))
 def test_opcheck_passes_for_every_operator_that_a_call_runs(subject, case, dtype):
-    with Called() as called, Dispatched() as dispatched:
-        results = case.run(case.draw(seeded(), DTYPES[dtype], subject.device), subject.impl)
-    detach = partial(tree_map_only, torch.Tensor, torch.Tensor.detach)
-    ran = {func.name(): (func, detach(args)) for func, args in dispatched.calls}
-    assert called.calls, "what is not registered, no profiler or compiler sees"
-    assert called.calls.keys() <= ran.keys(), "a dispatch mode must see it in eager too"
-    assert len(ran) > len(called.calls) or len(results) == 1
-    for operator, args in (ran | called.calls).values():
+    for operator, args in registered_calls(case, subject.impl, seeded()).items():
         try:
             torch.library.opcheck(operator, args)
         except OpCheckError as error:

@@ -97,26 +97,16 @@ def test_linear_and_its_gradient_obey_the_error_rule(isa, activation, dtype, pro
 
 
 def plain_grad(grad, activation):
-    z = torch.ones_like(grad).requires_grad_()
-    (z.clone() if activation is None else ACTIVATIONS[activation](z)).backward(grad)
-    return z.grad
+    return grad if activation is None else ACTIVATIONS[activation].backward(grad, torch.ones_like(grad))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("transposed", ["neither", "a", "b"])
-def test_matmul_takes_transposed_views(dtype, transposed, products):
-    for judge in within_rule(dtype):
-        a = (torch.randn(45, 35).t() if transposed == "a" else torch.randn(35, 45)).to(dtype)
-        b = (torch.randn(29, 45).t() if transposed == "b" else torch.randn(45, 29)).to(dtype)
-        judge.add(CPU.matmul(a, b), a.double() @ b.double(), a @ b)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_matmul_takes_slices_of_a_matrix(dtype, products):
+def test_matmul_takes_transposed_views_and_slices(dtype, products):
     for judge in within_rule(dtype):
         a, b = torch.randn(35, 45).to(dtype), torch.randn(45, 60).to(dtype)
-        for i, part in enumerate((b[:, 20:50], b.t().contiguous()[20:50].t(), b[:, ::2])):
-            judge.add(CPU.matmul(a, part), a.double() @ part.double(), a @ part, f"slice {i}")
+        parts = (b, b.t().contiguous().t(), b[:, 20:50], b.t().contiguous()[20:50].t(), b[:, ::2])
+        for left, (i, right) in product((a, a.t().contiguous().t()), enumerate(parts)):
+            judge.add(CPU.matmul(left, right), left.double() @ right.double(), left @ right, f"b {i}, {left.stride()}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

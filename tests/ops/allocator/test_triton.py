@@ -77,20 +77,9 @@ def test_large_weights_do_not_overflow_the_softmax():
     check(large, lambda: draw(3))
 
 
-def test_tensors_lie_as_they_like():
-    def transposed():
-        module = make()
-        for name in ("sentence_proj", "cls_proj"):
-            linear = getattr(module, name)
-            linear.weight.data = linear.weight.data.mT.contiguous().mT
-        return module
-
-    check(transposed, lambda: (torch.randn(20, 3).mT, torch.randn(4, 3, 24).transpose(0, 1)))
-
-
 @pytest.mark.parametrize("layout", ["column of a matrix", "expanded"])
 def test_the_registered_operator_gives_what_it_gives_for_a_dense_copy(layout):
-    strides.check_registered_at_once("allocate", strides.allocate_call("triton"), layout)
+    strides.check(OPS.allocate, arguments(make(), *draw(2)), layout, at_once=True)
 
 
 def test_an_ffn_of_another_width():

@@ -9,6 +9,7 @@ import pytest
 import strides
 import torch
 from cuda_tools import emulated_module, include
+from recording import registered_calls
 from seeds import seeded
 
 import igva_kernels as ik
@@ -53,16 +54,15 @@ def judge(case, dtype):
     harness.assert_right(case, dtype, "cuda", "cpu", seeded())
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("case", [c for c in cases.SMALL_CASES if c.name in QUICK], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        pytest.param(c, d, id=f"{c.name}-{d}", marks=[] if c.name in QUICK and d != "fp16" else [pytest.mark.slow])
+        for c in cases.SMALL_CASES
+        for d in verify.DTYPES
+    ],
+)
 def test_values_and_every_gradient_obey_the_error_rule(case, dtype):
-    judge(case, dtype)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", verify.DTYPES)
-@pytest.mark.parametrize("case", cases.SMALL_CASES, ids=lambda case: case.name)
-def test_every_small_case_obeys_the_error_rule(case, dtype):
     judge(case, dtype)
 
 
@@ -86,16 +86,6 @@ def test_layers_of_fp32_are_rounded_once_to_the_weights_dtype(rows):
     out = ik.layer_mix_linear(states, plan, weights, weight, impl="cuda")
     exact = ik.layer_mix([state.double() for state in states], plan, weights, impl="reference")
     torch.testing.assert_close(out.double(), exact, rtol=0.6 * torch.finfo(dtype).eps, atol=1e-6)
-
-
-def test_strides_offsets_and_a_none_layer():
-    wide = torch.randn(3, 8, 40)
-    states = [wide[:2, 1:7, 8:24], None, torch.randn(6, 2, 16).transpose(0, 1)]
-    plan = MixPlan((((0, 0, 0.5), (2, 0, 0.5)), ((2, None, 1.0),)), 3)
-    for weights in (torch.rand(2, 1), torch.rand(1, 1)):
-        args = (states, plan, weights)
-        actual = ik.layer_mix(*args, skip_tokens=2, impl="cuda")
-        torch.testing.assert_close(actual, ik.layer_mix(*args, skip_tokens=2, impl="reference"))
 
 
 def test_a_layer_may_stand_in_a_block_more_often_than_there_are_layers():
@@ -123,10 +113,15 @@ def test_what_a_plan_names_must_have_been_handed_in():
             torch.ops.igva_kernels.layer_mix(states, None, None, plan.code, 0, "nothing", "cuda")
 
 
-@pytest.mark.parametrize("layout", ["column of a matrix", "expanded", "two last swapped"])
-@pytest.mark.parametrize("name", strides.REGISTERED)
-def test_a_registered_operator_gives_what_it_gives_for_a_dense_copy(name, layout):
-    strides.check_registered_at_once(name, strides.registered_calls("cuda")[name], layout)
+STRIDED = Case("strided", "layer_mix_mlp", MixPlan.igva(4, 2), 3, 5, 8, 12, image_index=(2, 0, 2, 1),
+               activation="gelu", norm_eps=1e-5, trainable_tower=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["column of a matrix", "expanded", "two last swapped", "slice"])
+@pytest.mark.parametrize("case", [STRIDED, replace(STRIDED, op="layer_mix", hidden=0, norm_eps=None)])
+def test_a_registered_operator_gives_what_it_gives_for_a_dense_copy(case, layout):
+    for operator, args in registered_calls(case, "cuda", seeded(), detached=True).items():
+        strides.check(operator, args, layout, at_once=True)
 
 
 @pytest.mark.parametrize("norm", [None, (None, None, 1e-5)])

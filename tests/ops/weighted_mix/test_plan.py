@@ -167,23 +167,3 @@ def test_a_single_layer_stays_a_tap_and_its_scale_moves_out():
     sources, plan = MixPlan((((3, 0, 0.5), (4, 1, 0.25)),)).reduced()
     assert sources.blocks == taps(3, 4)
     assert plan.blocks == ((Entry(0, 0, 0.5), Entry(1, 1, 0.25)),)
-
-
-@pytest.mark.parametrize(
-    "plan",
-    [
-        MixPlan.igva(6, 2),
-        MixPlan.igva_uniform(6, 3),
-        MixPlan.concat([1, 1, 5], num_states=7),
-        MixPlan.weighted_sum(range(1, 7), residual=2, num_states=7),
-        MixPlan(((((0, 0, 0.5), (1, 0, 0.25), (2, None, 2.0), (3, 1, 1.0))), (((2, 1, -1.0),))), 7),
-    ],
-)
-def test_the_reduced_plan_over_its_sources_is_the_plan(plan):
-    states = [torch.randn(2, 3, 4, dtype=torch.float64) for _ in range(7)]
-    weights = torch.randn(2, plan.num_columns, dtype=torch.float64) if plan.num_columns else None
-    sources, reduced = plan.reduced()
-    sums = [plain_torch.layer_mix(states, MixPlan((block,))) for block in sources.blocks]
-    torch.testing.assert_close(
-        plain_torch.layer_mix(sums, reduced, weights), plain_torch.layer_mix(states, plan, weights)
-    )

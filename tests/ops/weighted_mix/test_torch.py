@@ -18,6 +18,21 @@ from igva_kernels.testing import relative_error, within_rule
 make = partial(block.make, grad=True)
 
 
+@pytest.fixture
+def impl(quick_impl):
+    """What torch does around a call does not depend on the kernels: no interpreter."""
+    return quick_impl
+
+
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_passes_where_the_mixed_row_is_kept(impl, dtype):
+    plan = MixPlan.igva_uniform(6, 3).compact()[1]
+    states, _, (w1, b1, w2, b2) = make(dtype=dtype, layers_grad=True)
+    args = (states[1:], None, None, w1, b1, None, None, w2, b2, plan.code, 1, 1e-5, "gelu", "rows", True, impl)
+    torch.library.opcheck(torch.ops.igva_kernels.projector.default, args)
+
+
 def test_a_second_derivative_is_refused_by_name(impl):
     states, weights, params = make()
     out = ik.layer_mix_mlp(states, IGVA, weights, *params, impl=impl).sum()

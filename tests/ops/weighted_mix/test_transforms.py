@@ -19,6 +19,12 @@ IMPLS = ["reference", "auto"]
 OPS = torch.ops.igva_kernels
 
 
+@pytest.fixture
+def impl(quick_impl):
+    """What torch does around a call does not depend on the kernels: no interpreter."""
+    return quick_impl
+
+
 def mlp(layers, mix_weights, weight1, bias1, weight2, bias2, norm_weight, norm_bias, **options):
     norm = (norm_weight, norm_bias, 1e-5)
     return ik.layer_mix_mlp(layers, PLAN, mix_weights, weight1, bias1, weight2, bias2, norm=norm, **options)

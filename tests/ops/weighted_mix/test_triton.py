@@ -2,14 +2,17 @@
 
 import dataclasses
 
+import harness
 import numpy as np
 import plain_torch
 import pytest
 import torch
+from seeds import seeded
 
 import igva_kernels as ik
-from igva_kernels import MixPlan
+from igva_kernels import MixPlan, verify
 from igva_kernels.nn import column_summaries
+from igva_kernels.ops.weighted_mix.cases import Case
 from igva_kernels.ops.weighted_mix.program import shares
 from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs
 from igva_kernels.runtime.activations import ACTIVATIONS
@@ -35,40 +38,17 @@ def make_plan(num_layers, columns):
     return MixPlan((((num_layers - 1, None, 1.0),), tuple(mixed)), num_layers)
 
 
-def run_mix(layers, plan, weights, grad, impl, dtype, **options):
-    layers = [layer.detach().to(dtype).as_strided(layer.shape, layer.stride()).requires_grad_() for layer in layers]
-    weights = weights.detach().to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
-    out = ik.layer_mix(layers, plan, weights, impl=impl, **options)
-    grads = torch.autograd.grad(out, [weights, *layers], grad.to(dtype), allow_unused=True)
-    return [out, *(g for g in grads if g is not None)]
-
-
-def check_mix(shape, plan, rows, dtype, **options):
-    """The rule on the mix of layers ``[I, T, D]`` and on its gradients."""
-    for judge in within_rule(dtype):
-        layers = [torch.randn(shape) for _ in range(plan.num_states)]
-        rounded = [layer.to(dtype).double() for layer in layers]
-        tokens = shape[1] - options.get("skip_tokens", 0)
-        grad = torch.randn(rows, tokens, plan.num_blocks * shape[2]).to(dtype)
-        weights = torch.randn(rows, plan.num_columns)
-        oracle = run_mix(rounded, plan, weights.double(), grad, "reference", torch.float64, **options)
-        plain = run_mix(rounded, plan, weights, grad, "reference", dtype, **options)
-        actual = run_mix(layers, plan, weights, grad, "triton", dtype, **options)
-        for i, results in enumerate(zip(actual, oracle, plain, strict=True)):
-            judge.add(*results, f"result {i}", rounded_once=i == 0)
-
-
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 7, 8, 9, 15, 16, 17, 25, 28, 32, 33, 49])
 def test_mix_of_1_to_49_layers_and_1_to_8_columns(num_layers):
     plan = make_plan(num_layers, min(num_layers, 1 + num_layers % 8))
-    check_mix((1, 4, 24), plan, 1, torch.float32, skip_tokens=1)
+    harness.assert_right(Case("", "layer_mix", plan, 1, 4, 24, trainable_tower=True), "fp32", "triton", "cpu", seeded())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("width", "index"), [(1, None), (7, [1, 1, 0]), (64, None), (136, [1, 1, 0]), (1280, None)])
+@pytest.mark.parametrize("dtype", verify.DTYPES)
+@pytest.mark.parametrize(("width", "index"), [(1, None), (7, (1, 1, 0)), (64, None), (136, (1, 1, 0)), (1280, None)])
 def test_mix_of_odd_shapes(dtype, width, index):
-    options = {"skip_tokens": 2, "image_index": None if index is None else torch.tensor(index)}
-    check_mix((2, 5, width), make_plan(4, 2), len(index or [0, 0]), dtype, **options)
+    case = Case("", "layer_mix", make_plan(4, 2), 2, 5, width, skip=2, image_index=index, trainable_tower=True)
+    harness.assert_right(case, dtype, "triton", "cpu", seeded())
 
 
 def test_offsets_beyond_32_bits():
