@@ -122,11 +122,6 @@ def _implementation(operator: Operator, name: str) -> Any:
         return None
 
 
-def case_of(operator: str, name: str) -> Case:
-    """One case of an operator."""
-    return next(case for case in registry.operators()[operator].cases() if case.name == name)
-
-
 def assert_right(case: Case, dtype: str, impl: str, device: str, seed: int) -> None:
     """The error rule, for an output and all its gradients."""
     for row in verify.judge(case, dtype, [impl], device, seed):

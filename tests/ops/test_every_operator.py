@@ -34,7 +34,7 @@ def test_plain_torch_keeps_its_own_rule(case):
     harness.assert_right(case, "bf16", REFERENCE, "cpu", seeded())
 
 
-@pytest.mark.parametrize(("subject", "case", "dtype"), harness.calls(dtypes=("bf16",), few=2))
+@pytest.mark.parametrize(("subject", "case", "dtype"), harness.calls(dtypes=("bf16",), few=1))
 def test_reruns_are_bit_identical(subject, case, dtype):
     inputs = case.draw(seeded(), DTYPES[dtype], subject.device)
     first, again = (case.run(inputs, subject.impl) for _ in range(2))
@@ -56,7 +56,7 @@ def test_any_strides_give_what_a_dense_copy_gives(subject, case, dtype, layout):
 
 
 @pytest.mark.parametrize("layout", strides.LAYOUTS)
-@pytest.mark.parametrize(("subject", "case", "dtype"), harness.calls(device="cpu", dtypes=("fp32",), few=2))
+@pytest.mark.parametrize(("subject", "case", "dtype"), harness.calls(device="cpu", dtypes=("fp32",), few=1))
 def test_any_argument_of_a_registered_operator_may_have_any_strides(subject, case, dtype, layout):
     for operator, args in registered_calls(case, subject.impl, seeded(), detached=True).items():
         strides.check(operator, args, layout, at_once=harness.INTERPRETED)

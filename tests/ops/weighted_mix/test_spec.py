@@ -45,8 +45,7 @@ def test_the_mix_is_the_sum_over_its_entries(name, skip, image_index):
 
 def test_the_block_is_igva_as_its_authors_compute_it():
     """Group means by stack and mean, times w, summed, behind the penultimate layer; Linear, GELU, Linear."""
-    dtype = torch.float32
-    states = [torch.randn(2, 10, 8, dtype=dtype) for _ in range(25)]
+    states = [torch.randn(2, 10, 8) for _ in range(25)]
     weights = torch.randn(2, 4).softmax(-1)
     w1, b1, w2, b2 = torch.randn(12, 16), torch.randn(12), torch.randn(12, 12), torch.randn(12)
     groups = [torch.stack(states[1 + 6 * k : 7 + 6 * k]).mean(0) for k in range(4)]
