@@ -29,6 +29,12 @@ NO_CUDA := $(if $(shell command -v nvidia-smi),,IGVA_KERNELS_SKIP_CUDA=1)
 # takes tests from the other, so that neither is left with a long file.
 PARALLEL := -n 2 --dist worksteal
 
+# Where the kernels are tested, and what a version of transformers can break.
+KERNEL_TESTS := tests/ops tests/runtime
+MODEL_TESTS := tests/models tests/integrations tests/training tests/package/test_demo.py
+CPU_KERNEL_TESTS := tests/ops/weighted_mix/test_cpu.py tests/runtime/test_cpu_dense.py tests/runtime/test_products.py \
+	tests/runtime/test_native.py
+
 # Every step says what runs and how long it took; the summary finds its steps by the time at which this make started.
 export MAKE_STARTED := $(shell date +%s)
 export MAKE_GOAL := $(MAKECMDGOALS)
@@ -43,23 +49,24 @@ demo: .venv-demo/installed
 
 test: lint
 	$(RUN) "Triton kernels, interpreted" -- env TRITON_INTERPRET=1 $(TEST)/pytest $(PARALLEL) -m "not slow" \
-		tests/triton_interpreter $(ARGS)
+		$(KERNEL_TESTS) $(ARGS)
 	$(RUN) "tests" -- $(TEST)/pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 	$(STEPS) summary
 
 test-all: test isas sanitize .venv-oldest/installed .venv-transformers4/installed
 	$(RUN) "Triton kernels, interpreted, slow" -- env TRITON_INTERPRET=1 $(TEST)/pytest $(PARALLEL) -m slow \
-		tests/triton_interpreter $(ARGS)
+		$(KERNEL_TESTS) $(ARGS)
 	$(RUN) "slow tests" -- $(TEST)/pytest $(PARALLEL) -m "slow and not gpu" $(ARGS)
 	$(RUN) "transformers $(OLDEST_TRANSFORMERS)" -- .venv-oldest/bin/python -m pytest $(PARALLEL) -m "not slow and not gpu" \
-		-k "model or patch or demo or training" $(ARGS)
+		$(MODEL_TESTS) $(ARGS)
 	$(RUN) "transformers $(TRANSFORMERS_4)" -- .venv-transformers4/bin/python -m pytest $(PARALLEL) \
-		tests/test_patch_transformers.py $(ARGS)
+		tests/integrations/test_patch_transformers.py $(ARGS)
 	$(STEPS) summary
 
 # Every instruction set of this CPU below the best one, which `make test` uses; tests/conftest.py restricts torch's
 # libraries to the same.
-CPU_TESTS := tests/test_cpu_backend.py tests/test_strides.py tests/test_ops.py tests/test_nn.py
+CPU_TESTS := tests/ops/test_every_operator.py tests/ops/weighted_mix/test_api.py tests/ops/weighted_mix/test_strides.py \
+	tests/nn $(CPU_KERNEL_TESTS)
 isas: .venv-test/installed
 	@for isa in $$($(TEST)/python -c "from igva_kernels.runtime.cpu import native; print(*native.load()[0].isas()[:-1])"); do \
 		$(PYTHON) tools/steps.py run "CPU tests on $$isa" -- env IGVA_KERNELS_CPU_ISA=$$isa \
@@ -73,9 +80,9 @@ SANITIZE = LD_PRELOAD="$$(ldd $(SANITIZED)/igva_kernels/_native*.so | grep -oE '
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 IGVA_KERNELS_SANITIZE=1 PYTHONPATH=$(CURDIR)/$(SANITIZED)
 
 sanitize: .venv-test/installed $(SANITIZED)/installed
-	$(RUN) "random calls, sanitized" -- env $(SANITIZE) $(TEST)/python tests/fuzz_cpu.py --calls 10000 --processes 2
-	$(RUN) "CPU tests, sanitized" -- env $(SANITIZE) $(TEST)/pytest $(PARALLEL) -o pythonpath= --capture=sys \
-		-m "not plain_memory and not slow" tests/test_cpu_backend.py tests/test_strides.py
+	$(RUN) "random calls, sanitized" -- env $(SANITIZE) $(TEST)/python tests/helpers/fuzz_cpu.py --calls 10000 --processes 2
+	$(RUN) "CPU tests, sanitized" -- env $(SANITIZE) $(TEST)/pytest $(PARALLEL) -o pythonpath=tests/helpers --capture=sys \
+		-m "not plain_memory and not slow" $(CPU_KERNEL_TESTS) tests/ops/weighted_mix/test_strides.py
 
 $(SANITIZED)/installed: $(BUILD) $(PYTHON_FILES) .venv-test/installed
 	$(RUN) "compiling with sanitizers" -- env IGVA_KERNELS_SANITIZE=1 \
@@ -83,7 +90,7 @@ $(SANITIZED)/installed: $(BUILD) $(PYTHON_FILES) .venv-test/installed
 	touch $@
 
 compatibility: .venv-test/installed .venv-oldest/installed .venv-transformers4/installed
-	$(TEST)/python tests/compatibility.py $(TEST)/python .venv-oldest/bin/python .venv-transformers4/bin/python
+	$(TEST)/python tests/helpers/compatibility.py $(TEST)/python .venv-oldest/bin/python .venv-transformers4/bin/python
 
 lint: .venv-test/installed
 	$(RUN) "ruff" -- $(TEST)/ruff check .

@@ -55,12 +55,13 @@ def check(backends: Sequence[str], deadline: float) -> int:
 
     Tests that outlast ``deadline``, a time of ``time.monotonic``, fail; runs of the sanitizer that do are left out.
     """
-    files = {backend: str(ROOT / "tests" / f"test_{backend}_gpu.py") for backend in backends}
+    folder = ROOT / "tests" / "ops"
     tests = [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
     # Most of the time goes into compiling, which several processes share.
     workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    status = run([*tests, *workers, *files.values()], environment, deadline)
+    paths = (str(ROOT), str(ROOT / "tests" / "helpers"))
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(paths))
+    status = run([*tests, *workers, str(folder)], environment, deadline)
     if status is None:
         print("out of time, nothing measured", file=sys.stderr)
     if status != 0:
@@ -71,13 +72,14 @@ def check(backends: Sequence[str], deadline: float) -> int:
         return 0
     # Torch's cache would hide an access beyond a tensor but within its block.
     environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
-    few = "(obey and odd and bf16) or (allocator_obeys and 17-16)"
+    few = "triton and ((values and obey and odd and bf16) or (allocator_obeys and 17-16))"
+    script = [sys.executable, str(folder / "weighted_mix" / "test_cuda_gpu.py")]
     small = {
-        "triton": lambda file: [("memcheck", [*tests, file, "-k", few])],
-        "cuda": lambda file: [(tool, [sys.executable, file]) for tool in ("memcheck", "racecheck")],
+        "triton": [("memcheck", [*tests, str(folder), "-k", few])],
+        "cuda": [(tool, script) for tool in ("memcheck", "racecheck")],
     }
-    for backend, file in files.items():
-        for tool, command in small[backend](file):
+    for backend in backends:
+        for tool, command in small[backend]:
             status = run([sanitizer, "--tool", tool, "--error-exitcode", "1", *command], environment, deadline)
             if status is None:
                 print(f"out of time, left out: {tool} of {backend}", file=sys.stderr)

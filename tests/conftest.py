@@ -1,4 +1,10 @@
-"""Every test draws from a seed of the command line and finds NaN in memory that nobody has written."""
+"""Every test draws from a seed of the command line and finds NaN in memory that nobody has written.
+
+Triton reads TRITON_INTERPRET when it is imported, so the tests marked ``interpreted`` need a process of their own:
+
+    TRITON_INTERPRET=1 pytest tests/ops tests/runtime        them, and no others
+    pytest                                                   all others
+"""
 
 import os
 import sys
@@ -18,8 +24,13 @@ if isa := os.environ.get("IGVA_KERNELS_CPU_ISA", "").strip().lower():
     os.environ.update(zip(LIBRARY_VARIABLES, LIBRARY_ISAS[isa], strict=True))
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import cpu_kernels  # noqa: E402
 import torch  # noqa: E402  (after the variables that it reads)
 from seeds import VARIABLE, seeded  # noqa: E402
+
+from igva_kernels import testing  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def pytest_addoption(parser):
@@ -34,11 +45,25 @@ def pytest_report_header(config):
     return f"seed: {config.getoption('--seed')}"
 
 
+def pytest_collection_modifyitems(config, items):
+    others = [item for item in items if bool(item.get_closest_marker("interpreted")) != INTERPRETED]
+    config.hook.pytest_deselected(items=others)
+    left = set(others)
+    items[:] = [item for item in items if item not in left]
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _share_of_the_cores():
-    """What runs beside other workers leaves them theirs."""
+    """What runs beside other workers leaves them theirs; the interpreter is serial, and its tensors are small."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    torch.set_num_threads(1 if INTERPRETED else max(1, torch.get_num_threads() // workers))
+
+
+@pytest.fixture(autouse=True)
+def _few_draws_of_the_interpreter(monkeypatch):
+    """It is slow: one draw may acquit even a small result, but convicts none."""
+    if INTERPRETED:
+        monkeypatch.setattr(testing, "FIRST_DRAWS", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -58,3 +83,22 @@ def _nan_in_fresh_memory(request):
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=cpu_kernels.isas())
+def isa(request):
+    """Every instruction set of this CPU, in turn."""
+    best = cpu_kernels.MODULE.isa()
+    cpu_kernels.MODULE.set_isa(request.param)
+    yield request.param
+    cpu_kernels.MODULE.set_isa(best)
+
+
+@pytest.fixture(params=[*cpu_kernels.ROUTES[:2], pytest.param(cpu_kernels.ROUTES[2], marks=cpu_kernels.needs_onednn)])
+def products(request, monkeypatch):
+    """Products by every library, whichever suits this CPU; in several blocks already at small sizes."""
+    monkeypatch.setattr(cpu_kernels.gemm, "route", cpu_kernels.routes(request.param, 16))
+    monkeypatch.setattr(cpu_kernels.backend, "SCRATCH_BYTES", 0)
+    monkeypatch.setattr(cpu_kernels.gemm, "BLOCK_ROWS", 32)
+    monkeypatch.setattr(cpu_kernels.gemm, "TILE_BYTES", 16 * 16 * 4)
+    return request.param

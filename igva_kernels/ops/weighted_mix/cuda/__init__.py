@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from igva_kernels.ops.weighted_mix.cuda import gemm, grad_gemm
-from igva_kernels.ops.weighted_mix.cuda.program import DOT_CHUNK, norm_row_fits, program
+from igva_kernels.ops.weighted_mix.cuda.program import DOT_CHUNK, mix_program, norm_row_fits
 from igva_kernels.ops.weighted_mix.operands import batch, layers, serves_pair, weights
 from igva_kernels.ops.weighted_mix.program import Shares, dots
 from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Mixed, Projector, WeightedMix
@@ -145,7 +145,7 @@ def _launch_mix(
         native_norm = launch.norm(*norm, mean, rstd)
     with launch.on_device_of(first) as stream:
         launch.module().mix(
-            program(args.plan, bool(sums)), layers(launch.dtype(args.layers[0]), args), weights(args.mix_weights),
+            mix_program(args.plan, bool(sums)), layers(launch.dtype(args.layers[0]), args), weights(args.mix_weights),
             batch(args.image_index, args.num_rows), out, native_norm, vector, stream,
         )  # fmt: skip
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from igva_kernels.ops.weighted_mix.cuda.program import program
+from igva_kernels.ops.weighted_mix.cuda.program import mix_program
 from igva_kernels.ops.weighted_mix.operands import layers, weights
 from igva_kernels.ops.weighted_mix.plan import MixPlan, is_tap
 from igva_kernels.ops.weighted_mix.steps import Keep, MixArgs, Projector
@@ -154,7 +154,7 @@ def run(
         scratch = first.new_empty((rows, len(positions) * width))
         flags = torch.zeros(num_flags(rows), dtype=torch.int32, device=first.device)
         mixed = native.MixedBlocks(
-            program(plan.mixed, bool(sums)), layers(launch.dtype(first), args, plan.mixed_layers),
+            mix_program(plan.mixed, bool(sums)), layers(launch.dtype(first), args, plan.mixed_layers),
             weights(args.mix_weights), [kept.data_ptr() for kept in sums], scratch.data_ptr(), flags.data_ptr(),
         )  # fmt: skip
     epilogue = native.Epilogue(launch.data(bias), launch.activation(activation), y.data_ptr(), launch.data(z))

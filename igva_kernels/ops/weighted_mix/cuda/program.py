@@ -19,7 +19,7 @@ NORM_ROW_BYTES = 96 << 10
 
 
 @cache
-def program(plan: MixPlan, keep_sums: bool) -> Any:
+def mix_program(plan: MixPlan, keep_sums: bool) -> Any:
     """The plan as the module's object; with ``keep_sums`` its sums are by-products."""
     return launch.module().MixProgram(lower(plan).steps, keep_sums)
 

@@ -1,0 +1,127 @@
+"""What the tests of the C++ kernels share: plans, inputs, plain torch's answers, instruction sets and libraries."""
+
+import plain_torch
+import pytest
+import torch
+
+from igva_kernels import testing
+from igva_kernels.ops.weighted_mix import MixPlan, is_tap
+from igva_kernels.ops.weighted_mix import cpu as backend
+from igva_kernels.ops.weighted_mix.program import Shares
+from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs
+from igva_kernels.runtime.cpu import dense, native
+from igva_kernels.runtime.cpu import products as gemm
+from igva_kernels.runtime.cpu.features import this_cpu
+from igva_kernels.testing import relative_error
+
+MODULE, WHY_NOT = native.load()
+needs_module = pytest.mark.skipif(MODULE is None, reason=WHY_NOT)
+
+CPU = backend.IMPLEMENTATION
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+LOW = [torch.bfloat16, torch.float16]
+PLANS = {
+    "igva": MixPlan.igva(6, 3, -2).resolve(7).compact()[1],
+    "uneven": MixPlan((((0, 1, 0.5), (1, 0, 0.5), (2, None, 0.25), (1, 1, 0.5)), ((2, None, 1.0),)), 3),
+    "weighted_sum": MixPlan.weighted_sum([0, 1, 2, 3], residual=1, num_states=4),
+    "concat": MixPlan.concat([2, 0], 3).compact()[1],
+    "repeated": MixPlan(
+        (((0, None, 0.125),) * 9, ((0, 0, 0.5), (0, 1, 2.0), (0, 0, 0.5), (0, 1, 2.0), (0, 1, 2.0))), 1
+    ),
+}
+
+
+def isas():
+    """Every instruction set of this CPU, or the one that the environment names: it has a run of its own."""
+    if MODULE is None:
+        return ["none"]
+    return [MODULE.isa()] if native.forced_isa() else MODULE.isas()
+
+
+def routes(name, depth):
+    """A replacement of ``gemm.route``: products by torch in every dtype, or by a library that has fp32 only."""
+    if name == "torch":
+        return lambda dtype: gemm.Route("torch", dtype, None, "")
+    library = name.removesuffix(" in fp32")
+    fp32 = gemm.Route(library, torch.float32, depth if library == "oneDNN" else None, "")
+    return lambda dtype: fp32._replace(library="torch", dtype=dtype) if dtype == torch.float64 else fp32
+
+
+ROUTES = ["torch", "torch in fp32", "oneDNN in fp32"]
+needs_onednn = pytest.mark.skipif(not this_cpu().onednn, reason="this torch has no oneDNN")
+
+
+class Near:
+    """The judge of fp64, where plain torch is the oracle itself: all is right to within a few roundings."""
+
+    def add(self, actual, oracle, plain, name="result", rounded_once=False):
+        assert relative_error(actual, oracle) <= 1e-13, name
+
+
+def within_rule(dtype):
+    """The error rule, by as many draws as it takes."""
+    return iter([Near()]) if dtype == torch.float64 else testing.within_rule(dtype)
+
+
+def make(plan, dtype, images=3, tokens=6, width=16, skip=1, index=None, layout="contiguous"):
+    """MixArgs of random layers, and the same in fp64."""
+
+    def layer(k):
+        if layout == "tokens first" or (layout == "mixed" and k % 2):
+            return torch.randn(tokens, images, width).to(dtype).transpose(0, 1)
+        if layout == "strided" or layout == "mixed":
+            return torch.randn(images, tokens + 2, width + 3).to(dtype)[:, 1:-1, 2:-1]
+        return torch.randn(images, tokens, width).to(dtype)
+
+    layers = [layer(k) for k in range(max(plan.layers) + 1)]
+    index = None if index is None else torch.tensor(index)
+    rows = images if index is None else len(index)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    weights = torch.rand(rows, plan.num_columns, dtype=wide) if plan.num_columns else None
+    args = MixArgs(layers, plan, weights, index, skip)
+    return args, to64(args)
+
+
+def to64(args):
+    weights = None if args.mix_weights is None else args.mix_weights.double()
+    return MixArgs([layer.double() for layer in args.layers], args.plan, weights, args.image_index, args.skip_tokens)
+
+
+def plain_mix(args):
+    return plain_torch.layer_mix(
+        args.layers, args.plan, args.mix_weights, skip_tokens=args.skip_tokens, image_index=args.image_index
+    )
+
+
+def plain_sums(args):
+    sums = MixPlan(tuple(block for block in args.plan.reduced()[0].blocks if not is_tap(block)))
+    rows = plain_torch.layer_mix(args.layers, sums, skip_tokens=args.skip_tokens)
+    return rows.split(args.width, dim=-1)
+
+
+def inputs_of_kernels():
+    """Of every kernel, large enough for several threads."""
+    torch.manual_seed(0)
+    args, _ = make(PLANS["igva"], torch.float32, images=2, tokens=40, width=256, index=[1, 0, 1])
+    sources = [torch.randn(2, 40 if is_tap(block) else 39, 256) for block in args.plan.reduced()[0].blocks]
+    return args, args.over_sources(sources), torch.randn(3, 39, 512), torch.randn(50, 3000), torch.randn(50, 3000)
+
+
+def every_kernel(args, sources, grad_rows, z, grad_y):
+    """What each kernel returns; sums depend on shapes only, so that no number of threads may change a bit."""
+    norm = (torch.ones(512), torch.zeros(512), 1e-5)
+    mixed, normal = CPU.mix(args, torch.float32, None, Keep.SOURCES), CPU.mix(args, torch.float32, norm, Keep.ROWS)
+    y, copy, grad_z, again = (torch.empty_like(z) for _ in range(4))
+    dense.epilogue(z, "gelu", y, copy)
+    dense.activation_grad(grad_y, z, "gelu", grad_z, again)
+    shape = LayerShape(2, 40, 256, torch.float32)
+    wanted = Shares((0, 1, 0), (-1, 0, -1), (1.0, 0.5, 2.0), (1, 0, 1))
+    layers = CPU.layer_grads(grad_rows, wanted, args.mix_weights, args.image_index, 1, shape)
+    weights = CPU.mix_weights_grad(grad_rows[..., 256:], [1], sources)
+    of_mixes = [mixed.rows, *mixed.sums, normal.rows, normal.raw_rows, normal.mean, normal.rstd]
+    return [*of_mixes, y, copy, grad_z, again, weights, *layers]
+
+
+def assert_same(actual, expected):
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert a.isfinite().all() and torch.equal(a, e), f"result {i}"

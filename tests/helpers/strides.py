@@ -1,0 +1,57 @@
+"""Every layout a tensor argument can have: what operators make of it, beside what they make of dense copies."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+def _around(x, shape):
+    """Memory that holds what no result may show: NaN, and an index that is nowhere."""
+    return torch.full(shape, float("nan") if x.is_floating_point() else 1 << 40, dtype=x.dtype)
+
+
+def _column(x):
+    wide = _around(x, (*x.shape, 3))
+    wide[..., 1] = x
+    return wide[..., 1]
+
+
+def _every_other(x):
+    long = _around(x, (2 * x.shape[0], *x.shape[1:]))
+    long[::2] = x
+    return long[::2]
+
+
+def _slice(x):
+    large = _around(x, [n + 3 for n in x.shape])
+    inner = large[tuple(slice(1, n + 1) for n in x.shape)]
+    inner.copy_(x)
+    return inner
+
+
+LAYOUTS = {
+    "column of a matrix": _column,
+    "every other": _every_other,
+    "slice": _slice,
+    "transposed": lambda x: x.movedim(-1, 0).contiguous().movedim(0, -1),
+    "two last swapped": lambda x: x.mT.contiguous().mT if x.dim() > 1 else x,
+    "expanded": lambda x: x[:1].expand(x.shape),
+    "expanded last": lambda x: x[..., :1].expand(x.shape),
+}
+"""A tensor of the same shape, dtype and, unless expanded, values."""
+
+
+def check(operator, args, layout, at_once=False):
+    """A direct call of an operator gives what it gives for dense copies: each of its tensors in turn in this layout, or
+    all of them where a call takes long."""
+    leaves, structure = tree_flatten(args)
+    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+
+    def run(places, change):
+        return operator(*tree_unflatten([change(x) if i in places else x for i, x in enumerate(leaves)], structure))
+
+    for places in [tensors] if at_once else [[i] for i in tensors]:
+        actual, expected = run(places, LAYOUTS[layout]), run(places, lambda x: LAYOUTS[layout](x).contiguous())
+        where = f"{operator}, tensors {places}, {layout}"
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4, msg=lambda m, w=where: f"{w}: {m}")

@@ -1,5 +1,0 @@
-"""An operator that is no weighted sum, as a newcomer would add it: the elementwise maximum over hidden states."""
-
-from house.layer_max.api import layer_max
-
-__all__ = ["layer_max"]

@@ -1,0 +1,493 @@
+"""The model: its forward, its loss, its gradients, and generate, in transformers' own conventions."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import transformers
+from hosts import gradients
+from threads import in_threads
+from tiny import EMBED, FUSED, IMAGE, PATCHES, batch, igva_config, igva_model, prompts, vision_config
+from transformers import AttentionInterface, AutoModel, AutoModelForImageTextToText, Trainer, TrainingArguments
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from igva_kernels import MixPlan, patched
+from igva_kernels.models import LlavaIgvaConfig, LlavaIgvaForConditionalGeneration, LlavaIgvaModel
+from igva_kernels.nn import negative_entropy
+
+TOWERS = ["clip", "siglip"]
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=3e-5)
+
+
+def without_padding(inputs, sample):
+    """One sample of a batch, alone."""
+    keep = inputs["attention_mask"][sample] == 1
+    alone = {name: inputs[name][sample : sample + 1] for name in ("input_ids", "attention_mask", "sentence_embeds")}
+    alone = {name: x[:, keep] if name != "sentence_embeds" else x for name, x in alone.items()}
+    counts = ((inputs["input_ids"] == IMAGE).sum(1) // PATCHES).tolist()
+    start = sum(counts[:sample])
+    if counts[sample]:
+        alone["pixel_values"] = inputs["pixel_values"][start : start + counts[sample]]
+    return alone, keep
+
+
+# ---- what is computed ----
+
+
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+def test_threads_that_share_a_model_get_the_answers_to_their_own_images(impl):
+    model = igva_model(impl=impl)
+    prompts = [batch((1,), seed=seed) for seed in range(4)]
+    features = [model.model.encode_images(prompt["pixel_values"]) for prompt in prompts]
+    outputs = [model(**prompt) for prompt in prompts]
+    assert torch.cat([output.layer_weights for output in outputs]).std(0).max() > 1e-3
+
+    def ask(client):
+        for i in [(client + turn) % 4 for turn in range(6)]:
+            close(model.model.encode_images(prompts[i]["pixel_values"]).sources, features[i].sources)
+            output = model(**prompts[i])
+            close(output.logits, outputs[i].logits)
+            close(output.layer_weights, outputs[i].layer_weights)
+
+    in_threads(ask)
+
+
+@pytest.mark.parametrize("impl", ["reference", "auto"])
+def test_the_model_on_the_meta_device_knows_its_shapes(impl):
+    model = igva_model(impl=impl).to("meta")
+    inputs = {name: x.to("meta") for name, x in batch((1, 1)).items() if name != "attention_mask"}
+    output = model(**inputs)
+    assert (output.logits.shape, output.logits.device.type) == ((*inputs["input_ids"].shape, 64), "meta")
+    assert output.layer_weights.shape == (2, 2)
+    assert model.model.encode_images(inputs["pixel_values"]).sources[0].device.type == "meta"
+
+
+def test_the_connector_trains_on_features_that_were_encoded_under_inference_mode():
+    model, inputs = igva_model(impl="auto").train(), batch((1, 1), labels=True)
+    model(**inputs).loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    with torch.inference_mode():
+        features = model.model.encode_images(inputs.pop("pixel_values"))
+    model(**inputs, image_features=features).loss.backward()
+    close(gradients(model), expected)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_the_visual_tokens_are_the_published_formula(tower):
+    model = igva_model(tower)
+    core, inputs = model.model, batch((1, 1))
+    hidden = core.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+    groups = torch.stack([torch.stack(hidden[1:3]).mean(0), torch.stack(hidden[3:5]).mean(0)], dim=1)
+    cls = groups[:, :, 0] if tower == "clip" else groups.mean(2)
+    weights = core.weight_allocator(inputs["sentence_embeds"], cls)
+    fused = (weights[:, :, None, None] * groups).sum(1)
+    rows = torch.cat([hidden[-2], fused], dim=-1)[:, 1 if tower == "clip" else 0 :]
+    projector = core.multi_modal_projector
+    tokens = projector.linear_2(torch.nn.functional.gelu(projector.linear_1(rows)))
+    out = model.get_image_features(inputs["pixel_values"], inputs["sentence_embeds"])
+    close(torch.stack(out.pooler_output), tokens)
+    close(out.layer_weights, weights)
+    full = model(**inputs)
+    close(full.image_hidden_states, tokens)
+    close(full.layer_weights, weights)
+
+
+@pytest.mark.parametrize("impl", FUSED)
+def test_the_published_steps_are_those_of_the_allocator_too(impl):
+    model, inputs = igva_model(impl=impl), batch((1,))
+    model.model.weight_allocator.impl = impl  # has no kernels for it
+    with pytest.raises(NotImplementedError, match="the operator allocator"):
+        model(**inputs)
+    with patched(model, impl="reference"):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_samples_with_no_one_and_several_images_answer_as_they_do_alone(tower, padding):
+    model, inputs = igva_model(tower), batch((2, 0, 1, 3), padding)
+    together = model(**inputs)
+    for sample in range(4):
+        alone, keep = without_padding(inputs, sample)
+        close(together.logits[sample, keep], model(**alone).logits[0])
+    assert together.layer_weights.shape == (6, 2)
+
+
+def test_the_instruction_changes_the_answer_and_stage_one_does_not_know_it():
+    inputs = batch((1, 1, 1, 1))
+    other = inputs | {"sentence_embeds": -inputs["sentence_embeds"]}
+    model = igva_model()
+    assert (model(**inputs).logits - model(**other).logits).abs().max() > 1e-3  # roundings are a thousandth of that
+    model = igva_model(aggregation="uniform")
+    assert model.model.weight_allocator is None
+    torch.testing.assert_close(model(**inputs).logits, model(**other).logits, rtol=0, atol=0)
+    out = model(**{k: v for k, v in inputs.items() if k != "sentence_embeds"})
+    assert out.layer_weights is None
+
+
+def test_stage_one_is_stage_two_with_equal_weights():
+    inputs, two, one = batch((1,)), igva_model(), igva_model(aggregation="uniform")
+    one.load_state_dict(two.state_dict(), strict=False)
+    for parameter in two.model.weight_allocator.head.parameters():
+        torch.nn.init.zeros_(parameter)
+    close(one(**inputs).logits, two(**inputs).logits)
+    assert igva_config(aggregation="uniform").plan == MixPlan.igva_uniform(4, 2)
+
+
+PLANS = {
+    "concat": MixPlan.concat([-2, -3, 1]),
+    "weighted sum of all layers": MixPlan.weighted_sum(range(5), residual=-1),
+    "means": MixPlan((((0, None, 0.5), (1, None, 0.5)), ((4, None, 1.0),))),
+}
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("eps", [None, 1e-5])
+def test_any_plan_is_one_line_of_the_config(plan, eps):
+    for mix_plan in (plan, plan.to_dict()):
+        model = igva_model(mix_plan=mix_plan, projector_layernorm_eps=eps)
+        assert model.config.plan == plan.resolve(5)
+        out = model(**batch((1, 1)))
+        assert out.logits.isfinite().all()
+        assert (out.layer_weights is not None) == (plan.num_columns > 0)
+
+
+@pytest.mark.skipif(not FUSED, reason="no kernel serves CPU tensors here")
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_fused_and_plain_connector_agree_in_loss_gradients_and_greedy_tokens(tower, frozen):
+    results = []
+    for impl in ("reference", FUSED[0]):
+        model = igva_model(tower, freeze_vision_tower=frozen, impl=impl).train()
+        out = model(**batch((2, 0, 1), labels=True))
+        out.loss.backward()
+        tokens = model.eval().generate(**batch((2, 0, 1), "left"), max_new_tokens=8, do_sample=False)
+        results.append((out, gradients(model), tokens))
+    (plain, plain_grads, plain_tokens), (fused, fused_grads, fused_tokens) = results
+    for name in ("loss", "logits", "layer_weights", "image_hidden_states"):
+        close(getattr(fused, name), getattr(plain, name))
+    assert plain_grads.keys() == fused_grads.keys()
+    for name, grad in plain_grads.items():
+        close(fused_grads[name], grad)
+    assert torch.equal(plain_tokens, fused_tokens)
+
+
+# ---- training ----
+
+
+def test_the_loss_is_language_loss_minus_lambda_times_entropy_of_once_softmaxed_weights():
+    inputs = batch((1, 1), labels=True)
+    inputs["labels"] = inputs["input_ids"].clone()
+    inputs["labels"][:, 3:] = -100  # as many supervised tokens in each sample: the plain mean over the batch
+    model = igva_model(balance_coefficient=0.5)
+    out = model(**inputs)
+    language = igva_model(balance_coefficient=0.0)(**inputs).loss
+    close(out.loss, language + 0.5 * negative_entropy(out.layer_weights).mean())
+    assert -math.log(2) < negative_entropy(out.layer_weights).mean() < 0
+
+
+def test_each_supervised_token_is_charged_with_the_entropy_of_its_sample():
+    inputs = batch((2, 0, 1), labels=True)
+    out = igva_model(balance_coefficient=1.0)(**inputs)
+    tokens = (inputs["labels"][:, 1:] != -100).sum(1)
+    entropy = negative_entropy(out.layer_weights)
+    mean = (tokens[0] * (entropy[0] + entropy[1]) / 2 + tokens[2] * entropy[2]) / tokens.sum()
+    close(out.loss, igva_model(balance_coefficient=0.0)(**inputs).loss + mean)
+
+
+def test_loss_and_gradient_do_not_depend_on_how_accumulation_splits_a_batch():
+    whole = batch((2, 0, 1, 1), labels=True)
+    supervised = (whole["labels"][:, 1:] != -100).sum()
+    model = igva_model(balance_coefficient=0.7).train()
+    loss = model(**whole).loss
+    loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    parts = 0.0
+    for sample in range(4):
+        alone, keep = without_padding(whole, sample)
+        part = model(**alone, labels=whole["labels"][sample : sample + 1, keep], num_items_in_batch=supervised).loss
+        part.backward()
+        parts += part.detach()
+    close(parts, loss.detach())
+    for name, grad in gradients(model).items():
+        close(grad, expected[name])
+
+
+class Samples(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        inputs = batch((1,), seed=index, labels=True)
+        inputs["labels"][:, : 2 + index % 3] = -100
+        return inputs
+
+
+def collate(samples):
+    return {name: torch.cat([s[name] for s in samples]) for name in samples[0]}
+
+
+def trained(tmp_path, size, accumulation):
+    model = igva_model(balance_coefficient=0.5)
+    arguments = TrainingArguments(
+        str(tmp_path / f"{size}x{accumulation}"), per_device_train_batch_size=size, max_steps=2, learning_rate=0.1,
+        gradient_accumulation_steps=accumulation, optim="sgd", lr_scheduler_type="constant", report_to=[],
+        save_strategy="no", logging_steps=1, disable_tqdm=True, use_cpu=True, remove_unused_columns=False, data_seed=0,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=Samples(), data_collator=collate)
+    trainer.train()
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log], model
+
+
+@pytest.mark.plain_memory
+def test_the_trainer_gets_the_same_weights_from_4_times_1_as_from_1_times_4(tmp_path):
+    (losses, whole), (split_losses, split) = trained(tmp_path, 4, 1), trained(tmp_path, 1, 4)
+    assert losses == pytest.approx(split_losses, rel=1e-4)
+    for name, value in whole.state_dict().items():
+        close(split.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(frozen):
+    found = []
+    for checkpointing in (False, True):
+        model = igva_model(freeze_vision_tower=frozen).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(**batch((2, 1), labels=True)).loss.backward()
+        found.append(gradients(model))
+    assert found[0].keys() == found[1].keys()
+    for name, grad in found[0].items():
+        close(found[1][name], grad)
+
+
+def test_a_frozen_tower_takes_no_gradient_stays_in_eval_mode_and_can_be_thawed():
+    model = igva_model().train()
+    tower = model.model.vision_tower
+    assert not tower.training
+    assert not any(p.requires_grad for p in tower.parameters())
+    model(**batch(labels=True)).loss.backward()
+    assert all(p.grad is None for p in tower.parameters())
+    assert all(p.grad is not None for n, p in model.named_parameters() if "vision_tower" not in n)
+    tower.requires_grad_()
+    model.train()(**batch(labels=True)).loss.backward()
+    assert tower.training
+    assert tower.encoder.layers[0].mlp.fc1.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("aggregation", ["instruction", "uniform"])
+@pytest.mark.parametrize("impl", ["reference", *FUSED])
+def test_a_batch_without_images_gives_every_connector_parameter_a_zero_gradient(aggregation, impl):
+    model = igva_model(aggregation=aggregation, impl=impl).train()
+    out = model(**batch((0, 0), labels=True))
+    out.loss.backward()
+    assert out.layer_weights is None if aggregation == "uniform" else out.layer_weights.shape[0] == 0
+    for name, parameter in model.named_parameters():
+        if "allocator" in name or "projector" in name:
+            assert parameter.grad is not None, name
+            assert not parameter.grad.any(), name
+    text = model.eval()(**batch((0, 0), labels=True))
+    assert torch.equal(text.logits, out.logits)
+
+
+def test_the_tower_runs_without_images_where_ranks_of_a_sharded_model_must_agree():
+    model, runs = igva_model(), []
+    model.model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
+    for training, labels, expected in ((False, False, 0), (False, True, 1), (True, False, 1), (True, True, 1)):
+        runs.clear()
+        model.train(training)(**batch((0, 0), labels=labels))
+        assert len(runs) == expected
+
+
+def test_a_batch_without_images_needs_no_sentence_embeddings():
+    inputs = prompts((0, 0))
+    for model in (igva_model(), igva_model().train()):
+        assert model(**inputs).logits.isfinite().all()
+
+
+def test_autocast_trains_fp32_weights_in_bf16():
+    for impl in ("reference", *FUSED):
+        model = igva_model(impl=impl).train()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(**batch(labels=True))
+        out.loss.backward()
+        assert out.layer_weights.dtype == torch.float32
+        assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients(model).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_model_runs_in_other_dtypes(dtype):
+    model = igva_model().to(dtype)
+    out = model(**batch(labels=True))
+    assert out.logits.dtype == dtype
+    assert out.layer_weights.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("impl", FUSED)
+def test_the_whole_model_is_one_graph_for_the_compiler(impl):
+    model, inputs = igva_model(impl=impl, stream_hidden_states=False).train(), batch((2, 1), labels=True)
+    loss = model(**inputs).loss  # the first run of a tower installs transformers' hooks, which cannot be traced
+    close(torch.compile(model, backend="eager", fullgraph=True)(**inputs).loss, loss)
+
+
+# ---- generate ----
+
+
+def greedy_by_hand(model, inputs, steps):
+    """No cache, no generate: append the best token that is no image's and run everything again."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    rest = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+    for _ in range(steps):
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, **rest).logits[:, -1]
+        best = logits.index_fill(-1, torch.tensor([IMAGE]), -torch.inf).argmax(-1, keepdim=True)
+        ids = torch.cat([ids, best], dim=1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("images", [(1, 1), (2, 0, 1, 3), (0, 0)])
+def test_greedy_generation_with_the_cache_says_what_the_model_says_without(tower, images):
+    model, inputs = igva_model(tower), batch(images, "left")
+    model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        expected = greedy_by_hand(model, inputs, 6)
+    tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False, suppress_tokens=[IMAGE])
+    assert torch.equal(tokens, expected)
+
+
+def test_beams_of_samples_with_several_images_are_those_of_each_sample_alone():
+    model, inputs = igva_model(), batch((2, 0, 1), "left")
+    model.generation_config.eos_token_id = None
+    options = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False}
+    together = model.generate(**inputs, **options)
+    for sample in range(3):
+        alone, _ = without_padding(inputs, sample)
+        assert torch.equal(model.generate(**alone, **options)[0, -5:], together[sample, -5:])
+
+
+def test_generation_returns_several_sequences_and_the_prompt():
+    model, inputs = igva_model(), batch((1, 2), "left")
+    out = model.generate(**inputs, max_new_tokens=3, do_sample=True, num_return_sequences=2)
+    assert torch.equal(out[:, :-3][::2], inputs["input_ids"])
+    assert out.shape[0] == 4
+
+
+def test_features_of_the_inner_model_can_be_injected_as_transformers_does():
+    model, inputs = igva_model(), batch((2, 1))
+    expected = model(**inputs)
+    pixels, sentences = inputs.pop("pixel_values"), inputs.pop("sentence_embeds")
+    encoded = model.model.get_image_features(pixel_values=pixels, sentence_embeds=sentences[[0, 0, 1]])
+    out = model(**inputs, mm_encoder_outputs={"image": encoded})
+    torch.testing.assert_close(out.logits, expected.logits, rtol=0, atol=0)
+    torch.testing.assert_close(out.layer_weights, expected.layer_weights, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 20), reason="transformers encodes images in forward"
+)
+def test_transformers_own_route_of_encoding_images_before_generation_works():
+    from transformers import GenerationMixin
+
+    model, inputs = igva_model(), batch((1, 1), "left")
+    options = {"max_new_tokens": 5, "do_sample": False}
+    for beams in (1, 2):
+        ours = model.generate(**inputs, **options, num_beams=beams)
+        assert torch.equal(GenerationMixin.generate(model, **inputs, **options, num_beams=beams), ours)
+
+
+# ---- attention, Auto classes, errors ----
+
+
+def test_every_attention_implementation_can_be_chosen_and_switched():
+    AttentionInterface.register("look_alike", sdpa_attention_forward)
+    model, inputs = igva_model(), batch((1,))  # nothing padded: the look-alike gets no mask
+    logits = model(**inputs).logits
+    for implementation in ("eager", "sdpa", "look_alike"):
+        model.set_attn_implementation(implementation)
+        parts = (model.config, model.model.vision_tower.config, model.model.language_model.config)
+        assert {config._attn_implementation for config in parts} == {implementation}
+        close(model(**inputs).logits, logits)
+    model.set_attn_implementation({"vision_config": "eager", "text_config": "sdpa"})
+    assert model.model.vision_tower.config._attn_implementation == "eager"
+    assert (model._supports_sdpa, model._supports_flash_attn, model._supports_attention_backend) == (True, True, True)
+
+
+def test_the_auto_classes_know_the_model():
+    config = igva_config()
+    assert isinstance(AutoModel.from_config(config), LlavaIgvaModel)
+    assert isinstance(AutoModelForImageTextToText.from_config(config), LlavaIgvaForConditionalGeneration)
+
+
+BAD_CONFIGS = {
+    "groups do not divide": ({"mix_groups": 3}, "groups"),
+    "strategy of a tower without CLS": (
+        {"vision_config": vision_config("siglip"), "vision_feature_select_strategy": "default"},
+        "vision_feature_select_strategy",
+    ),
+    "layer list without a plan": ({"vision_feature_layer": [-2, -3]}, "vision_feature_layer"),
+    "layer that is not there": ({"mix_plan": MixPlan.concat([9])}, "layer 9"),
+    "activation": ({"projector_hidden_act": "tanh"}, "projector_hidden_act"),
+    "plan of another tower": ({"mix_plan": MixPlan.igva(24, 4)}, "hidden states"),
+}
+
+
+@pytest.mark.parametrize(("fields", "name"), BAD_CONFIGS.values(), ids=BAD_CONFIGS)
+def test_a_config_that_cannot_be_is_refused_by_name(fields, name):
+    with pytest.raises(ValueError, match=name):
+        igva_config(**fields)
+
+
+def test_an_unknown_tower_must_say_whether_it_has_a_cls_token():
+    with pytest.raises(ValueError, match="vision_has_cls"):
+        LlavaIgvaConfig(vision_config={"model_type": "vit", "num_hidden_layers": 4}, mix_groups=2)
+    config = LlavaIgvaConfig(
+        vision_config={"model_type": "vit", "num_hidden_layers": 4}, mix_groups=2, vision_has_cls=True
+    )
+    assert config.skip_tokens == 1
+
+
+def change(**changes):
+    inputs = batch((1, 1))
+    return {k: v for k, v in (inputs | changes).items() if v is not None}
+
+
+BAD_INPUTS = {
+    "no sentences": (change(sentence_embeds=None), "sentence_embeds"),
+    "sentences of another batch": (change(sentence_embeds=torch.zeros(3, EMBED)), "sentence_embeds"),
+    "sentences of another width": (change(sentence_embeds=torch.zeros(2, EMBED + 1)), "sentence_embeds"),
+    "an image too many": (change(pixel_values=torch.zeros(3, 3, 28, 28)), "3 images"),
+    "an image too few": (change(pixel_values=torch.zeros(1, 3, 28, 28)), "1 images"),
+    "pixels in five dimensions": (change(pixel_values=torch.zeros(2, 1, 3, 28, 28)), "pixel_values"),
+    "ids and embeddings": (change(inputs_embeds=torch.zeros(2, 11, 32)), "inputs_embeds"),
+    "neither": (change(input_ids=None), "inputs_embeds"),
+}
+
+
+@pytest.mark.parametrize(("inputs", "name"), BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_inputs_that_do_not_fit_are_refused_by_name(inputs, name):
+    with pytest.raises(ValueError, match=name):
+        igva_model()(**inputs)
+
+
+def test_image_tokens_given_as_embeddings_are_found():
+    model, inputs = igva_model(), batch((1, 2))
+    expected = model(**inputs).logits
+    inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids")).detach()
+    close(model(**inputs).logits, expected)
+
+
+def test_every_patch_token_counts_where_the_strategy_is_full():
+    model = igva_model(vision_feature_select_strategy="full")
+    features = model.get_image_features(torch.randn(1, 3, 28, 28), torch.randn(1, EMBED))
+    assert features.pooler_output[0].shape[0] == PATCHES + 1

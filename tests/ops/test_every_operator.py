@@ -1,0 +1,68 @@
+"""What holds for every implementation of every operator: the error rule, the same bits again, any strides, and torch's
+own checks of what is registered."""
+
+import harness
+import pytest
+import strides
+import torch
+from recording import registered_calls
+from seeds import seeded
+from torch.utils._pytree import tree_map_only
+
+from igva_kernels import registry
+from igva_kernels.registry import REFERENCE
+from igva_kernels.verify import DTYPES
+
+
+def test_a_kernel_backend_runs_here():
+    assert [*harness.subjects(device="cpu")], [tuple(status) for status in registry.backends()]
+
+
+@pytest.mark.parametrize(("subject", "case", "dtype"), harness.calls())
+def test_values_and_every_gradient_obey_the_error_rule(subject, case, dtype):
+    harness.assert_right(case, dtype, subject.impl, subject.device, seeded())
+
+
+@pytest.mark.parametrize(("subject", "case", "dtype"), harness.calls(large=True, device="cuda", dtypes=("bf16",)))
+def test_real_shapes_obey_the_error_rule(subject, case, dtype):
+    harness.assert_right(case, dtype, subject.impl, subject.device, seeded())
+
+
+@pytest.mark.parametrize("case", harness.cases())
+def test_plain_torch_keeps_its_own_rule(case):
+    harness.assert_right(case, "bf16", REFERENCE, "cpu", seeded())
+
+
+@pytest.mark.parametrize(("subject", "case", "dtype"), harness.calls(dtypes=("bf16",), few=1))
+def test_reruns_are_bit_identical(subject, case, dtype):
+    inputs = case.draw(seeded(), DTYPES[dtype], subject.device)
+    first, again = (case.run(inputs, subject.impl) for _ in range(2))
+    assert first.keys() == again.keys()
+    for name, value in first.items():
+        assert torch.equal(value, again[name]), name
+
+
+@pytest.mark.parametrize("layout", strides.LAYOUTS)
+@pytest.mark.parametrize(("subject", "case", "dtype"), harness.calls(dtypes=("fp32", "bf16"), few=1))
+def test_any_strides_give_what_a_dense_copy_gives(subject, case, dtype, layout):
+    inputs = tree_map_only(torch.Tensor, strides.LAYOUTS[layout], case.draw(seeded(), DTYPES[dtype], subject.device))
+    results = case.run(inputs, subject.impl)
+    dense = case.run(tree_map_only(torch.Tensor, torch.Tensor.contiguous, inputs), subject.impl)
+    tolerance = 1e-4 if dtype == "fp32" else 0.1
+    close = {"rtol": tolerance, "atol": tolerance}
+    for name, value in dense.items():
+        torch.testing.assert_close(results[name], value, **close, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("layout", strides.LAYOUTS)
+@pytest.mark.parametrize(("subject", "case", "dtype"), harness.calls(device="cpu", dtypes=("fp32",), few=1))
+def test_any_argument_of_a_registered_operator_may_have_any_strides(subject, case, dtype, layout):
+    for operator, args in registered_calls(case, subject.impl, seeded(), detached=True).items():
+        strides.check(operator, args, layout, at_once=harness.INTERPRETED)
+
+
+@pytest.mark.plain_memory
+@pytest.mark.parametrize(("subject", "case", "dtype"), harness.calls(device="cpu", dtypes=("fp32",), few=1))
+def test_opcheck_passes_for_every_operator_that_a_call_runs(subject, case, dtype):
+    for operator, args in registered_calls(case, subject.impl, seeded()).items():
+        torch.library.opcheck(operator, args)

@@ -1,0 +1,255 @@
+"""The operators as citizens of torch: compile, autocast, checkpointing, what is saved, what import touches."""
+
+import subprocess
+import sys
+from functools import partial
+
+import block
+import plain_torch
+import pytest
+import torch
+from block import IGVA
+from torch.utils.checkpoint import checkpoint
+
+import igva_kernels as ik
+from igva_kernels import MixPlan
+from igva_kernels.testing import relative_error, within_rule
+
+make = partial(block.make, grad=True)
+
+
+@pytest.fixture
+def impl(quick_impl):
+    """What torch does around a call does not depend on the kernels: no interpreter."""
+    return quick_impl
+
+
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_passes_where_the_mixed_row_is_kept(impl, dtype):
+    plan = MixPlan.igva_uniform(6, 3).compact()[1]
+    states, _, (w1, b1, w2, b2) = make(dtype=dtype, layers_grad=True)
+    args = (states[1:], None, None, w1, b1, None, None, w2, b2, plan.code, 1, 1e-5, "gelu", "rows", True, impl)
+    torch.library.opcheck(torch.ops.igva_kernels.projector.default, args)
+
+
+def test_a_second_derivative_is_refused_by_name(impl):
+    states, weights, params = make()
+    out = ik.layer_mix_mlp(states, IGVA, weights, *params, impl=impl).sum()
+    (grad,) = torch.autograd.grad(out, weights, create_graph=True)
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        grad.sum().backward()
+
+
+# ---- compile ----
+
+
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("plan", [IGVA, MixPlan.concat([-2, 1])], ids=["igva", "unresolved concat"])
+def test_the_reference_compiles_without_a_graph_break_too(plan):
+    torch.compiler.reset()
+    states, weights, params = make(plan=plan)
+
+    def run(states, weights, params):
+        return ik.layer_mix_mlp(states, plan, weights, *params, skip_tokens=1, impl="reference")
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(states, weights, params), run(states, weights, params))
+
+
+@pytest.mark.plain_memory
+@pytest.mark.parametrize(
+    ("plan", "layers_grad"), [(IGVA, True), (MixPlan.concat([-2, 1]), False)], ids=["igva", "unresolved concat"]
+)
+def test_compiles_without_a_graph_break_forward_and_backward(impl, plan, layers_grad):
+    torch.compiler.reset()
+    states, weights, params = make(plan=plan, layers_grad=layers_grad)
+    leaves = [*(() if weights is None else (weights,)), *params, *((states[1],) if layers_grad else ())]
+
+    def run(states, weights, params):
+        return ik.layer_mix_mlp(states, plan, weights, *params, skip_tokens=1, impl=impl) * 2
+
+    results = []
+    for call in (run, torch.compile(run, fullgraph=True)):
+        out = call(states, weights, params)
+        results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.plain_memory
+def test_a_new_batch_size_does_not_recompile_once_it_is_dynamic(impl):
+    torch.compiler.reset()
+
+    def run(states, weights, params):
+        return ik.layer_mix_mlp(states, IGVA, weights, *params, skip_tokens=1, impl=impl)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for images in (2, 3):  # the second call makes the batch dynamic
+        states, weights, params = make(images=images)
+        compiled(states, weights, params).sum().backward()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for images in (4, 7, 2):
+            states, weights, params = make(images=images)
+            compiled(states, weights, params).sum().backward()
+
+
+# ---- autocast and checkpointing ----
+
+
+def test_autocast_casts_weights_and_the_row_but_never_the_layers(impl):
+    for judge in within_rule(torch.bfloat16):
+        states, weights, params = make(tokens=33, width=64, hidden=48)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = ik.layer_mix_mlp(states, IGVA, weights, *params, impl=impl)
+            plain = plain_torch.layer_mix_mlp(states, IGVA, weights, *params)
+            assert ik.layer_mix(states, IGVA, weights, impl=impl).dtype == torch.float32
+        assert out.dtype == plain.dtype == torch.bfloat16
+        leaves = [weights, *params]
+        grads = torch.autograd.grad(out.float().square().sum(), leaves)
+        plain_grads = torch.autograd.grad(plain.float().square().sum(), leaves)
+        exact_weights, *exact_params = (leaf.detach().double().requires_grad_() for leaf in leaves)
+        exact = plain_torch.layer_mix_mlp([h.double() for h in states], IGVA, exact_weights, *exact_params)
+        exact_grads = torch.autograd.grad(exact.square().sum(), [exact_weights, *exact_params])
+        judge.add(out, exact, plain, "output")
+        names = ("mix_weights", "weight1", "bias1", "weight2", "bias2")
+        for name, leaf, *results in zip(names, leaves, grads, exact_grads, plain_grads, strict=True):
+            assert results[0].dtype == leaf.dtype
+            judge.add(*results, f"grad {name}")
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_gives_the_same_gradients(impl, use_reentrant):
+    states, weights, params = make()
+    results = []
+    for wrapped in (False, True):
+
+        def run(weights, *params):
+            return ik.layer_mix_mlp(states, IGVA, weights, *params, skip_tokens=1, impl=impl)
+
+        out = checkpoint(run, weights, *params, use_reentrant=use_reentrant) if wrapped else run(weights, *params)
+        out.square().sum().backward()
+        results.append([leaf.grad.clone() for leaf in (weights, *params)])
+        for leaf in (weights, *params):
+            leaf.grad = None
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_inference_mode_and_no_grad_keep_nothing(impl):
+    states, weights, params = make()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert saved_bytes(lambda: ik.layer_mix_mlp(states, IGVA, weights, *params, impl=impl)) == 0
+
+
+# ---- what is saved for backward ----
+
+
+def saved_bytes(run, besides=()):
+    """Bytes that autograd saves in ``run``, each storage once, without those of the tensors ``besides``."""
+    storages = {}
+    ignored = {t.untyped_storage().data_ptr() for t in besides}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = run()  # noqa: F841  keeps the graph alive until it is counted
+    return sum(size for pointer, size in storages.items() if pointer not in ignored)
+
+
+def test_training_saves_the_reduced_sources_and_z_and_no_other_layer(impl):
+    images, tokens, width, hidden = 2, 9, 16, 24
+    states, weights, params = make(images, tokens, width, hidden)
+    owned = [weights, *params]
+    source = images * tokens * width * 4
+    z = images * (tokens - 1) * hidden * 4
+    run = lambda: ik.layer_mix_mlp(states, IGVA, weights, *params, skip_tokens=1, impl=impl)  # noqa: E731
+    assert saved_bytes(run, owned) <= 4 * source + z  # base and three sums
+    assert saved_bytes(run, [*owned, states[5]]) <= 3 * source + z  # the base is the tower's own tensor
+    kept = saved_bytes(run, [*owned, *states])
+    assert kept <= 3 * (source - images * width * 4) + z
+
+
+def test_without_a_gradient_for_the_weights_only_the_row_and_z_are_saved(impl):
+    images, tokens, width, hidden = 2, 9, 16, 24
+    states, weights, params = make(images, tokens, width, hidden)
+    weights = weights.detach()
+    rows = images * (tokens - 1)
+    run = lambda: ik.layer_mix_mlp(states, IGVA, weights, *params, skip_tokens=1, impl=impl)  # noqa: E731
+    assert saved_bytes(run, [weights, *params]) == rows * (2 * width + hidden) * 4
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_concat_saves_its_taps_where_they_lie_and_no_row(impl, norm):
+    images, tokens, width, hidden = 2, 9, 16, 24
+    plan = MixPlan.concat([-2, 1, 3])
+    states, _, params = make(images, tokens, width, hidden, plan=plan)
+    gamma, beta = torch.rand(48, requires_grad=True), torch.rand(48, requires_grad=True)
+    options = {"norm": (gamma, beta, 1e-5) if norm else None, "skip_tokens": 1}
+    leaves = [*params, *((gamma, beta) if norm else ())]
+    run = lambda: ik.layer_mix_mlp(states, plan, None, *params, **options, impl=impl)  # noqa: E731
+    rows = images * (tokens - 1)
+    assert saved_bytes(run, [*leaves, *states]) == rows * (hidden + 2 * norm) * 4
+    plain = plain_torch.layer_mix_mlp(states, plan.resolve(7), None, *params, **options)
+    grads, expected = (torch.autograd.grad(out.square().sum(), leaves) for out in (run(), plain))
+    for actual, wanted in zip(grads, expected, strict=True):
+        assert relative_error(actual, wanted) < 1e-4
+
+
+def test_a_frozen_first_linear_saves_no_row(impl):
+    images, tokens, width, hidden = 2, 9, 16, 24
+    states, weights, (w1, b1, w2, b2) = make(images, tokens, width, hidden)
+    weights, w1, b1 = weights.detach(), w1.detach(), b1.detach()
+    run = lambda: ik.layer_mix_mlp(states, IGVA, weights, w1, b1, w2, b2, impl=impl)  # noqa: E731
+    assert saved_bytes(run, [weights, w1, b1, w2, b2]) == images * tokens * hidden * 4
+    run = lambda: ik.layer_mix_mlp(states, IGVA, weights, w1, b1, w2.detach(), b2, impl=impl)  # noqa: E731
+    assert saved_bytes(run, [weights, w1, b1, w2, b2]) == 0
+
+
+def test_several_rows_of_an_image_save_its_sums_once(impl):
+    images, tokens, width, hidden = 1, 9, 16, 24
+    states, _, _ = make(images, tokens, width, hidden)
+    weights = torch.rand(8, 3, requires_grad=True)
+    index = torch.zeros(8, dtype=torch.int64)
+    run = lambda: ik.layer_mix(states, IGVA, weights, image_index=index, impl=impl)  # noqa: E731
+    assert saved_bytes(run, [weights, index, *states]) <= 3 * images * tokens * width * 4
+
+
+@pytest.mark.parametrize("frozen", ["weights", "w1", "b1", "w2", "b2"])
+def test_only_the_gradients_asked_for_are_computed(impl, frozen):
+    states, weights, params = make()
+    named = dict(zip(("weights", "w1", "b1", "w2", "b2"), (weights, *params), strict=True))
+    named[frozen].requires_grad_(False)
+    out = ik.layer_mix_mlp(states, IGVA, named["weights"], *params, impl=impl)
+    expected = plain_torch.layer_mix_mlp(states, IGVA, named["weights"], *params)
+    leaves = [leaf for name, leaf in named.items() if name != frozen]
+    for actual, wanted in zip(
+        torch.autograd.grad(out.square().sum(), leaves), torch.autograd.grad(expected.square().sum(), leaves),
+        strict=True,
+    ):  # fmt: skip
+        assert relative_error(actual, wanted) < 1e-4
+    assert named[frozen].grad is None
+
+
+# ---- import ----
+
+
+def test_import_needs_torch_only_and_touches_no_driver():
+    script = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("transformers", "PIL", "sentence_transformers", "matplotlib", "rich", "typer"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Block())
+import torch
+before = set(sys.modules)
+import igva_kernels
+assert not torch.cuda.is_initialized()
+assert "triton" not in set(sys.modules) - before, "triton is imported on first use"
+igva_kernels.backends()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,0 +1,154 @@
+"""tune: every job runs, and the file it writes is what a process then uses. The card and its times are made up."""
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from igva_kernels import registry
+from igva_kernels.ops.weighted_mix import MixPlan
+from igva_kernels.runtime import config
+from igva_kernels.runtime.backend import Backend
+
+pytest.importorskip("triton")
+
+from triton.runtime.errors import OutOfResources
+
+from igva_kernels import tune
+from igva_kernels.ops.weighted_mix.triton import cost, tuning
+from igva_kernels.runtime.triton import cost as dense_cost
+
+pytestmark = pytest.mark.interpreted
+
+
+@pytest.fixture
+def card(monkeypatch, tmp_path):
+    monkeypatch.setenv("IGVA_KERNELS_CONFIG_DIR", str(tmp_path))
+    facts = {
+        "is_available": lambda: True,
+        "current_device": lambda: 0,
+        "device": lambda _: contextlib.nullcontext(),
+        "get_device_capability": lambda _: (9, 0),
+        "get_device_name": lambda _: "Made-up Card 1",
+        "get_device_properties": lambda _: SimpleNamespace(multi_processor_count=4),
+    }
+    for name, fact in facts.items():
+        monkeypatch.setattr(torch.cuda, name, fact)
+    for module, small in (
+        (tune, {"DEVICE": "cpu", "BATCHES": (1, 2), "ROWS": tune.ROWS[:2]}),
+        (tuning, {"DEVICE": "cpu", "PATCHES": 4, "WIDTH": 32, "HIDDEN": 32}),
+    ):
+        for name, value in small.items():
+            monkeypatch.setattr(module, name, value)
+    yield tmp_path
+    config.of_device.cache_clear()
+
+
+@pytest.fixture
+def timed(card, monkeypatch):
+    """Two small tiles a kernel, on a made-up clock; a third has more stages than the card has memory for."""
+    rates = replace(config.shipped("sm_90").rates, sms=4, matmul_tflops=1.0)
+    monkeypatch.setattr(tune, "_rates", lambda index, given: rates)
+    tiles = [config.GemmConfig(32, 32, 32, 4, stages, 1, True, 1.0) for stages in (2, 3, 99)]
+    monkeypatch.setattr(tune, "_candidates", lambda name, blank: tiles)
+    ticks = iter(range(1, 10_000))
+
+    def time_us(job):
+        if job.args[0] == tiles[2]:
+            raise OutOfResources(99, 1, "shared memory")
+        job()
+        return 5.0 + next(ticks) % 7
+
+    monkeypatch.setattr(tune, "time_us", time_us)
+    return rates
+
+
+def test_a_tuned_card_uses_its_file(card, timed):
+    shipped, lines = config.shipped("sm_90"), []
+    path, tuned = tune.tune(log=lines.append)
+    assert path == card / "Made_up_Card_1.json"
+    assert config.of_device(0).to_json() == tuned.to_json() == path.read_text()
+    assert tuned.status == "measured"
+    assert tuned.rates == timed
+    assert set(tuned.gemms) == set(shipped.gemms)
+    assert set(tuned.rows) == set(shipped.rows)
+    assert all(1 <= len(tiles) <= 2 and max(tile.num_stages for tile in tiles) <= 3 for tiles in tuned.gemms.values())
+    assert len(lines) >= 1 + len(tuned.rows) + len(tuned.gemms)
+
+
+def test_auto_takes_the_backend_that_was_faster_on_this_card(card, timed, monkeypatch):
+    times = {"slow": 7.0, "fast": 5.0}
+    made_up = {name: Backend(name, rank, ("cuda", "cpu"), lambda *_: None) for rank, name in enumerate(times)}
+    named = {name: SimpleNamespace(name=name, why_not=lambda *_: None) for name in times}
+    weighted_mix = registry.operators()["weighted_mix"]
+    monkeypatch.setattr(registry, "all_backends", lambda: made_up)
+    monkeypatch.setattr(tune, "all_backends", lambda: made_up)
+    monkeypatch.setattr(weighted_mix, "implementation", named.get)
+    monkeypatch.setattr(tune, "block", lambda implementation, batch: implementation.name)
+    monkeypatch.setattr(tune, "time_us", lambda job: times.get(job, 6.0) if isinstance(job, str) else 6.0)
+    _, tuned = tune.tune()
+    assert tuned.backends == ("fast", "slow")
+    assert weighted_mix.select("auto", torch.device("cuda", 0), torch.bfloat16, ()) == "fast"
+
+
+def test_a_write_that_breaks_off_leaves_the_earlier_file(card, timed, monkeypatch):
+    path, _ = tune.tune()
+    earlier = path.read_text()
+
+    def write_half(self, text):
+        with open(self, "w") as file:
+            file.write(text[: len(text) // 2])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(OSError, match="no space"):
+        tune.tune()
+    assert path.read_text() == earlier
+
+
+def test_a_kernel_that_was_written_later_takes_the_shipped_tiles(card):
+    shipped = config.shipped("sm_90")
+    rows = {name: row for name, row in shipped.rows.items() if name != "layer_grads"}
+    (card / "Made_up_Card_1.json").write_text(replace(shipped, status="measured", rows=rows).to_json())
+    assert config.of_device(0).status == "measured"
+    assert config.of_device(0).rows["layer_grads"] == shipped.rows["layer_grads"]
+
+
+@pytest.mark.parametrize("text", ["", "{}", config.shipped("sm_90").to_json().replace("num_warps", "other")])
+def test_a_file_that_cannot_be_read_is_named(card, text):
+    (card / "Made_up_Card_1.json").write_text(text)
+    with pytest.raises(ValueError, match=r"Made_up_Card_1.json: .* `igva-kernels tune`"):
+        config.of_device(0)
+
+
+def test_without_a_card_it_says_so():
+    with pytest.raises(RuntimeError, match="torch sees none"):
+        tune.tune()
+
+
+def test_choices_follow_the_rates():
+    """More to save than to lose: fused; a kernel that is too slow: cuBLAS."""
+    rows, dtype = 64 * 576, torch.bfloat16
+    shipped = config.shipped("sm_90")
+
+    def with_efficiency(efficiency):
+        tiles = {name: tuple(replace(t, efficiency=efficiency) for t in ts) for name, ts in shipped.gemms.items()}
+        return replace(shipped, gemms=tiles)
+
+    fast, slow = with_efficiency(0.97), with_efficiency(0.5)
+    taps, reduced = MixPlan.concat(range(5), 5), MixPlan.igva().reduced()[1]
+    for model, fused in ((fast, True), (slow, False)):
+        assert (dense_cost.linear(model, rows, 4096, 2048, dtype, True) is not None) == fused
+        assert (dense_cost.linear_grad_input(model, rows, 4096, 4096, dtype, True, True) is not None) == fused
+        assert (cost.mix_weights_grad_of_linear(model, rows, 1024, 4096, dtype) is not None) == fused
+        assert (cost.mix_linear(model, taps, 1024, rows, 4096, dtype, True, False) is not None) == fused
+    # A product without an activation is cuBLAS's, fp32 too, and a GEMM over 24 layers nobody's.
+    assert dense_cost.linear(fast, rows, 4096, 2048, dtype, False) is None
+    assert dense_cost.linear(fast, rows, 4096, 2048, torch.float32, True) is None
+    assert cost.mix_linear(fast, MixPlan.igva(), 1024, rows, 4096, dtype, True, False) is None
+    # Layers that every column of tiles reads again pay where there are few columns.
+    assert cost.mix_linear(fast, reduced, 1024, rows, 4096, dtype, True, False) is None
+    assert cost.mix_linear(fast, reduced, 1024, rows, 256, dtype, True, False) is not None
