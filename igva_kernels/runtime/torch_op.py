@@ -47,7 +47,8 @@ def define(
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     arguments = [argument.name for argument in getattr(OPS, name).default._schema.arguments]
-    _LIBRARY.impl(name, _without_autocast(_by_name(kernel, arguments, left_out)), "CompositeExplicitAutograd")
+    given = type("Arguments", (SimpleNamespace,), dict(left_out or {}))  # what is left out costs a call nothing
+    _LIBRARY.impl(name, _without_autocast(_by_name(kernel, arguments, given)), "CompositeExplicitAutograd")
     # Where torch.func and autograd's vmap enter: below, jvp would drop tangents, the others fail without a reason.
     for key in ("FuncTorchDynamicLayerFrontMode", "Batched"):
         if torch._C._parse_dispatch_key(key) is not None:  # as long as this torch has it
@@ -58,24 +59,22 @@ def define(
         if isinstance(output, tuple):
             ctx.mark_non_differentiable(*output[1])
         if save is not None:
-            _save(ctx, _by_name(lambda given: save(given, output), arguments, left_out)(*inputs))
+            _save(ctx, save(given(**dict(zip(arguments, inputs, strict=True))), output))
 
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         needs = dict(zip(arguments, ctx.needs_input_grad, strict=True))
-        grads = {} if grad is None else differentiate(grad, SimpleNamespace(**needs), _saved(ctx))
+        grads = {} if grad is None else differentiate(grad, SimpleNamespace(**needs), given(**_saved(ctx)))
         nothing = {name: [None] * len(n) if isinstance(n, (list, tuple)) else None for name, n in needs.items()}
         return tuple(grads.get(name, nothing[name]) for name in arguments)
 
-    torch.library.register_fake(f"{NAMESPACE}::{name}", _by_name(fake, arguments, left_out), lib=_LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", _by_name(fake, arguments, given), lib=_LIBRARY)
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     return lambda **values: getattr(OPS, name)(*(values[argument] for argument in arguments))
 
 
-def _by_name(function: Kernel, names: Sequence[str], left_out: Mapping[str, Any] | None) -> Callable[..., Any]:
-    more = left_out or {}
-
+def _by_name(function: Kernel, names: Sequence[str], given: type[SimpleNamespace]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
-        return function(SimpleNamespace(**{**more, **dict(zip(names, args, strict=False)), **kwargs}))
+        return function(given(**dict(zip(names, args, strict=False)), **kwargs))
 
     return run
 
@@ -89,7 +88,7 @@ def no_second_derivative(*_: Any) -> NoReturn:
 
 def _save(ctx: Any, values: Mapping[str, Any]) -> None:
     flat: list[Tensor] = []
-    ctx.slots, ctx.constants = {}, {}
+    ctx.slots, ctx.constants = {}, dict(values)
     for name, value in values.items():
         if isinstance(value, Tensor):
             ctx.slots[name] = len(flat)
@@ -98,16 +97,17 @@ def _save(ctx: Any, values: Mapping[str, Any]) -> None:
             ctx.slots[name] = slice(len(flat), len(flat) + len(value))
             flat += value
         else:
-            ctx.constants[name] = value
+            continue
+        del ctx.constants[name]
     ctx.save_for_backward(*map(saveable, flat))
 
 
-def _saved(ctx: Any) -> SimpleNamespace:
+def _saved(ctx: Any) -> dict[str, Any]:
     if not hasattr(ctx, "slots"):
-        return SimpleNamespace()
+        return {}
     flat = ctx.saved_tensors
     tensors = {name: list(flat[at]) if isinstance(at, slice) else flat[at] for name, at in ctx.slots.items()}
-    return SimpleNamespace(**ctx.constants, **tensors)
+    return ctx.constants | tensors
 
 
 def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -150,6 +150,7 @@ def test_real_shapes_and_the_interpreter_do_not_meet(monkeypatch):
     monkeypatch.setattr(
         verify, "judge", lambda case, dtype, names, device, seed: seen.append((case, list(names))) or []
     )
+    monkeypatch.setattr(registry.Operator, "why_not", lambda self, backend, device, dtype: None)
     assert list(verify.verify(dtypes=["fp32"])) == []
     assert {tuple(names) for case, names in seen if case in cases.SMALL_CASES} == {(), ("triton", "cpu")}
     assert {tuple(names) for case, names in seen if case in cases.REAL_CASES} == {(), ("cpu",)}

@@ -12,7 +12,7 @@ import torch
 from cpu_kernels import MODULE, assert_same, every_kernel, inputs_of_kernels, needs_module, needs_onednn
 
 import igva_kernels as ik
-from igva_kernels import cli
+from igva_kernels import cli, registry
 from igva_kernels.ops.weighted_mix import MixPlan
 from igva_kernels.runtime.cpu import BACKEND, native
 from igva_kernels.runtime.cpu import products as gemm
@@ -212,11 +212,13 @@ def forced_isa(monkeypatch):
     def force(name):
         monkeypatch.setenv("IGVA_KERNELS_CPU_ISA", name)
         native.load.cache_clear()
+        registry.choose.cache_clear()
         return native.load()
 
     best = MODULE.isa()
     yield force
     native.load.cache_clear()
+    registry.choose.cache_clear()
     MODULE.set_isa(best)
 
 

@@ -97,12 +97,12 @@ def _forward(given: SimpleNamespace, implementation: WeightedMix) -> tuple[Tenso
 def _save(given: SimpleNamespace, output: tuple[Tensor, list[Tensor]]) -> dict[str, Any]:
     """What the backward operator takes, but for the gradient and the needs."""
     kept, first = Kept.of(output[1], given), given.layers[0]
-    return vars(given) | {
-        "layers": None, "bias1": None, "bias2": None,
-        "sources": _program(given).gather(given.layers, kept.sums) if given.keep == Keep.SOURCES else [],
-        "rows": kept.rows, "stats": [] if kept.mean is None else [kept.mean, kept.rstd], "z": kept.z,
-        "layer_shape": tuple(first.shape), "layer_dtype": first.dtype,
-    }  # fmt: skip
+    values = {name: value for name, value in vars(given).items() if name not in ("layers", "bias1", "bias2")}
+    values |= {"layer_shape": tuple(first.shape), "layer_dtype": first.dtype}
+    values["sources"] = _program(given).gather(given.layers, kept.sums) if given.keep == Keep.SOURCES else []
+    if given.weight1 is not None:
+        values |= {"rows": kept.rows, "stats": [] if kept.mean is None else [kept.mean, kept.rstd], "z": kept.z}
+    return values
 
 
 def _backward(given: SimpleNamespace, implementation: WeightedMix) -> list[Tensor]:
@@ -132,7 +132,7 @@ def _backward(given: SimpleNamespace, implementation: WeightedMix) -> list[Tenso
 def _check_storages(given: SimpleNamespace) -> None:
     """A backward reads weights a second time; their names are those of the public functions."""
     names = {"weight1": "weight1", "norm_weight": "norm[0]", "norm_bias": "norm[1]", "weight2": "weight2"}
-    for argument, name in names.items():
+    for argument, name in names.items() if given.weight1 is not None else ():
         if getattr(given, argument) is not None:
             check_storage(name, getattr(given, argument))
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -58,7 +59,7 @@ class MixArgs:
         if self.image_index is not None:
             object.__setattr__(self, "image_index", self.image_index.contiguous())
 
-    @property
+    @cached_property
     def program(self) -> Program:
         """The plan as kernels take it."""
         return lower(self.plan)

@@ -14,7 +14,8 @@ class CpuLayerMax(Implementation):
             torch.maximum(largest, layer, out=largest)
         return largest
 
-    def backward(self, grad: Tensor, layers: list[Tensor], largest: Tensor) -> list[Tensor]:
+    def backward(self, grad: Tensor, layers: list[Tensor]) -> list[Tensor]:
+        largest = self.layer_max(layers)
         attained = [layer == largest for layer in layers]
         share = grad / sum(attained)
         return [(share * one).to(grad.dtype) for one in attained]

@@ -12,16 +12,16 @@ OPERATOR = Operator("layer_max", __package__)
 
 
 def _save(given: SimpleNamespace, output: tuple[Tensor, list[Tensor]]) -> dict[str, object]:
-    return {"layers": given.layers, "largest": output[0], "impl": given.impl}
+    return {"layers": given.layers, "impl": given.impl}
 
 
 def _differentiate(grad: Tensor, needs: SimpleNamespace, saved: SimpleNamespace) -> dict[str, object]:
-    return {"layers": backward(grad=grad, layers=saved.layers, largest=saved.largest, impl=saved.impl)}
+    return {"layers": backward(grad=grad, layers=saved.layers, impl=saved.impl)}
 
 
 backward = define(
-    "layer_max_backward(Tensor grad, Tensor[] layers, Tensor largest, str impl) -> Tensor[]",
-    lambda given: OPERATOR.implementation(given.impl).backward(given.grad, given.layers, given.largest),
+    "layer_max_backward(Tensor grad, Tensor[] layers, str impl) -> Tensor[]",
+    lambda given: OPERATOR.implementation(given.impl).backward(given.grad, given.layers),
     lambda given: [torch.empty_like(layer) for layer in given.layers],
     None, no_second_derivative,
 )  # fmt: skip

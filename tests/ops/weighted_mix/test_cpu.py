@@ -275,7 +275,9 @@ def test_inference_at_real_widths_needs_less_than_64_mib_beside_the_output(dtype
     layer = torch.randn(2, 577, 1024).to(dtype)
     args = MixArgs([layer] * len(CLIP.layers), CLIP, torch.rand(2, 4), None, 1)
     weights = projector(dtype, 2048, 4096, 4096)
-    (out, _, _), memory = measure_memory(lambda: CPU.project(args, weights._replace(activation="gelu"), Keep.NOTHING, False))
+    (out, _, _), memory = measure_memory(
+        lambda: CPU.project(args, weights._replace(activation="gelu"), Keep.NOTHING, False)
+    )
     assert memory.kept <= out.nbytes + 4096
     assert memory.peak <= out.nbytes + (64 << 20)
 

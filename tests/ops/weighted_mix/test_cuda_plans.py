@@ -13,7 +13,7 @@ from igva_kernels import MixPlan
 from igva_kernels.ops.weighted_mix.cuda import gemm, grad_gemm
 from igva_kernels.ops.weighted_mix.cuda.program import norm_row_fits
 from igva_kernels.ops.weighted_mix.plan import is_tap
-from igva_kernels.ops.weighted_mix.steps import Keep, MixArgs
+from igva_kernels.ops.weighted_mix.steps import Keep, MixArgs, Projector
 from igva_kernels.runtime.cuda import BACKEND, launch
 from igva_kernels.runtime.cuda.dense import allows_vectors, chunks
 
@@ -74,7 +74,7 @@ def test_without_ptx_a_newer_device_is_not_served():
 def fused_why_not(args, norm=None, hidden=256, activation="gelu", keep=Keep.NOTHING, weight=None, bias=None):
     if weight is None:
         weight = torch.zeros(hidden, args.plan.num_blocks * args.width, dtype=args.layers[0].dtype)
-    return gemm.why_not(args, norm, weight, bias, activation, keep)
+    return gemm.why_not(args, Projector(weight, bias, norm=norm, activation=activation), keep)
 
 
 @pytest.mark.parametrize("plan", [IGVA, MixPlan.concat([-2, 3, 3], 7), MixPlan.weighted_sum(range(5), -1, 6)])
@@ -166,9 +166,8 @@ def test_whole_clusters_of_tiles_cover_every_row_and_column(rows, columns):
     for multiprocessors in (1, 6, 132, 133):
         idle, busy = (gemm.grid(rows, columns, mixes, multiprocessors) for mixes in (False, True))
         assert idle % gemm.CLUSTER == busy % gemm.CLUSTER == 0
-        assert (
-            0 < idle <= busy <= max(multiprocessors, gemm.CLUSTER)
-        )  # all of them are resident, or flags wait for ever
+        # All of them are resident, or flags would wait for ever.
+        assert 0 < idle <= busy <= max(multiprocessors, gemm.CLUSTER)
         assert idle == busy or idle >= tiles * chunks(columns, gemm.TILE_N)
 
 
@@ -192,7 +191,7 @@ def grad_why_not(rows=64, depth=64, width=64, columns=3, dtype=torch.bfloat16, p
 def test_the_weight_gradient_in_the_product_serves_what_it_can_and_says_why_not():
     assert grad_why_not() is None
     assert "float32" in grad_why_not(dtype=torch.float32)
-    assert "pays from 72 on" in grad_why_not(depth=72)
+    assert "more than it saves below 72 rows" in grad_why_not(depth=72)
     assert "64 weighted entries" in grad_why_not(columns=65)
     for shapes in ({"depth": 60}, {"width": 60}, {"pad": 1}):
         assert "16 bytes" in grad_why_not(**shapes)
