@@ -14,7 +14,7 @@ from igva_kernels import MixPlan, verify
 from igva_kernels.nn import column_summaries
 from igva_kernels.ops.weighted_mix.cases import Case
 from igva_kernels.ops.weighted_mix.program import shares
-from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs
+from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Projector
 from igva_kernels.runtime.activations import ACTIVATIONS
 from igva_kernels.runtime.config import GemmConfig, of_device
 from igva_kernels.runtime.dense import Dense
@@ -117,7 +117,7 @@ def test_an_image_that_does_not_exist_gives_nan_rows_and_nothing_else():
     torch.testing.assert_close(grads[:, 1:], grad[good, :, :16])
     weight = torch.randn(8, 32)
     taps = dataclasses.replace(args, plan=MixPlan.concat([0, 1], 3))
-    y, _, _ = KERNELS.mix_linear(taps, None, weight, None, "gelu", Keep.NOTHING, False)
+    y, _, _ = KERNELS.mix_linear(taps, Projector(weight, activation="gelu"), Keep.NOTHING, False)
     assert y.view(4, 3, 8)[[1, 2]].isnan().all()
     assert y.view(4, 3, 8)[good].isfinite().all()
 
