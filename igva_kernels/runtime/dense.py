@@ -51,14 +51,9 @@ class Dense:
         return a @ b
 
     def linear_grad_input(
-        self,
-        grad_out: Tensor,
-        weight: Tensor | None,
-        z: Tensor | None,
-        activation: str | None,
-        need_y: bool,
+        self, grad_out: Tensor, weight: Tensor | None, z: Tensor | None, activation: str | None, need_y: bool,
         need_bias: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """``grad_z = (grad_out @ weight) * act'(z)`` and, if asked for, ``y = act(z)`` again and ``grad_z.sum(0)``.
 
         ``weight`` is None for the identity. The sum accumulates in fp32, in a fixed order.

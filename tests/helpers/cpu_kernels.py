@@ -116,7 +116,7 @@ def every_kernel(args, sources, grad_rows, z, grad_y):
     dense.activation_grad(grad_y, z, "gelu", grad_z, again)
     shape = LayerShape(2, 40, 256, torch.float32)
     wanted = Shares((0, 1, 0), (-1, 0, -1), (1.0, 0.5, 2.0), (1, 0, 1))
-    layers = CPU.layer_grads(grad_rows, wanted, args.mix_weights, args.image_index, 1, shape)
+    layers = CPU.layer_grads(grad_rows, wanted, args, shape)
     weights = CPU.mix_weights_grad(grad_rows[..., 256:], [1], sources)
     of_mixes = [mixed.rows, *mixed.sums, normal.rows, normal.raw_rows, normal.mean, normal.rstd]
     return [*of_mixes, y, copy, grad_z, again, weights, *layers]

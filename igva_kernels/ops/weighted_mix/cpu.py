@@ -58,23 +58,15 @@ class CpuWeightedMix(CpuDense, WeightedMix):
         )  # fmt: skip
         return grad
 
-    def layer_grads(
-        self,
-        grad_rows: Tensor,
-        shares: Shares,
-        mix_weights: Tensor | None,
-        image_index: Tensor | None,
-        skip_tokens: int,
-        shape: LayerShape,
-    ) -> list[Tensor]:
+    def layer_grads(self, grad_rows: Tensor, shares: Shares, args: MixArgs, shape: LayerShape) -> list[Tensor]:
         """One gradient ``[I, T, D]`` per signature; skipped tokens get zeros, rows that share an image add in order."""
         if not serves_pair(shape.dtype, grad_rows.dtype):
             grad_rows = grad_rows.to(shape.dtype)
         size = (shape.num_images, shape.num_tokens, shape.width)
         grads = [grad_rows.new_empty(size, dtype=shape.dtype) for _ in range(shares.num_grads)]
         module().layer_grads(
-            _view(grad_rows), shares, weights(mix_weights), batch(image_index, grad_rows.shape[0]),
-            (dtype_of(shape.dtype), size, skip_tokens), [grad.data_ptr() for grad in grads],
+            _view(grad_rows), shares, weights(args.mix_weights), batch(args.image_index, grad_rows.shape[0]),
+            (dtype_of(shape.dtype), size, args.skip_tokens), [grad.data_ptr() for grad in grads],
             torch.get_num_threads(),
         )  # fmt: skip
         return grads

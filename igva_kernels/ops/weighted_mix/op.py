@@ -121,10 +121,8 @@ def _backward(given: SimpleNamespace, implementation: WeightedMix) -> list[Tenso
     wanted, _ = shares(args.plan, tuple(given.needs[len(fields) :]))
     grads["layers"] = []
     if wanted.num_grads:
-        grads["layers"] = implementation.layer_grads(
-            grads.get("rows", grad_out), wanted, args.mix_weights, args.image_index, args.skip_tokens,
-            LayerShape._make([*given.layer_shape, given.layer_dtype]),
-        )  # fmt: skip
+        shape = LayerShape._make([*given.layer_shape, given.layer_dtype])
+        grads["layers"] = implementation.layer_grads(grads.get("rows", grad_out), wanted, args, shape)
     found = [grads[name] for name in fields if getattr(needs, name)]
     return [grad for each in found for grad in (each if isinstance(each, list) else [each])]
 

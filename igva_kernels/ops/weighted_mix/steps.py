@@ -213,13 +213,11 @@ class WeightedMix(Dense, Implementation):
         """
         raise NotImplementedError
 
-    def layer_grads(
-        self, grad_rows: Tensor, shares: Shares, mix_weights: Tensor | None, image_index: Tensor | None,
-        skip_tokens: int, shape: LayerShape,
-    ) -> list[Tensor]:  # fmt: skip
+    def layer_grads(self, grad_rows: Tensor, shares: Shares, args: MixArgs, shape: LayerShape) -> list[Tensor]:
         """One gradient ``[I, T, D]`` in the layers' dtype per signature in ``shares``.
 
-        ``grad_rows`` is ``[B, P, G*D]``. Skipped tokens get zeros; rows that share an image add in row order.
+        ``grad_rows`` is ``[B, P, G*D]``, and of ``args`` the layers are no longer there. Skipped tokens get zeros; rows
+        that share an image add in row order.
         """
         raise NotImplementedError
 
@@ -346,10 +344,7 @@ class Shapes(WeightedMix):
         assert args.mix_weights is not None
         return args.mix_weights.new_empty(args.mix_weights.shape)
 
-    def layer_grads(
-        self, grad_rows: Tensor, shares: Shares, mix_weights: Tensor | None, image_index: Tensor | None,
-        skip_tokens: int, shape: LayerShape,
-    ) -> list[Tensor]:  # fmt: skip
+    def layer_grads(self, grad_rows: Tensor, shares: Shares, args: MixArgs, shape: LayerShape) -> list[Tensor]:
         return [grad_rows.new_empty(shape[:3], dtype=shape.dtype) for _ in range(shares.num_grads)]
 
     def norm_backward(

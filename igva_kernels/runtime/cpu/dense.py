@@ -31,14 +31,9 @@ class CpuDense(Dense):
         return product
 
     def linear_grad_input(
-        self,
-        grad_out: Tensor,
-        weight: Tensor | None,
-        z: Tensor | None,
-        activation: str | None,
-        need_y: bool,
+        self, grad_out: Tensor, weight: Tensor | None, z: Tensor | None, activation: str | None, need_y: bool,
         need_bias: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """As in ``Dense``, a block at a time."""
         if activation is None:
             return super().linear_grad_input(grad_out, weight, z, activation, need_y, need_bias)

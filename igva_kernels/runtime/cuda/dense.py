@@ -37,14 +37,9 @@ class CudaDense(Dense):
         return y, z if keep_z else None
 
     def linear_grad_input(
-        self,
-        grad_out: Tensor,
-        weight: Tensor | None,
-        z: Tensor | None,
-        activation: str | None,
-        need_y: bool,
+        self, grad_out: Tensor, weight: Tensor | None, z: Tensor | None, activation: str | None, need_y: bool,
         need_bias: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         """The product by torch, everything else in one kernel. See ``Dense``."""
         if activation is None:
             return super().linear_grad_input(grad_out, weight, z, activation, need_y, need_bias)

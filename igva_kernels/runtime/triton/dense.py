@@ -34,14 +34,9 @@ class TritonDense(Dense):
         return ACTIVATIONS[activation].forward_(F.linear(x, weight, bias)), None
 
     def linear_grad_input(
-        self,
-        grad_out: Tensor,
-        weight: Tensor | None,
-        z: Tensor | None,
-        activation: str | None,
-        need_y: bool,
+        self, grad_out: Tensor, weight: Tensor | None, z: Tensor | None, activation: str | None, need_y: bool,
         need_bias: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         if weight is not None and z is not None and activation is not None:
             chosen = cost.linear_grad_input(config_of(z), *z.shape, weight.shape[0], z.dtype, need_y, need_bias)
             if chosen is not None and can_read(grad_out, weight):

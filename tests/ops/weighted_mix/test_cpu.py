@@ -127,23 +127,22 @@ def test_an_image_out_of_range_is_refused_before_memory_is_touched(index):
         CPU.mix_weights_grad(grad[..., 16:], [1], args)
     shape = LayerShape(3, 6, 16, torch.float32)
     with pytest.raises(ValueError, match="image_index"):
-        CPU.layer_grads(grad, TAP_SHARE, None, args.image_index, 1, shape)
+        CPU.layer_grads(grad, TAP_SHARE, args, shape)
 
 
 def test_what_a_plan_names_must_have_been_handed_in():
     """Of direct calls of the registered operators: what the public ones have checked before."""
-    states, weights = [torch.randn(1, 2, 8)], torch.rand(1, 1)
+    states, weights, shape = [torch.randn(1, 2, 8)], torch.rand(1, 1), LayerShape(1, 2, 8, torch.float32)
     cases = {"layer 1, got 1": MixPlan.concat([0, 1]), "layer -1": MixPlan.concat([-1])}
     cases["weight column 1, got 1"] = MixPlan((((0, 1, 1.0),),))
     for message, plan in cases.items():
         with pytest.raises(ValueError, match=f"plan: it names {message}"):
             torch.ops.igva_kernels.layer_mix(states, weights, None, plan.code, 0, "nothing", "cpu")
+    args = MixArgs([], plan, weights, None, 0)
     with pytest.raises(ValueError, match="plan: it names weight column 1, got 1"):
-        CPU.layer_grads(
-            torch.ones(1, 2, 8), Shares((0,), (1,), (1.0,), (1,)), weights, None, 0, LayerShape(1, 2, 8, torch.float32)
-        )
+        CPU.layer_grads(torch.ones(1, 2, 8), Shares((0,), (1,), (1.0,), (1,)), args, shape)
     with pytest.raises(ValueError, match="image_index: need one for 3 rows of 1 images, got None"):
-        CPU.layer_grads(torch.ones(3, 2, 8), TAP_SHARE, None, None, 0, LayerShape(1, 2, 8, torch.float32))
+        CPU.layer_grads(torch.ones(3, 2, 8), TAP_SHARE, MixArgs([], plan, None, None, 0), shape)
 
 
 # ---- gradients of the mix ------------------------------------------------------------------------------------------
@@ -171,7 +170,7 @@ def test_gradients_of_the_mix_obey_the_error_rule(isa, dtype, plan, index):
         plain_layers, plain_weights = autograd_of_mix(args, grad_rows)
         wanted, own = shares(plan, (True,) * len(args.layers))
         shape = LayerShape(3, 40, 21, dtype)
-        grads = CPU.layer_grads(grad_rows, wanted, args.mix_weights, args.image_index, 1, shape)
+        grads = CPU.layer_grads(grad_rows, wanted, args, shape)
         actual_layers = [grads[i] for i in own]
         for layer, triple in enumerate(zip(actual_layers, exact_layers, plain_layers, strict=True)):
             judge.add(*triple, f"layer {layer}")
@@ -193,7 +192,7 @@ def test_gradients_cross_dtypes(isa, layer_dtype):
     actual = CPU.mix_weights_grad(grad_rows[..., 16:], [1], args.over_sources(sources))
     assert relative_error(actual, exact_weights) < 0.02
     shape = LayerShape(3, 6, 16, layer_dtype)
-    (actual,) = CPU.layer_grads(grad_rows, TAP_SHARE, None, None, 0, shape)
+    (actual,) = CPU.layer_grads(grad_rows, TAP_SHARE, args, shape)
     assert torch.equal(actual, grad_rows[..., :16].to(layer_dtype))
 
 

@@ -113,7 +113,7 @@ def test_an_image_that_does_not_exist_gives_nan_rows_and_nothing_else():
     assert dw[good].isfinite().all()
     assert dw[[1, 2]].isnan().all()
     shape = LayerShape(2, 4, 16, torch.float32)
-    (grads,) = KERNELS.layer_grads(grad, shares(MixPlan.concat([0]), (True,))[0], weights, index, 1, shape)
+    (grads,) = KERNELS.layer_grads(grad, shares(MixPlan.concat([0]), (True,))[0], args, shape)
     torch.testing.assert_close(grads[:, 1:], grad[good, :, :16])
     weight = torch.randn(8, 32)
     taps = dataclasses.replace(args, plan=MixPlan.concat([0, 1], 3))

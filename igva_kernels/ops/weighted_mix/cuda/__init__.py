@@ -84,23 +84,15 @@ class CudaWeightedMix(CudaDense, WeightedMix):
             return super().mix_weights_grad_of_linear(grad_z, weight1, blocks, args)
         return grad_gemm.run(grad_z, weight1, blocks, args)
 
-    def layer_grads(
-        self,
-        grad_rows: Tensor,
-        shares: Shares,
-        mix_weights: Tensor | None,
-        image_index: Tensor | None,
-        skip_tokens: int,
-        shape: LayerShape,
-    ) -> list[Tensor]:
+    def layer_grads(self, grad_rows: Tensor, shares: Shares, args: MixArgs, shape: LayerShape) -> list[Tensor]:
         """One gradient ``[I, T, D]`` per signature; rows that share an image add in row order."""
         grad_rows = _readable(grad_rows, shape.dtype)
         size = (shape.num_images, shape.num_tokens, shape.width)
         grads = [grad_rows.new_empty(size, dtype=shape.dtype) for _ in range(shares.num_grads)]
         with launch.on_device_of(grad_rows) as stream:
             launch.module().layer_grads(
-                launch.view(grad_rows), shares, weights(mix_weights), batch(image_index, grad_rows.shape[0]),
-                (launch.dtype_of(shape.dtype), size, skip_tokens),
+                launch.view(grad_rows), shares, weights(args.mix_weights),
+                batch(args.image_index, grad_rows.shape[0]), (launch.dtype_of(shape.dtype), size, args.skip_tokens),
                 [grad.data_ptr() for grad in grads], allows_vectors(shape.width, [grad_rows, *grads]), stream,
             )  # fmt: skip
         return grads
