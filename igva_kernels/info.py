@@ -27,9 +27,9 @@ PACKAGES = (
 )
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""The dtypes of which it is said who serves them, and which library multiplies them on the CPU."""
+"""The dtypes for which a report says who serves them, and which library multiplies them on the CPU."""
 
-# What decides which CPU kernels and which GEMMs run; the rest of the flags would only be noise.
+# The features that decide which CPU kernels and which GEMMs run; all other flags would only be noise.
 CPU_FEATURES = ("avx2", "fma3", "f16c", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16")
 
 
@@ -98,7 +98,7 @@ def _describe_cuda(built: dict[str, Any]) -> str:
 
 
 def _dtypes(status: BackendStatus) -> list[str]:
-    """Those that a backend serves here; plain torch serves what it serves."""
+    """The dtypes that a backend serves here; empty for plain torch, which is not asked."""
     backend = all_backends().get(status.name)
     if backend is None:
         return []
@@ -110,7 +110,7 @@ def _dtypes(status: BackendStatus) -> list[str]:
 
 
 def _implementations(operator: Operator) -> dict[str, list[str]]:
-    """The implementations of an operator that can run here, and what each has to say."""
+    """The implementations of an operator that can run here, each with its notes."""
     found = {status.name: operator.implementation(status.name) for status in backends() if status.available}
     return {
         name: [] if found[name] is None else found[name].notes() for name in found if name == REFERENCE or found[name]

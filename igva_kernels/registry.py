@@ -2,7 +2,7 @@
 
 An operator is a folder of ``ops``: its specification, its implementations (a module per backend, named after it, that
 exports ``IMPLEMENTATION``) and the cases by which they are judged (``cases.py``). A backend is a folder of ``runtime``.
-Both are found by looking, so a new one appears in ``info``, ``verify``, the benchmarks and the tests by being there.
+Both are found by listing these folders, so a new one appears in ``info``, ``verify``, the benchmarks and the tests.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Implementation:
     """An operator's code for one backend."""
 
     def why_not(self, *demands: Any) -> str | None:
-        """None if it can serve a call with these demands of its operator, otherwise the reason why not."""
+        """None if it can serve a call with these demands (constants of the call), otherwise the reason why not."""
         return None
 
     def notes(self) -> list[str]:
-        """What ``igva-kernels info`` should say of it on this machine."""
+        """What ``igva-kernels info`` should say about it on this machine."""
         return []
 
 
@@ -62,7 +62,7 @@ class Operator:
         _OPERATORS[name] = self
 
     def implementation(self, backend: str) -> Any:
-        """Its code for a backend; None where it has none. Importing that touches no driver."""
+        """Its code for a backend; None where it has none. Importing this code touches no driver."""
         return getattr(self.module(backend), "IMPLEMENTATION", None)
 
     def cases(self) -> Sequence[Case]:
@@ -70,7 +70,7 @@ class Operator:
         return getattr(self.module("cases"), "CASES", ())
 
     def module(self, name: str) -> ModuleType | None:
-        """A module of its package; None where it has none of this name."""
+        """The module of this name in its package; None where there is none."""
         return _module(f"{self.package}.{name}")
 
     def why_not(self, backend: str, device: torch.device, dtype: torch.dtype, *demands: Any) -> str | None:
@@ -80,7 +80,7 @@ class Operator:
             backend: its name.
             device: of the tensors.
             dtype: of the tensors.
-            demands: what else decides it, constants that ``Implementation.why_not`` understands.
+            demands: the other constants of the call that decide it, as ``Implementation.why_not`` takes them.
         """
         reason = all_backends()[backend].why_not(device, dtype)
         if reason is not None:
@@ -97,7 +97,7 @@ class Operator:
             impl: a name, or "auto".
             device: of the tensors.
             dtype: of the tensors.
-            tensors: of the call, also in sequences; what is None or no tensor does not count.
+            tensors: of the call, also in sequences; anything that is not a tensor is ignored.
             demands: see ``why_not``.
 
         Raises:
@@ -154,7 +154,7 @@ def backends() -> list[BackendStatus]:
 
 
 def implementations() -> tuple[str, ...]:
-    """What ``impl=`` takes."""
+    """The values that ``impl=`` takes."""
     return "auto", REFERENCE, *all_backends()
 
 
@@ -165,7 +165,7 @@ def _choose(operator: str, impl: str, device: torch.device, dtype: torch.dtype, 
 
 @cache
 def choose(operator: str, impl: str, device: torch.device, dtype: torch.dtype, demands: tuple[Any, ...]) -> str:
-    """``Operator.select`` as far as constants decide it. What was found is remembered: a call must not ask again."""
+    """``Operator.select`` as far as constants decide it. The result is remembered, so that no call asks twice."""
     if impl == REFERENCE:
         return impl
     chosen = operators()[operator]
@@ -183,7 +183,7 @@ def choose(operator: str, impl: str, device: torch.device, dtype: torch.dtype, d
 def _module(name: str) -> ModuleType | None:
     try:
         found = find_spec(name)
-    except ModuleNotFoundError:  # not even the package that it would be in
+    except ModuleNotFoundError:  # not even the package around it exists
         found = None
     return None if found is None else importlib.import_module(name)
 

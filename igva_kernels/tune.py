@@ -4,8 +4,8 @@ which backend is the fastest.
 Nothing is searched inside a step: ``config`` reads the file once per process, ``cost`` computes from it.
 
 Tiles are timed on CUDA-graph replays of the real launchers, with random data, at the rows of a small, a middle and a
-large batch of the IGVA connector on CLIP-L/336; the best of each stays. An efficiency is the model's time at 100 % over
-the measured time, so that the model reproduces the large batch.
+large batch of the IGVA connector on CLIP-L/336; the best tile for each is kept. An efficiency is the model's time at
+100 % divided by the measured time, so that the model reproduces the large batch.
 """
 
 from __future__ import annotations
@@ -70,13 +70,13 @@ def tune(
         )
         path = output or config.tuned_dir() / config.file_name(torch.cuda.get_device_name(index))
         _write(path, tuned)
-        tuned = replace(tuned, backends=_by_speed(torch.device(DEVICE, index), log))  # as that file makes them
+        tuned = replace(tuned, backends=_by_speed(torch.device(DEVICE, index), log))  # timed with that file
         _write(path, tuned)
     return path, tuned
 
 
 def _write(path: Path, tuned: Config) -> None:
-    """Whole or not at all: every process that starts on this card reads the file."""
+    """Writes the file whole or not at all, since every process that starts on this card reads it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     unfinished.write_text(tuned.to_json())
@@ -86,7 +86,7 @@ def _write(path: Path, tuned: Config) -> None:
 
 
 def _by_speed(device: torch.device, log: Callable[[str], None]) -> tuple[str, ...]:
-    """The backends that serve this card, by the time that the IGVA block takes them; each batch size counts alike."""
+    """The backends that serve this card, the fastest on the IGVA connector first; all batch sizes count alike."""
     weighted_mix, found = operators()["weighted_mix"], {}
     for name, backend in all_backends().items():
         if DEVICE in backend.devices and backend.why_not(device, torch.bfloat16) is None:
@@ -149,7 +149,7 @@ def _best_tiles(
     jobs = [job(batch) for batch in BATCHES]
     times: dict[GemmConfig, list[float]] = {}
     for tile in _candidates(name, blank):
-        with suppress(OutOfResources, PTXASError):  # a neighbour may need more than the card has
+        with suppress(OutOfResources, PTXASError):  # a neighbouring tile may need more than the card has
             times[tile] = [time_us(partial(job, tile)) for job, _ in jobs]
     best = dict.fromkeys(min(times, key=lambda tile: times[tile][i]) for i in reversed(range(len(BATCHES))))
     tuned = []

@@ -1,6 +1,6 @@
-"""Every backend that can run here against fp64: forward and every gradient, beside plain torch in the same dtype.
+"""Judges every backend that can run here against fp64, forward and gradients, beside plain torch in the same dtype.
 
-The rule is that of ``igva_kernels.testing``, the calls are the cases of every operator in the registry.
+The rule is that of ``igva_kernels.testing``; the calls are the cases of every operator in the registry.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Row(NamedTuple):
 
     @property
     def worst(self) -> Verdict:
-        """The result nearest to its budget, or furthest beyond; NaN counts as furthest."""
+        """The result nearest to its error budget, or furthest beyond it; NaN counts as furthest."""
         return max(self.verdicts, key=lambda v: (not v.ok, v.error / v.budget))
 
 
@@ -43,13 +43,13 @@ def is_slow(dtype_name: str, device: str) -> bool:
 
 
 def verify(chosen: Sequence[str] = (), dtypes: Sequence[str] = (), quick: bool = False, seed: int = 0) -> Iterator[Row]:
-    """Judges backends, and yields as it goes.
+    """Judges backends, and yields each row as soon as it is complete.
 
     Args:
         chosen: the backends; if none is named, every one that can run here. Each is judged in the operators and dtypes
             that it serves.
-        dtypes: among "fp32", "bf16" and "fp16"; if none is named, all of them, at real shapes without those that are
-            ``is_slow``.
+        dtypes: among "fp32", "bf16" and "fp16"; if none is named, all of them, except that real shapes leave out those
+            that are slow on the device (``is_slow``).
         quick: leave out the real shapes.
         seed: of the draws.
 
@@ -63,7 +63,7 @@ def verify(chosen: Sequence[str] = (), dtypes: Sequence[str] = (), quick: bool =
     names = [name for name in chosen or all_backends() if statuses[name].available]
     for device in ("cuda", "cpu"):
         here = [name for name in names if device in statuses[name].devices]
-        # Triton on a CPU is its interpreter: right, but hours at real shapes.
+        # Triton on a CPU is its interpreter: correct, but real shapes would take it hours.
         large = [name for name in here if (name, device) != ("triton", "cpu")]
         quickly = [dtype for dtype in DTYPES if not is_slow(dtype, device)]
         for operator in operators().values():
@@ -78,7 +78,7 @@ def verify(chosen: Sequence[str] = (), dtypes: Sequence[str] = (), quick: bool =
 
 
 def judge(case: Case, dtype_name: str, names: Sequence[str], device: str, seed: int = 0) -> Iterator[Row]:
-    """Judges backends in one case and dtype; after the first draw, only what needs more of them is computed."""
+    """Judges backends in one case and dtype; after the first draw, only results that need more draws are computed."""
     if not names:
         return
     dtype = DTYPES[dtype_name]

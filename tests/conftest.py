@@ -1,4 +1,4 @@
-"""Every test draws from a seed of the command line and finds NaN in memory that nobody has written.
+"""Every test draws from the seed of the command line and finds NaN in memory that nobody has written.
 
 Triton reads TRITON_INTERPRET when it is imported, so the tests marked ``interpreted`` need a process of their own:
 
@@ -11,8 +11,8 @@ import sys
 
 import pytest
 
-# The variable that holds our kernels to an instruction set holds the libraries to it as well, which read theirs when
-# torch is loaded: plain torch, too, is then what it would be on such a CPU.
+# The variable that limits our kernels to an instruction set limits the libraries as well, which read their variables
+# when torch is loaded: plain torch then computes as it would on such a CPU.
 LIBRARY_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY")
 LIBRARY_ISAS = {
     "scalar": ("SSE41", "SSE4_2", "default"),
@@ -54,14 +54,14 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True, scope="session")
 def _share_of_the_cores():
-    """What runs beside other workers leaves them theirs; the interpreter is serial, and its tensors are small."""
+    """A worker leaves the others their share; the interpreter is serial, and its tensors are small."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(1 if INTERPRETED else max(1, torch.get_num_threads() // workers))
 
 
 @pytest.fixture(autouse=True)
 def _few_draws_of_the_interpreter(monkeypatch):
-    """It is slow: one draw may acquit even a small result, but convicts none."""
+    """The interpreter is slow: one draw may pass even a small result, but does not fail it."""
     if INTERPRETED:
         monkeypatch.setattr(testing, "FIRST_DRAWS", 1)
 
@@ -96,7 +96,7 @@ def isa(request):
 
 @pytest.fixture(params=[*cpu_kernels.ROUTES[:2], pytest.param(cpu_kernels.ROUTES[2], marks=cpu_kernels.needs_onednn)])
 def products(request, monkeypatch):
-    """Products by every library, whichever suits this CPU; in several blocks already at small sizes."""
+    """Products by every library, whichever suits this CPU; in several blocks even at small sizes."""
     monkeypatch.setattr(cpu_kernels.gemm, "route", cpu_kernels.routes(request.param, 16))
     monkeypatch.setattr(cpu_kernels.backend, "SCRATCH_BYTES", 0)
     monkeypatch.setattr(cpu_kernels.gemm, "BLOCK_ROWS", 32)

@@ -1,7 +1,8 @@
 // The one list of activations that C++ knows, by their names in Python.
 //
-// A new activation is a name in this list, a formula in dense/cpu/activation.h and one in dense/cuda/activation.cuh. The
-// enumeration, the names that Python sees and every dispatch follow from the list; a name without a formula does not compile.
+// A new activation is a name in this list, a formula in dense/cpu/activation.h and one in dense/cuda/activation.cuh.
+// The enumeration, the names that Python sees and every dispatch follow from the list; a name without a formula does
+// not compile.
 #pragma once
 
 #include <cstdint>

@@ -6,7 +6,7 @@ namespace py = pybind11;
 
 namespace igva {
 
-// Module-local: both modules have these types, and neither may meet the other's.
+// Module-local: both modules have these types, and must not share them.
 void bind_common(py::module_& m) {
   py::enum_<DType>(m, "DType", py::module_local())
       .value("f32", DType::f32)

@@ -15,7 +15,7 @@ namespace igva {
 
 using Address = uintptr_t;
 
-// A shape or strides: the tuple of N integers that torch has.
+// A shape or strides: a tuple of N integers, as torch gives it.
 template <int N>
 struct Ints {
   int64_t at[N];
@@ -29,8 +29,8 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Loads a struct from a Python tuple of what `make` takes: type_caster<Struct> : from_tuple<make>. Operands come as plain
-// tuples, since a call has many of them and an object of a bound class takes most of a microsecond to make.
+// Loads a struct from a Python tuple of what `make` takes: type_caster<Struct> : from_tuple<make>. Operands come as
+// plain tuples, since a call has many of them and an object of a bound class takes most of a microsecond to make.
 template <auto make, class Function = decltype(make)>
 struct from_tuple;
 

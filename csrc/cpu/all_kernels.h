@@ -1,6 +1,6 @@
 // All CPU kernels, written once for a vector type `Vec`. Each kernels_*.cpp compiles this file with the flags of its
-// instruction set. Everything is in an anonymous namespace and no library template is used, so that no function built for
-// a wide instruction set can be merged with one that another file calls on a machine without it.
+// instruction set. Everything is in an anonymous namespace and no library template is used, so that no function built
+// for a wide instruction set can be merged with one that another file calls on a machine without it.
 #pragma once
 
 #include "cpu/kernels.h"

@@ -17,10 +17,10 @@ void set_isa(const std::string& isa);
 // The kernels that calls use: those of the chosen set, and scalar ones for fp64, which serves tests and gradcheck.
 const Kernels& kernels_for(DType dtype);
 
-// Throws where a kernel has returned that it does not serve its dtypes.
+// Throws where a kernel has returned false: it does not serve its dtypes.
 void check_served(bool served);
 
-// Threads for work on so many elements.
+// How many threads, at most `threads`, to use for work on `elements` elements.
 int threads_for(int64_t elements, int threads);
 
 // How many threads a parallel region that asks for `threads` is sure to get from here: fewer under OMP_THREAD_LIMIT,

@@ -25,7 +25,7 @@ inline void parallel_for(int64_t total, int threads, F f) {
   f(int64_t(0), total, 0);
 }
 
-// f(i, thread) for i in 0..total, handed out as the threads come for more.
+// f(i, thread) for i in 0..total, handed out to the threads as they become free.
 template <class F>
 inline void parallel_tasks(int64_t total, int threads, F f) {
 #ifdef _OPENMP

@@ -32,7 +32,7 @@ inline float to_float(f16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
   const uint32_t rest = uint32_t(x.bits & 0x7fff) << 13;
   if (rest >= 0x0f800000) return float_of(sign | rest | 0x7f800000); // inf, NaN
-  // The product puts the exponent right and makes subnormals normal.
+  // The multiplication corrects the exponent and makes subnormals normal.
   return float_of(sign | bits_of(float_of(rest) * 0x1p112f));
 }
 

@@ -53,7 +53,7 @@ inline Avx2 abs(Avx2 a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)};
 inline Avx2 if_le(Avx2 x, Avx2 y, Avx2 a, Avx2 b) {
   return {_mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(x.v, y.v, _CMP_LE_OQ))};
 }
-// Clamping constants stand first: a NaN passes through.
+// The constants are the first operands, so that a NaN passes through.
 inline Avx2 clamp(Avx2 x, float low, float high) {
   return {_mm256_min_ps(_mm256_set1_ps(high), _mm256_max_ps(_mm256_set1_ps(low), x.v))};
 }

@@ -49,7 +49,7 @@ inline Avx512 abs(Avx512 a) { return {_mm512_abs_ps(a.v)}; }
 inline Avx512 if_le(Avx512 x, Avx512 y, Avx512 a, Avx512 b) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, y.v, _CMP_LE_OQ), b.v, a.v)};
 }
-// Clamping constants stand first: a NaN passes through.
+// The constants are the first operands, so that a NaN passes through.
 inline Avx512 clamp(Avx512 x, float low, float high) {
   return {_mm512_min_ps(_mm512_set1_ps(high), _mm512_max_ps(_mm512_set1_ps(low), x.v))};
 }

@@ -1,4 +1,5 @@
-// What the portable kernels share: dtypes, 16-byte vectors, the place of a thread in [rows, width], reductions, launches.
+// What the portable kernels share: dtypes, 16-byte vectors, the place of a thread in [rows, width], reductions,
+// launches.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,7 +13,7 @@
 
 namespace igva::cuda {
 
-constexpr int block_threads = 256; // of every kernel but the Hopper GEMMs
+constexpr int block_threads = 256; // per block of every kernel but the Hopper GEMMs
 
 template <class T>
 struct Accumulator {
@@ -70,7 +71,7 @@ __device__ inline void widen(const Vector<T, V>& from, W (&to)[V]) {
   }
 }
 
-// Keeps a loaded vector in its registers as it is: the compiler would widen it at once, and spill.
+// Keeps a loaded vector packed in its registers: the compiler would widen it at once, and spill.
 template <class T, int V>
 __device__ inline void stay_packed(Vector<T, V>& vector) {
 #ifndef IGVA_EMULATION
@@ -95,8 +96,8 @@ __device__ inline void store(T* to, const W (&from)[V]) {
   *reinterpret_cast<Vector<T, V>*>(to) = vector;
 }
 
-// Stores fp32 values in a dtype chosen at run time (fp64 values always in fp64): a uniform branch instead of a kernel for
-// each pair of dtypes.
+// Stores fp32 values in a dtype chosen at run time (fp64 values always in fp64): a uniform branch instead of a kernel
+// for each pair of dtypes.
 template <int V>
 __device__ inline void store(void* to, DType dtype, int64_t at, const float (&from)[V]) {
   if (dtype == DType::bf16) store<V>(static_cast<__nv_bfloat16*>(to) + at, from);
@@ -119,8 +120,8 @@ __device__ inline W load(const void* from, DType dtype, int64_t at) {
   }
 }
 
-// The vector that a thread of a one-dimensional grid owns in a matrix of `vectors` vectors per row. The 64-bit division is
-// that of the block's first vector; what a thread adds to it fits 32 bits.
+// The vector that a thread of a one-dimensional grid owns in a matrix of `vectors` vectors per row. Only the
+// block's first vector takes a 64-bit division; what a thread adds to it fits in 32 bits.
 struct Place {
   int64_t row;
   int vector;
@@ -146,7 +147,7 @@ template <class W>
 __device__ inline W block_sum(W value, W* scratch) {
 #pragma unroll
   for (int lane = 16; lane > 0; lane /= 2) value += __shfl_xor_sync(0xffffffffu, value, lane);
-  __syncthreads(); // the sum before this one has been read
+  __syncthreads(); // until the sum before this one has been read
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
   __syncthreads();
   W sum = 0;
@@ -156,7 +157,8 @@ __device__ inline W block_sum(W value, W* scratch) {
 }
 
 #ifndef IGVA_EMULATION // tests run the kernels on a CPU: threads are fibers there
-// 2^x and 1 / x to about 22 bits; denormal numbers become zero, which __expf and __fdividef spend instructions to avoid.
+// 2^x and 1 / x to about 22 bits; denormal numbers become zero, which __expf and __fdividef spend instructions to
+// avoid.
 __device__ inline float approximate_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -178,7 +180,7 @@ template <class... Params>
 int launch_clusters(void (*kernel)(Params...), int cluster, dim3 grid, int threads, size_t shared, Stream stream,
                     const Params&... params) {
   if (grid.x == 0 || grid.y == 0) return cudaSuccess;
-  if (shared > 32 * 1024) { // 48 KB need no asking for, but static memory counts among them
+  if (shared > 32 * 1024) { // 48 KB need no opt-in, but include static memory
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
     if (error != cudaSuccess) return error;
   }

@@ -1,4 +1,4 @@
-// The instructions of sm_90a that C++ has no words for: barriers, the tensor copy engine, warpgroup matrix products,
+// The instructions of sm_90a that C++ cannot express: barriers, the tensor copy engine, warpgroup matrix products,
 // register reallocation. One wrapper per instruction.
 #pragma once
 
@@ -10,8 +10,9 @@
 
 namespace igva::cuda::ptx {
 
-// A matrix at an address in shared memory, K-major, in rows of 128 bytes with the 128-byte swizzle; groups of 8 rows are
-// adjacent. Fields: address / 16, offset between columns / 16 (not used here), between groups of rows / 16, kind of swizzle.
+// A matrix at an address in shared memory, K-major, in rows of 128 bytes with the 128-byte swizzle; groups of 8 rows
+// are adjacent. Fields: address / 16, offset between columns / 16 (not used here), between groups of rows / 16, kind of
+// swizzle.
 __device__ inline uint64_t matrix(uint32_t address) {
   return uint64_t((address & 0x3ffff) >> 4) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
@@ -26,7 +27,7 @@ namespace igva::cuda::ptx {
 
 __device__ inline uint32_t shared_address(const void* pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }
 
-// ---- barriers in shared memory ----------------------------------------------------------------------------------------
+// ---- barriers in shared memory --------------------------------------------------------------------------------------
 
 __device__ inline void barrier_init(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
@@ -35,8 +36,8 @@ __device__ inline void barrier_init(uint64_t* barrier, int arrivals) {
 // Makes initialised barriers visible to the copy engine.
 __device__ inline void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-// Arrives at the barrier that block `rank` of the cluster keeps at the same place. What it orders is reads of finished
-// products before a copy. No ordinary store: to release at the scope of the cluster would wait for L2, each time.
+// Arrives at the barrier that block `rank` of the cluster keeps at the same place. It orders what finished
+// products have read before the next copy, but no ordinary stores: a release at cluster scope would wait for L2.
 __device__ inline void barrier_arrive(uint64_t* barrier, uint32_t rank) {
   asm volatile(
       "{\n"
@@ -55,8 +56,8 @@ __device__ inline void barrier_arrive_expecting(uint64_t* barrier, uint32_t byte
                : "memory");
 }
 
-// Waits until the phase of this parity is complete. Copies are visible then; to acquire at the scope of the cluster would
-// empty the L1 cache, each time.
+// Waits until the phase of this parity is complete. Copies are visible then; an acquire at cluster
+// scope would empty the L1 cache every time.
 __device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
       "{\n"
@@ -69,7 +70,7 @@ __device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
       : "memory");
 }
 
-// ---- the cluster ------------------------------------------------------------------------------------------------------
+// ---- the cluster ----------------------------------------------------------------------------------------------------
 
 __device__ inline uint32_t cluster_rank() {
   uint32_t rank;
@@ -77,15 +78,15 @@ __device__ inline uint32_t cluster_rank() {
   return rank;
 }
 
-// A barrier of all threads of the cluster; lanes that took other ways meet first.
+// A barrier of all threads of the cluster; the diverged lanes of a warp meet first.
 __device__ inline void cluster_sync() {
   __syncwarp();
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// ---- the tensor copy engine -------------------------------------------------------------------------------------------
+// ---- the tensor copy engine -----------------------------------------------------------------------------------------
 
-// The box of a 2-D map at column x, row y into shared memory; what lies outside the matrix arrives as zeros, and counts.
+// The box of a 2-D map at column x, row y into shared memory; what lies outside the matrix is zeros, which count.
 __device__ inline void copy_box(void* to, const CUtensorMap* map, uint64_t* barrier, int x, int y) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
@@ -111,7 +112,7 @@ __device__ inline void prefetch_l2(const void* from, uint32_t bytes) {
 // Orders ordinary accesses to global memory and those of the copy engine.
 __device__ inline void proxy_fence() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
-// ---- flags in global memory -------------------------------------------------------------------------------------------
+// ---- flags in global memory -----------------------------------------------------------------------------------------
 
 __device__ inline int load_acquire(const int* from) {
   int value;
@@ -123,7 +124,7 @@ __device__ inline void add_release(int* to, int value) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
 }
 
-// ---- registers --------------------------------------------------------------------------------------------------------
+// ---- registers ------------------------------------------------------------------------------------------------------
 
 template <int count>
 __device__ inline void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count)); }
@@ -131,7 +132,7 @@ __device__ inline void take_registers() { asm volatile("setmaxnreg.inc.sync.alig
 template <int count>
 __device__ inline void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count)); }
 
-// ---- matrix products --------------------------------------------------------------------------------------------------
+// ---- matrix products ------------------------------------------------------------------------------------------------
 
 __device__ inline void product_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void product_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

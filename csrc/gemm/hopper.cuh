@@ -1,7 +1,8 @@
-// What the Hopper GEMMs share: a persistent kernel of clusters of two blocks, one warpgroup that copies and two that multiply.
+// What the Hopper GEMMs share: a persistent kernel of clusters of two blocks, in each of which two warpgroups multiply
+// and one copies.
 //
 //   warpgroups 0, 1  products: 64 x 256 each of a 128 x 256 tile, then what the kernel does with them
-//   warpgroup 2      one thread lets the copy engine fill a ring of four stages; the other warps are the kernel's to use
+//   warpgroup 2      one thread lets the copy engine fill a ring of four stages; the other warps are left to the kernel
 //
 // Two blocks of a cluster work on adjacent tiles of 128 rows with the same rows of W, of which each copies one half to
 // both: 32 KB from L2 per step and multiprocessor instead of 48.
@@ -19,8 +20,8 @@ constexpr int a_bytes = gemm_tile_m * gemm_tile_k * 2, b_bytes = gemm_tile_n * g
 constexpr int stage_bytes = a_bytes + b_bytes;
 constexpr int shared_bytes = stages * stage_bytes + 1024; // the barriers stand behind the ring
 
-// A block has the registers of its launch and no more: what the products take, the others must have given, or the kernel
-// waits for ever.
+// A block has the registers of its launch and no more: what the product warpgroups take, the other one must have given
+// up, or the kernel waits for ever.
 constexpr int launch_registers = 65536 / threads / 8 * 8;
 constexpr int products_registers = 208, others_registers = 88; // per thread, in steps of 8: accumulators take 128
 static_assert(products_threads * products_registers + (threads - products_threads) * others_registers <=
@@ -58,7 +59,8 @@ struct Ring {
   __device__ unsigned char* b(int stage) const { return a(stage) + a_bytes; }
   __device__ uint64_t* full(int stage) const { return reinterpret_cast<uint64_t*>(memory + stages * stage_bytes) + stage; }
   __device__ uint64_t* empty(int stage) const { return full(stages) + stage; }
-  // Called by one thread: the box of A at (x, row), and this block's half of the box of W at (x_w, column) to both blocks.
+  // Called by one thread: copies the box of A at (x, row), and this block's half of the box of W at (x_w, column) to
+  // both blocks.
   __device__ void copy(const Stage& stage, const CUtensorMap* map, int x, int row, const CUtensorMap* weight, int x_w,
                        int column, int rank) const {
     uint64_t* const arrived = full(stage.index);
@@ -68,7 +70,8 @@ struct Ring {
     ptx::copy_box_to((1 << gemm_cluster) - 1, b(stage.index) + rank * (b_bytes / gemm_cluster), weight, arrived, x_w,
                      column + rank * (gemm_tile_n / gemm_cluster));
   }
-  // Each warp speaks for itself, having waited for its own quarter of a product only; to both blocks, which both copy here.
+  // Each warp arrives for itself, having waited only for its own quarter of a product, and at both blocks, since both
+  // copy into this stage.
   __device__ void release(int stage, int lane) const {
     if (lane < gemm_cluster) ptx::barrier_arrive(empty(stage), lane);
   }
@@ -104,8 +107,9 @@ __device__ inline void multiply(const Tiles& tiles, const Ring& ring, int steps,
       const uint64_t a = ptx::matrix(ptx::shared_address(ring.a(stage.index)) + warpgroup * (a_bytes / 2));
       const uint64_t b = ptx::matrix(ptx::shared_address(ring.b(stage.index)));
       ptx::product_fence();
+      // A step of k is 32 bytes, which matrices count in units of 16.
 #pragma unroll
-      for (int k = 0; k < gemm_tile_k / 16; ++k) ptx::product<T>(d, a + 2 * k, b + 2 * k); // 32 bytes on, in units of 16
+      for (int k = 0; k < gemm_tile_k / 16; ++k) ptx::product<T>(d, a + 2 * k, b + 2 * k);
       ptx::product_commit();
       ptx::product_wait<1>(d);
       if (before >= 0) ring.release(before, lane);
@@ -135,7 +139,7 @@ __device__ inline void run_warpgroups(const Ring& ring, Products products, Other
     ptx::take_registers<products_registers>();
     products();
   }
-  ptx::cluster_sync(); // the other block still arrives at barriers here
+  ptx::cluster_sync(); // the other block may still arrive at barriers of this one
 }
 
 } // namespace igva::cuda

@@ -11,8 +11,8 @@ namespace igva::cuda {
 constexpr int gemm_tile_m = 128, gemm_tile_n = 256, gemm_tile_k = 64;
 constexpr int gemm_cluster = 2;
 
-// Describes a matrix of 2-byte elements to the copy engine, in boxes of box_rows x 64 columns with the 128-byte swizzle.
-// Returns a driver error.
+// Describes a matrix of 2-byte elements to the copy engine, in boxes of box_rows x 64 columns with the 128-byte
+// swizzle. Returns the driver's error, 0 being success.
 int describe_matrix(CUtensorMap* map, const Matrix& matrix, int box_rows);
 
 } // namespace igva::cuda

@@ -1,4 +1,5 @@
-// Tensor maps, encoded by the driver: its entry point is fetched at first use, so that the module loads without one.
+// Tensor maps, encoded by the driver. Its entry point is fetched at first use, so that the module loads without a
+// driver.
 #include <cuda_runtime_api.h>
 
 #include "gemm/hopper.h"

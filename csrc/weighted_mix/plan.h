@@ -1,6 +1,6 @@
 // A plan as Python hands it over: the flat arrays of igva_kernels/ops/weighted_mix/program.py, field by field, and the
-// layers that it names. What a plan names must have been handed in, or a kernel would reach foreign memory; the functions
-// here refuse it with a ValueError.
+// layers that it names. What a plan names must have been handed in, or a kernel would reach foreign memory; the
+// functions here refuse it with a ValueError.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ struct Steps {
   std::vector<int> ends;
   std::vector<double> scales;
   std::vector<int> columns;
-  std::vector<int> sums; // at the end of a part: which kept sum it is, or -1
+  std::vector<int> sums; // at the end of a part: the kept sum that it is, or -1
 };
 
 // The entries that have a weight.
@@ -64,13 +64,13 @@ struct Layers : LayerShape {
 
 void check_index(const char* what, int64_t index, int64_t count);
 
-// Equal lengths; that the last step ends a block.
+// Checks that the arrays are equally long and that the last step ends a block.
 void check_steps(const Steps& steps);
 
-// Equal lengths; layers and weight columns that were handed in.
+// Checks that the arrays are equally long, and name layers and weight columns that were handed in.
 void check_dots(const Dots& dots, const Layers& layers, int64_t columns);
 
-// Equal lengths; weight columns and as many gradients as were handed in.
+// Checks that the arrays are equally long, name weight columns that were handed in, and make `grads` gradients.
 void check_shares(const Shares& shares, const MixWeights& weights, size_t grads);
 
 using IntArray = std::vector<int>;

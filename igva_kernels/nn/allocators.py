@@ -15,20 +15,20 @@ class WeightAllocator(nn.Module):
     """Layer weights from an instruction and an image: ``w = softmax(allocator(sentence, summaries of G_1..G_K))``.
 
     IGVA (arXiv 2501.08443, section 4; sizes as in its code): the projected sentence asks the projected summaries
-    of the K layer groups in a row of cross-attention blocks, and a last Linear scores the groups. Their parameters map
-    onto these by name: ``transformers.`` is ``blocks.`` here, ``linear.`` is ``head.``, the others are called alike.
+    of the K layer groups in a chain of cross-attention blocks, and a last Linear scores the groups. IGVA's parameters
+    map onto these by name: ``transformers.`` is ``blocks.`` here, ``linear.`` is ``head.``, other names are the same.
 
-    Where no gradient is asked for, on a GPU, a few fused kernels do what the modules would, as long as these are plain
-    (``nn.sharding``), of one dtype, and not under autocast.
+    On a GPU, where no gradient is asked for, a few fused kernels compute what the modules would, as long as the modules
+    are plain (``nn.sharding``), of one dtype, and not under autocast.
 
     Args:
         sentence_dim: E (all-mpnet-base-v2: 768).
         vision_dim: D (CLIP ViT-L: 1024).
         num_weights: K.
         hidden_dim: width of the blocks.
-        num_blocks: how many there are.
+        num_blocks: number of blocks.
         num_heads: attention heads of a block; must divide ``hidden_dim``.
-        impl: "auto"; "reference", the modules themselves; or "triton", which serves nothing but inference.
+        impl: "auto"; "reference", the modules themselves; or "triton", which serves inference only.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class WeightAllocator(nn.Module):
         """The weights ``[B, K]``, rows that sum to one, in fp32 (fp64 for an fp64 module) whatever the dtypes.
 
         Args:
-            sentence_embeds: ``[B, E]``, any floating dtype; tensors made under inference mode are welcome.
+            sentence_embeds: ``[B, E]``, any floating dtype; tensors made under inference mode are accepted.
             summaries: ``[B, K, D]``, one vector per group: its CLS, or the mean of its tokens (``column_summaries``).
             impl: in place of the module's own.
 
@@ -89,7 +89,7 @@ class WeightAllocator(nn.Module):
         return f"impl={self.impl!r}"
 
     def _backend(self, impl: str, sentence_embeds: Tensor, summaries: Tensor) -> str:
-        """Whose kernels serve the call; "reference" where it is left to the modules."""
+        """The backend whose kernels serve the call; "reference" where the modules compute it."""
         sizes = (self.head.in_features, self.head.out_features)
         parameters = [p for module in self.modules() for p in module._parameters.values() if p is not None]
         backend = select(impl, sentence_embeds, summaries, parameters, sizes)
@@ -103,7 +103,7 @@ class WeightAllocator(nn.Module):
         return REFERENCE
 
     def _is_plain(self, num_parameters: int) -> bool:
-        """Whether the modules are as the constructor made them, and nothing would happen in the forward of any."""
+        """Whether the modules are as the constructor made them, and their forwards run nothing but their own code."""
         modules = list(self.modules())[1:]
         attentions = [block.cross_attention for block in self.blocks if type(block) is _AllocatorBlock]
         kinds = [nn.Linear, nn.Linear, nn.ModuleList, *_BLOCK_TYPES * len(attentions), nn.Linear]
@@ -155,7 +155,7 @@ class TextAllocator(nn.Module):
         """The weights ``[B, K]`` of ``sentence_embeds`` ``[B, E]``, rows that sum to one, at least in fp32.
 
         Raises:
-            ValueError: another shape.
+            ValueError: ``sentence_embeds`` has another shape.
         """
         if sentence_embeds.ndim != 2 or sentence_embeds.shape[1] != self.linear_1.in_features:
             raise ValueError(
@@ -172,7 +172,7 @@ class LearnedWeights(nn.Module):
     """Layer weights that are parameters, the same for every image: ``w = softmax(scores)`` (COMM, arXiv 2310.08825).
 
     Args:
-        num_weights: K. All start equal.
+        num_weights: K. All weights start equal.
     """
 
     def __init__(self, num_weights: int) -> None:

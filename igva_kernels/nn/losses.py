@@ -17,8 +17,8 @@ def balance_loss(mix_weights: Tensor, share: Tensor | None = None) -> Tensor:
 
     Args:
         mix_weights: ``[B, K]``, rows that sum to one.
-        share: ``[B]``, how much each row counts; None for the mean over the rows. Over every micro-batch of a step the
-            shares must sum to one, as the terms of the language loss do, or the sum depends on how a batch is split.
+        share: ``[B]``, how much each row counts; None for the mean over the rows. Over all micro-batches of a step the
+            shares must sum to one, as those of the language loss do, or the loss depends on how a batch is split.
 
     Returns:
         A scalar in fp32.

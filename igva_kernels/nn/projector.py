@@ -63,7 +63,7 @@ def takes_layers(module: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a Linear or LayerNorm may be read from outside its own forward. A forward that a patch bound is plain."""
+    """Whether a Linear or LayerNorm may be read from outside its own forward, which may be one that a patch bound."""
     return type(module) in _PLAIN_TYPES and is_untouched(module, *_LAYER_FORWARDS)
 
 
@@ -80,7 +80,7 @@ class LayerMixProjector(nn.Module):
         hidden_dim: H.
         bias: whether both Linears have a bias.
         activation: "gelu" (erf), "gelu_tanh", "relu" or "silu".
-        layernorm_eps: with a number, a LayerNorm over the mixed row, with this eps, comes before ``linear_1``.
+        layernorm_eps: if given, a LayerNorm over the mixed row with this eps comes before ``linear_1``.
         skip_tokens: tokens left out at the start of every state (1 for CLIP's CLS).
         impl: "auto", "reference", "cpu", "triton" or "cuda", as in ``layer_mix_mlp``.
 
@@ -121,8 +121,8 @@ class LayerMixProjector(nn.Module):
         Args:
             hidden_states: L states ``[I, T, D]``; those that the plan does not use may be None.
             mix_weights: ``[B, K]`` or ``[1, K]``; None where the plan has no columns.
-            plan: in place of the module's own, one of as many blocks: what ``plan.reduced()`` leaves to do where
-                ``hidden_states`` are its sources.
+            plan: a plan with as many blocks that replaces the module's own, such as the second one of
+                ``plan.reduced()`` where ``hidden_states`` are the sources.
             image_index: int64 ``[B]``, the image that each row reads; None where row b reads image b.
 
         Raises:
@@ -139,15 +139,15 @@ class LayerMixProjector(nn.Module):
 
 
 def widen(weight: Tensor, layers: Sequence[int], plan: MixPlan) -> Tensor:
-    """The weight ``[H, G*D]`` that answers at first as ``weight`` ``[H, len(layers)*D]`` does: zeros for what is new.
+    """The weight ``[H, G*D]`` that computes the same as ``weight`` ``[H, len(layers)*D]``: new columns are zero.
 
     Args:
         weight: of a first Linear that reads a concat of ``layers``.
-        layers: which they are.
-        plan: a resolved plan, of which each of the layers is a block.
+        layers: the layers of that concat, in its order.
+        plan: a resolved plan in which each of these layers is a tap.
 
     Raises:
-        ValueError: one of the layers is no block of the plan.
+        ValueError: one of the layers is not a tap of the plan.
     """
     width = weight.shape[1] // len(layers)
     taps = {block[0].layer: g for g, block in enumerate(plan.blocks) if is_tap(block)}
@@ -163,8 +163,8 @@ def widen(weight: Tensor, layers: Sequence[int], plan: MixPlan) -> Tensor:
 def connect(mixed: MixInput, norm: nn.Module | None, linear_1: nn.Module, linear_2: nn.Module) -> Tensor:
     """Layers through ``norm``, ``linear_1``, the activation of ``mixed`` and ``linear_2``: ``[B, P, H]``.
 
-    One operator while the modules are plain. Else each reads its weights in its own forward, as sharding and offload
-    need it: ``linear_1`` mixes if it takes layers, and is called with the mixed row if it is a stand-in (LoRA's).
+    One operator while the modules are plain. Otherwise each reads its weights in its own forward, as sharding and
+    offload need it: ``linear_1`` mixes if it takes layers, and gets the mixed row if it is a stand-in (LoRA's).
     """
     if all(is_plain(module) for module in (norm, linear_1, linear_2) if module is not None):
         return layer_mix_mlp(
@@ -184,7 +184,7 @@ def connect(mixed: MixInput, norm: nn.Module | None, linear_1: nn.Module, linear
 
 
 def column_plan(plan: MixPlan) -> MixPlan:
-    """One weight-free block a weight column: what that column weighs (IGVA: the group means ``G_1..G_K``).
+    """One weight-free block per weight column: what that column weighs (IGVA: the group means ``G_1..G_K``).
 
     Raises:
         ValueError: a column below ``plan.num_columns`` that no entry uses.
@@ -200,12 +200,12 @@ def column_plan(plan: MixPlan) -> MixPlan:
 def column_summaries(
     hidden_states: Sequence[Tensor | None], plan: MixPlan, has_cls: bool = True, impl: str = "auto"
 ) -> Tensor:
-    """What the allocator sees of an image: one vector a weight column of the plan.
+    """What the allocator sees of an image: one vector per weight column of the plan.
 
     Args:
         hidden_states: L states ``[I, T, D]``; those that no column uses may be None.
         plan: a plan with weight columns.
-        has_cls: whether token 0 is a CLS token, the summary of its state; else the mean of all tokens is.
+        has_cls: whether token 0 is a CLS token, which then is the summary; otherwise the mean of all tokens is.
         impl: as in ``layer_mix``.
 
     Returns:

@@ -1,8 +1,8 @@
 """What FSDP, DeepSpeed, accelerate and peft do to a Linear or a LayerNorm, as far as the modules must know.
 
-All of them act in a module's own forward: FSDP2 makes the module of a subclass and DeepSpeed ZeRO-3 hooks it, and both
+All of them act in a module's own forward: FSDP2 turns its class into a subclass and DeepSpeed ZeRO-3 hooks it, and both
 gather its weights there and free them after; accelerate puts a wrapper around the forward, which moves weights in and
-out; peft puts a module of its own in its place. A weight may be read from outside that forward only where none does.
+out; peft puts a module of its own in its place. A weight may be read outside that forward only where none of them acts.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def is_untouched(module: nn.Module, *lent: Callable[..., Any]) -> bool:
-    """Whether nothing but its class's code would happen in a module's forward, and its weights are there.
+    """Whether a module's forward runs the code of its class and nothing else, and its weights are there.
 
-    False with hooks, with a forward of the instance's own (accelerate's wrapper) unless it is one of those that a patch
-    has ``lent`` it, and with weights that are tensor subclasses (DTensors, quantised ones) or whose storage was freed.
+    False with hooks; with a forward set on the instance (accelerate's wrapper), unless it is one of those that a patch
+    has ``lent`` it; with weights that are tensor subclasses (DTensors, quantised ones) or whose storage was freed.
     """
     own = module.__dict__.get("forward")
     if own is not None and not _is_one_of(own, lent):

@@ -1,1 +1,1 @@
-"""The operators, a folder each: specification, schema and gradients, implementations, cases."""
+"""The operators, one folder each: specification, schema and gradients, implementations, cases."""

@@ -54,10 +54,10 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def of_hidden_act(name: str) -> str:
-    """The key of what a transformers configuration calls ``name``.
+    """The key in ``ACTIVATIONS`` of what a transformers configuration calls ``name``.
 
     Raises:
-        KeyError: there is none.
+        KeyError: there is no such activation.
     """
     return {act: key for key, activation in ACTIVATIONS.items() for act in activation.hidden_acts}[name]
 

@@ -2,7 +2,7 @@
 
 A file holds the tile shapes of every Triton kernel, at most three each, the card's rates, from which ``cost`` chooses,
 and which backend is the fastest there, which ``impl="auto"`` takes. ``tune`` writes the same file under the device's
-name into ``$IGVA_KERNELS_CONFIG_DIR`` (``~/.cache/igva_kernels/triton``), which goes before the shipped one. Files are
+name into ``$IGVA_KERNELS_CONFIG_DIR`` (``~/.cache/igva_kernels/triton``), which has precedence. Files are
 read once per process; nothing is timed or written outside ``tune``.
 """
 
@@ -31,7 +31,7 @@ class RowTile(NamedTuple):
 
 @dataclass(frozen=True)
 class RowConfig:
-    """A kernel over rows (mix, its gradients, norm): elements of one layer a program holds, and its warps."""
+    """A kernel over rows (mix, its gradients, norm): elements of one layer that a program holds, and its warps."""
 
     elements: int
     num_warps: int
@@ -41,7 +41,7 @@ class RowConfig:
         registers."""
         divisor = width & -width
         if whole_blocks or divisor < 128:
-            # Masked where the width is no power of two.
+            # Masked where the width is not a power of two.
             block_d = _next_power_of_2(width)
             block_d = block_d if whole_blocks else min(block_d, self.elements)
         else:
@@ -49,7 +49,7 @@ class RowConfig:
         block_p = min(max(1, self.elements // block_d), _next_power_of_2(num_rows))
         if not whole_blocks:
             return RowTile(block_p, block_d, self.num_warps)
-        # At most 64 fp32 values of the row per thread; beyond that no more warps than read 16 bytes per thread.
+        # Warps for at most 64 fp32 values of the row per thread; beyond that, no more than read 16 bytes per thread.
         needed, useful = _next_power_of_2(-(-whole_blocks * block_d // 2048)), max(1, block_d // 256)
         return RowTile(1, block_d, min(max(needed, min(self.num_warps, useful)), 16))
 
@@ -139,8 +139,8 @@ def shipped(architecture: str) -> Config:
 
 
 def architecture(capability: tuple[int, int]) -> str:
-    """Whose configurations a card runs. Consumer Blackwell (sm_120) has neither wgmma nor tcgen05 and small shared
-    memory: it is served as Ampere."""
+    """The architecture whose configuration a card uses. Consumer Blackwell (sm_120) has neither wgmma nor tcgen05 and
+    small shared memory: it is served as Ampere."""
     return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(capability[0], "sm_80")
 
 
@@ -160,17 +160,17 @@ def of_device(index: int | None) -> Config:
                     f"{folder / name}: not a configuration of this version ({error!r}); delete it, or write it anew "
                     f"with `igva-kernels tune`"
                 ) from error
-            # What was measured before a kernel was written says nothing of it.
+            # A file that was measured before a kernel existed says nothing about it; the shipped one does.
             return replace(found, rows=base.rows | found.rows, gemms=base.gemms | found.gemms)
     return base
 
 
 def fastest_first(device: torch.device, backends: Sequence[str]) -> list[str]:
-    """These backends in the order that the device's configuration knows; on a CPU, in their own."""
+    """These backends in the order of the device's configuration; on a CPU, as they are."""
     if device.type != "cuda":
         return list(backends)
     known = of_device(torch.cuda.current_device() if device.index is None else device.index).backends
-    # Those that were built after it was measured come last.
+    # Backends that the configuration does not know, since they are newer, come last.
     return sorted(backends, key=lambda name: known.index(name) if name in known else len(known))
 
 

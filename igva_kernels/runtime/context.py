@@ -35,12 +35,12 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def why_only_torch(values: Iterable[Any]) -> str | None:
-    """What is being done to a call with these tensors that plain torch alone supports; None where nothing is.
+    """What is being done to a call with these tensors that only plain torch supports; None where nothing is.
 
-    The kernels have a backward, and neither a forward-mode derivative nor a rule for a batch of calls: through them a
-    tangent would be lost without a word.
+    The kernels have a backward, but neither a forward-mode derivative nor a rule for a batch of calls: they would drop
+    a tangent silently.
     """
-    # torch's own; without it, the operators themselves refuse a transform (``torch_op``).
+    # torch's own check; in a torch without it, the operators themselves refuse a transform (``torch_op``).
     if getattr(torch._C, "_are_functorch_transforms_active", bool)():
         return f"{transform()} is active"
     # Code that is being compiled shows no tangents; when it runs, the operators look again.
@@ -58,9 +58,9 @@ def transform() -> str:
 
 def has_tangent(values: Iterable[Any]) -> bool:
     """Whether a tensor among these, or in a sequence among these, carries a tangent of forward-mode AD."""
-    if getattr(forward_ad, "_current_level", 0) < 0:  # outside forward-mode AD that is all it costs
+    if getattr(forward_ad, "_current_level", 0) < 0:  # outside forward-mode AD the check costs no more than this
         return False
-    # Below a dispatch mode autograd is excluded, and torch could not look.
+    # Below a dispatch mode autograd is excluded, and torch would see no tangent.
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.ADInplaceOrView):
         excluded = excluded.remove(key)
@@ -83,7 +83,7 @@ def has_storage(tensor: Tensor) -> bool:
 
 
 def check_storage(name: str, weight: Tensor) -> None:
-    """A kernel that is given a pointer would read memory which is no longer the weight's."""
+    """Raises ValueError for a weight whose storage was freed: a kernel would read memory that is not the weight's."""
     if weight.numel() and not has_storage(weight):
         raise ValueError(
             f"{name}: its storage has been freed, as sharded training does outside the forward of the module that owns "
@@ -113,7 +113,7 @@ def saveable(tensor: _Tensor) -> _Tensor:
 
 
 class PerThread(threading.local):
-    """State of a call on an object that threads share: each has its own, and a copy of the object starts afresh."""
+    """State of a call on an object that threads share: each thread has its own, and a copy of the object starts new."""
 
     def __reduce__(self) -> Any:
         return type(self), ()

@@ -37,21 +37,21 @@ def define(
         schema: in torch's notation, without the namespace.
         kernel: takes the arguments by name, on every device; autocast is off inside it.
         fake: returns empty tensors like those of ``kernel``.
-        save: None where nothing is needed.
-        differentiate: may raise, where there is no derivative.
+        save: returns what the backward needs; None where it needs nothing.
+        differentiate: returns the gradients; it may raise where there is no derivative.
         left_out: values for arguments that the schema does not have, for functions that serve several schemas.
 
     Returns:
-        The operator as a function of its arguments by name; what its schema does not have is passed over.
+        The operator as a function of its arguments by name; what its schema does not have is ignored.
     """
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     arguments = [argument.name for argument in getattr(OPS, name).default._schema.arguments]
-    given = type("Arguments", (SimpleNamespace,), dict(left_out or {}))  # what is left out costs a call nothing
+    given = type("Arguments", (SimpleNamespace,), dict(left_out or {}))  # class attributes, which cost a call nothing
     _LIBRARY.impl(name, _without_autocast(_by_name(kernel, arguments, given)), "CompositeExplicitAutograd")
-    # Where torch.func and autograd's vmap enter: below, jvp would drop tangents, the others fail without a reason.
+    # Where torch.func and autograd's vmap enter: further down, jvp would drop tangents, and the others give no reason.
     for key in ("FuncTorchDynamicLayerFrontMode", "Batched"):
-        if torch._C._parse_dispatch_key(key) is not None:  # as long as this torch has it
+        if torch._C._parse_dispatch_key(key) is not None:  # if this torch has the key
             _LIBRARY.impl(name, _refuse_transform, key)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -111,7 +111,7 @@ def _saved(ctx: Any) -> dict[str, Any]:
 
 
 def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The dtypes are settled at the surface; autocast must not change the products inside an operator."""
+    """The kernel with autocast off, which must not change products whose dtypes the public functions have settled."""
 
     @wraps(kernel)
     def run(first: Any, *args: Any) -> Any:

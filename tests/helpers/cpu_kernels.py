@@ -32,14 +32,14 @@ PLANS = {
 
 
 def isas():
-    """Every instruction set of this CPU, or the one that the environment names: it has a run of its own."""
+    """Every instruction set of this CPU, or only the one that the environment names for this run."""
     if MODULE is None:
         return ["none"]
     return [MODULE.isa()] if native.forced_isa() else MODULE.isas()
 
 
 def routes(name, depth):
-    """A replacement of ``gemm.route``: products by torch in every dtype, or by a library that has fp32 only."""
+    """A replacement of ``products.route``: products by torch in every dtype, or by a library that has fp32 only."""
     if name == "torch":
         return lambda dtype: gemm.Route("torch", dtype, None, "")
     library = name.removesuffix(" in fp32")
@@ -52,7 +52,7 @@ needs_onednn = pytest.mark.skipif(not this_cpu().onednn, reason="this torch has 
 
 
 class Near:
-    """The judge of fp64, where plain torch is the oracle itself: all is right to within a few roundings."""
+    """The judge of fp64, where plain torch is the oracle itself: all results agree to within a few roundings."""
 
     def add(self, actual, oracle, plain, name="result", rounded_once=False):
         assert relative_error(actual, oracle) <= 1e-13, name
@@ -100,7 +100,7 @@ def plain_sums(args):
 
 
 def inputs_of_kernels():
-    """Of every kernel, large enough for several threads."""
+    """Inputs of every kernel, large enough for several threads."""
     torch.manual_seed(0)
     args, _ = make(PLANS["igva"], torch.float32, images=2, tokens=40, width=256, index=[1, 0, 1])
     sources = [torch.randn(2, 40 if is_tap(block) else 39, 256) for block in args.plan.reduced()[0].blocks]
@@ -108,7 +108,7 @@ def inputs_of_kernels():
 
 
 def every_kernel(args, sources, grad_rows, z, grad_y):
-    """What each kernel returns; sums depend on shapes only, so that no number of threads may change a bit."""
+    """What each kernel returns; sums depend on shapes only, so the number of threads must not change a bit."""
     norm = (torch.ones(512), torch.zeros(512), 1e-5)
     mixed, normal = CPU.mix(args, torch.float32, None, Keep.SOURCES), CPU.mix(args, torch.float32, norm, Keep.ROWS)
     y, copy, grad_z, again = (torch.empty_like(z) for _ in range(4))

@@ -57,7 +57,7 @@ class Usage(NamedTuple):
 
     registers: int
     stack: int
-    """Bytes a thread, spills included."""
+    """Bytes per thread, spills included."""
     shared: int
     local: int
 
@@ -86,7 +86,7 @@ def machine_code(cubin):
 
 
 def emulated_module():
-    """The CUDA module with emulated kernels; built once for a state of the sources."""
+    """The CUDA module with emulated kernels; built once per state of the sources."""
     import pybind11
 
     files = sorted([*SOURCES.rglob("*"), *EMULATION.glob("*")])

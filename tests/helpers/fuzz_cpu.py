@@ -32,11 +32,11 @@ from igva_kernels.runtime.activations import ACTIVATIONS
 from igva_kernels.runtime.cpu import native
 
 WIDTHS = [0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 70]
-"""Around the widths of vectors, and of unrolled ones."""
+"""Widths around those of one vector and of several that a loop unrolls."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 SCALES = [1.0, 0.5, 1 / 3, -1.0, 0.0, 3.0, 1e20]
-"""The last one where no norm squares it and no fp16 overflows."""
+"""The last one is drawn only where no norm squares it and no fp16 overflows."""
 
 COLUMNS = [None, 0, 1, 3]
 EPS = 1e-5
@@ -58,11 +58,11 @@ class Call:
     skip: int
     index: tuple[int, ...] | None
     weight_rows: bool
-    """Whether mix_weights has a row for every row of the batch, or one for all."""
+    """Whether mix_weights has a row for every row of the batch, rather than one for all."""
     sizes: tuple[int, int]
-    """Of the hidden row and of the output."""
+    """The widths of the hidden row and of the output."""
     dtypes: tuple[str, str, str]
-    """Of layers, projector and mix_weights."""
+    """The dtypes of layers, projector and mix_weights."""
     activation: str | None
     biases: tuple[bool, bool]
     norm: tuple[bool, bool] | None
@@ -135,7 +135,7 @@ def tensors_of(call: Call) -> dict[str, Tensor]:
     if call.index is not None:
         tensors["image_index"] = torch.tensor(call.index, dtype=torch.int64)
     if call.activation == "relu" and call.op != "layer_mix":
-        # No z near the kink, where a rounding decides about a whole gradient.
+        # No z near the kink, where a rounding decides on a whole gradient.
         first = replace(call, op="layer_mix_linear", needs=frozenset())
         (flat,), _ = bound(first, {**tensors, "bias1": torch.zeros(hidden)})
         away = 1 + 2 * float(flat.max()) if flat.numel() else 1.0
@@ -170,10 +170,10 @@ def wide(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def bound(call: Call, tensors: dict[str, Tensor]) -> tuple[list[Tensor | None], float]:
-    """What ``run`` would return if no two terms cancelled, and how much more than a rounding of that it may be off by.
+    """What ``run`` would return if no two terms cancelled, and by how many roundings of that it may be off.
 
-    The network is that of the absolute values; an activation and its slope pass on at most a little more than they get.
-    The factor is what an error of z does to the slope, and one of the row to the norm.
+    The network runs on absolute values; an activation and its slope pass on at most a little more than they get. The
+    factor allows for what an error of z does to the slope, and an error of the row to the norm.
     """
     exact = wide(tensors)
     leaves = {

@@ -14,7 +14,7 @@ def same(a, b):
 
 
 class Block:
-    """The IGVA block at small widths, with everything that needs a gradient; rows enough for every fused GEMM."""
+    """The IGVA block at small widths, with everything that needs a gradient; enough rows for every fused GEMM."""
 
     def __init__(self, impl, batch=4, tokens=69, width=128, hidden=264, dtype=torch.bfloat16, device="cuda", grad=True):
         def normal(*shape, scale=1.0):

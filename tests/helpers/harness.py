@@ -30,7 +30,7 @@ class Subject(NamedTuple):
 
 
 def subjects(operator: str | None = None, device: str | None = None) -> Iterator[Any]:
-    """Params of pytest, a ``Subject`` each: of one operator or all, on one type of device or every one.
+    """Params of pytest, one ``Subject`` each: of one operator or all, on one type of device or every one.
 
     A backend that serves CPU tensors although "auto" never asks it to is interpreted here. One that serves a GPU is
     skipped where there is none.
@@ -52,7 +52,7 @@ def calls(
     """Params ``(subject, case, dtype)``: the cases of every operator for every subject.
 
     The interpreter is slow: it takes every case in the first dtype, and each of the others in some of the cases; what
-    it leaves out is marked as slow. With ``few`` it takes no more than so many cases, the smallest.
+    it leaves out is marked as slow. With ``few`` it takes only that many cases, the smallest.
     """
     found = []
     for subject in subjects(device=device):
@@ -87,14 +87,14 @@ def cases() -> list[Any]:
 def impls(operator: str, *, interpreted: bool = True) -> list[Any]:
     """Params ``(impl,)``: the names of the backends that serve CPU tensors of this operator in this process.
 
-    With ``interpreted=False`` those only that take no interpreter: for tests that would last for minutes in one.
+    With ``interpreted=False`` only those that run without an interpreter: for tests that would last minutes in one.
     """
     found = [param for param in subjects(operator, "cpu") if interpreted or not is_interpreted(param)]
     return [pytest.param(param.values[0].impl, id=param.values[0].impl, marks=param.marks) for param in found]
 
 
 def quick_impls(operator: str) -> list[str]:
-    """Their names, without those that take an interpreter."""
+    """The names of those backends that run without an interpreter."""
     return [param.values[0] for param in impls(operator, interpreted=False)]
 
 

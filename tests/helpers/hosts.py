@@ -8,14 +8,14 @@ from seeds import seeded
 from transformers import CLIPVisionConfig, LlamaConfig, SiglipVisionConfig
 
 IMAGE, VIDEO, VISION, TEXT, SIZE = 60, 61, 16, 32, 56
-"""Image and video token, width of the tower and of the language model, pixels a side: 4 x 4 patches a tile."""
+"""Image and video token, width of the tower and of the language model, pixels per side: 4 x 4 patches per tile."""
 
 VIDEO_TOKENS = {
     "VideoLlavaForConditionalGeneration": 2 * 17,
     "LlavaNextVideoForConditionalGeneration": 2 * 4,
     "LlavaOnevisionForConditionalGeneration": 2 * 4 + 1,
 }
-"""Of two frames: with CLS; pooled; pooled and a newline."""
+"""Visual tokens of two frames: with CLS; pooled; pooled and a newline."""
 
 
 def host_model(name, layers, tower="clip", seed=0, **overrides):
@@ -46,7 +46,7 @@ def host_model(name, layers, tower="clip", seed=0, **overrides):
 
 
 def liven(model):
-    """Weights as large as a trained model's: initialised as usual, so narrow a model hardly sees its images."""
+    """Weights as large as a trained model's: with the usual ones so narrow a model hardly sees its images."""
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=1.5 * parameter[0].numel() ** -0.5)

@@ -28,7 +28,7 @@ class Dispatched(TorchDispatchMode):
 
 
 class _Called(TorchFunctionMode):
-    """The same as Python calls them, with tensors as autograd sees them; what autograd itself calls is not seen."""
+    """The same for what Python calls, with tensors as autograd sees them; what autograd itself calls is not seen."""
 
     def __init__(self):
         super().__init__()
@@ -41,9 +41,9 @@ class _Called(TorchFunctionMode):
 
 
 def registered_calls(case, impl, seed, detached=False):
-    """What a case calls of this package's operators, by name, and the results of the case.
+    """The calls of this package's operators that a case makes: ``{operator: its arguments}``.
 
-    The tensors of a forward require gradients as there, unless ``detached``; those of a backward never do.
+    The tensors of a forward require gradients as in the case, unless ``detached``; those of a backward never do.
     """
     with _Called() as called, Dispatched() as dispatched:
         results = case.run(case.draw(seed, torch.float32, "cpu"), impl)

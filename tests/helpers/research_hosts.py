@@ -79,7 +79,7 @@ class Host(LlamaForCausalLM):
             )
             row, target = [], []
             if not (ids[keep] == IMAGE_TOKEN_INDEX).any():
-                next(features)  # a sample without an image has one that nobody sees
+                next(features)  # a sample without an image comes with one that nobody sees
             for position in keep.nonzero()[:, 0]:
                 if ids[position] == IMAGE_TOKEN_INDEX:
                     row.append(next(features))
@@ -290,7 +290,7 @@ class LayerSelectFuse(Host):
 
 
 class SelectedTower(Tower):
-    """Token 0 is dropped of SigLIP too, where it is a patch."""
+    """Token 0 is dropped for SigLIP too, where it is a patch."""
 
     def forward(self, images):
         kind = "siglip" if "siglip" in self.vision_tower_name else "clip"
@@ -357,7 +357,7 @@ def make(host_class, *args, seed=0, **kwargs):
 
 
 def inputs(images_per_sample=(1, 1, 1), labels=False, sentences=False, seed=0):
-    """Prompts as LLaVA has them: one index an image, samples without an image have one that nobody sees."""
+    """Prompts as LLaVA has them: one index per image; a sample without an image comes with one that nobody sees."""
     generator = torch.Generator().manual_seed(seeded(seed))
     rows = []
     for sample, images in enumerate(images_per_sample):

@@ -1,4 +1,4 @@
-"""Every layout a tensor argument can have: what operators make of it, beside what they make of dense copies."""
+"""Every layout that a tensor argument can have: an operator's results for it, beside those for dense copies."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LAYOUTS = {
     "expanded": lambda x: x[:1].expand(x.shape),
     "expanded last": lambda x: x[..., :1].expand(x.shape),
 }
-"""A tensor of the same shape, dtype and, unless expanded, values."""
+"""By name: a function to a tensor of the same shape, dtype and, unless expanded, values."""
 
 
 def check(operator, args, layout, at_once=False):

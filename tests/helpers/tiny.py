@@ -10,10 +10,10 @@ from igva_kernels.models import LlavaIgvaConfig, LlavaIgvaForConditionalGenerati
 
 IMAGE, PAD, EMBED, VISION, TEXT = 60, 0, 12, 16, 32
 PATCHES = 4
-"""Visual tokens an image: 28 / 14 squared."""
+"""Visual tokens per image: 28 / 14 squared."""
 
 FUSED = quick_impls("weighted_mix")
-"""Kernels that serve CPU tensors here."""
+"""Backends whose kernels serve CPU tensors here."""
 
 
 def vision_config(tower="clip", **overrides):
@@ -56,7 +56,7 @@ def igva_model(tower="clip", seed=0, **overrides):
 
 
 def prompts(images_per_sample, padding="right", seed=0):
-    """``input_ids`` and ``attention_mask`` of samples with so many images each; lengths differ by sample."""
+    """``input_ids`` and ``attention_mask`` of samples with these numbers of images; lengths differ by sample."""
     generator = torch.Generator().manual_seed(seeded(seed))
     rows = []
     for sample, images in enumerate(images_per_sample):

@@ -19,7 +19,7 @@ from igva_kernels.ops.weighted_mix.triton import mix
 from igva_kernels.runtime.triton import gemm, norm
 
 SHARED_MEMORY = {80: 101_376, 90: 232_448, 100: 232_448}
-"""Bytes a block may use. The sm_80 file serves 8.6 and 8.9 too, which have less than 8.0."""
+"""Bytes per block, by architecture. The sm_80 file serves 8.6 and 8.9 too, which have less than 8.0."""
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
 
@@ -31,7 +31,7 @@ class Built(NamedTuple):
     shared: int
     registers: int
     stack: int
-    """Bytes a thread, spills included."""
+    """Bytes per thread, spills included."""
     ttir: str
     ptx: str
 

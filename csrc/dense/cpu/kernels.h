@@ -1,4 +1,5 @@
-// The dense CPU kernels: an activation after a product, and its gradient. See cpu/all_kernels.h for how they are compiled.
+// The dense CPU kernels: an activation after a product, and its gradient. See cpu/all_kernels.h for how they are
+// compiled.
 #pragma once
 
 #include "common/operands.h"
@@ -16,7 +17,7 @@ inline T* row_of(const Matrix& matrix, int64_t row) {
 // f(row, first column, end column) over a matrix, in pieces so that threads can share one row.
 template <class F>
 inline void for_each_piece(int64_t rows, int64_t columns, int threads, F f) {
-  constexpr int64_t piece = 1024; // columns: a few kilobytes, which no thread waits long for
+  constexpr int64_t piece = 1024; // columns: a few kilobytes, for which no thread waits long
   const int64_t pieces = (columns + piece - 1) / piece;
   parallel_for(rows * pieces, threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) {

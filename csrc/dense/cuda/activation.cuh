@@ -14,9 +14,9 @@ struct Normal {
 template <class T, class W>
 __device__ inline Normal<W> normal(W x) {
   if constexpr (sizeof(T) == 2) {
-    // erfc by Abramowitz and Stegun 7.1.26, within 1.5e-7, far below the rounding of a 16-bit result: an exact one would
-    // cost more than the memory traffic, and stand in the way of the next tile of a matrix product. The polynomial is
-    // halved, and its argument is 1 / (1 + 0.3275911 |x| / sqrt(2)).
+    // erfc by Abramowitz and Stegun 7.1.26, within 1.5e-7, far below the rounding of a 16-bit result: an exact one
+    // would cost more than the memory traffic, and stand in the way of the next tile of a matrix product. The
+    // polynomial is halved, and its argument is 1 / (1 + 0.3275911 |x| / sqrt(2)).
     const float u = fabsf(x) * 0.84932180f, gauss = approximate_exp2(-u * u); // exp(-x^2 / 2)
     const float k = approximate_reciprocal(fmaf(0.23164189f, fabsf(x), 1.0f));
     float tail = fmaf(0.5307027145f, k, -0.7265760135f);

@@ -12,13 +12,13 @@ namespace {
 
 using namespace cuda;
 
-// Sums of columns on the way: `partials` holds a row of them for every `chunk` rows, or is null.
+// Sums of columns, a by-product: `partials` holds one row of them per `chunk` rows, or is null.
 struct ColumnSums {
   void* partials;
   int32_t chunk;
 };
 
-// The kernels index dense matrices.
+// The address of a matrix that must be dense, as the kernels index it.
 void* dense(const Matrix& matrix) {
   if (matrix.stride != matrix.columns && matrix.rows > 1) {
     throw py::value_error("the dense CUDA kernels take matrices without gaps between their rows");

@@ -3,8 +3,8 @@
 //   g = dA' * weight, n = (A - mean) * rstd:   dA = rstd * (g - mean(g) - n * mean(g * n))
 //   dweight = sum over rows of dA' * n,  dbias = sum over rows of dA'   (fixed chunks, added by the caller in order)
 //
-// Modelled floor: 2 reads and 1 write of [M, G*D]; the second read of a row comes from a cache, that of the column sums
-// does not (2 more reads where parameters are trained).
+// Modelled floor: 2 reads and 1 write of [M, G*D]; the second read of a row comes from a cache. Column sums do not:
+// they take 2 more reads where parameters are trained.
 #include "cuda/common.cuh"
 #include "dense/cuda/params.h"
 
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(block_threads) norm_grad_kernel(const __grid_c
   });
 }
 
-// One thread per column; blockIdx.x is the chunk: there may be more than the 65535 of a y.
+// One thread per column; blockIdx.x is the chunk, since there may be more than the 65535 that blockIdx.y allows.
 template <class T>
 __global__ void __launch_bounds__(block_threads) norm_param_grads_kernel(const __grid_constant__ NormGradParams params) {
   using W = Wide<T>;

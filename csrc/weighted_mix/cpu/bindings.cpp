@@ -25,7 +25,7 @@ class Program {
     block_begin_.push_back(int32_t(terms_.size()));
   }
 
-  // The tables, once its layers and weight columns are known to be among those that were handed in.
+  // The tables; throws unless the layers and weight columns that they name were handed in.
   Tables tables(size_t layers, int64_t columns) const {
     check_index("layer", last_layer_, int64_t(layers));
     if (last_column_ >= 0) check_index("weight column", last_column_, columns);
@@ -63,7 +63,7 @@ class Program {
   int32_t num_blocks_, num_sums_, longest_term_ = 0, last_layer_ = -1, last_column_ = -1;
 };
 
-// Where the mixed rows `begin` to `end` of the M are written, and the sums that are kept, whole.
+// Where the mixed rows `begin` to `end` of the M are written, and the kept sums of all patches.
 struct RowBlock {
   DType dtype;
   void* rows;
@@ -126,13 +126,14 @@ int64_t scratch_elements(const Program& program, int64_t width, bool with_norm) 
   return tile_patches(row) * row;
 }
 
-// What the threads take in turn.
+// The tiles that the threads take in turn.
 struct Tiles {
   std::vector<int64_t> batch_rows;
   std::vector<Tile> tiles;
   int64_t step; // patches per tile
 
-  // Rows that share an image are mixed side by side, while its layers are in the cache; a part of the rows in batch order.
+  // Rows that share an image are mixed side by side, while its layers are in the cache; where only a part of the rows
+  // is mixed, they are in batch order.
   Tiles(const Layers& layers, const Batch& batch, const RowBlock& out, int64_t step) : step(step) {
     const int64_t patches = layers.patches();
     if (out.begin == 0 && out.end == batch.rows * patches) {

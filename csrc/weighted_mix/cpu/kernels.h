@@ -14,7 +14,7 @@ using namespace igva::cpu;
 // ---- mix -----------------------------------------------------------------------------------------------------------
 
 // One term of a block for columns d..d+n of one token, added to what the terms before it left in `sums`; the last one
-// rounds the block into `out`. Partial vectors only with U = 1.
+// rounds the block into `out`. Only U = 1 allows partial vectors.
 template <class V, int U, bool stream, class In, class Out>
 inline void mix_columns(const In* const* rows, int num_layers, typename V::Scalar scale, typename V::Scalar weight,
                         bool first, bool last, int64_t n, int64_t d, typename V::Scalar* sums, Out* out) {
@@ -144,7 +144,7 @@ inline typename V::Scalar dot(const Grad* a, const In* b, int64_t n) {
   return sum_over<V>(n, [&](V sum, int64_t i) { return fma(load<V>(a + i, n - i), load<V>(b + i, n - i), sum); });
 }
 
-// A row's dot is summed in lanes, rows in double: the order depends on nothing but the shape.
+// The dot of one row is summed in vector lanes, those of several rows in double: the order depends on the shape only.
 bool dots(DType grad, DType layer, const DotsJob& a, int threads) {
   return dispatch(grad, layer, [&](auto x, auto y) {
     using Grad = decltype(x);

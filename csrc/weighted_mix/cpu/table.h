@@ -35,7 +35,7 @@ struct Tile {
   int64_t end;
 };
 
-// Mixed rows, tile by tile. In every job the layers' `data` stands on the first token that is not skipped.
+// Mixed rows, tile by tile. In every job the layers' `data` points to the first token not skipped.
 struct MixJob {
   Tables plan;
   const Layer* layers;
@@ -50,7 +50,7 @@ struct MixJob {
   void* raw_rows;    // the rows before the norm, laid out as rows, or null
   void* const* sums; // num_sums of [I, P, D], in the layers' dtype
   const Norm* norm;  // or null; its parameters are in the accumulation dtype
-  void* scratch; // scratch_stride elements of the accumulation dtype per thread: a tile of a block, with a norm of a row
+  void* scratch; // scratch_stride elements of the accumulation dtype per thread: a tile of a block, or of a norm's row
   int64_t scratch_stride;
   const void** row_pointers; // longest_term of them per thread
   bool stream;               // write around the cache; rows and sums start at multiples of 64 bytes

@@ -33,7 +33,7 @@ struct MixedBlocks {
   int32_t* flags;
 };
 
-// A row of partials per mixed row; `slots` of them lie between one row's and the next.
+// Partials [rows, slots, columns] of the mixed rows, of which a launch writes one slot per tile, from `data` on.
 struct RowPartials {
   int64_t columns;
   double* data;

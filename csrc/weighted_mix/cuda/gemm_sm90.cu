@@ -2,16 +2,16 @@
 //
 //   Y[out(r), n] = act(sum over k of A[r, k] * W[n, k] + bias[n]),   Z the same before act, if asked for
 //
-// Rows r = b * T + t are flat, skipped tokens included (0.17 % waste for a CLS token), so that a block of A that is a tap
-// is read by the copy engine where the layer lies; out(r) drops the skipped tokens in the store. Mixed blocks are written
-// to a scratch F [rows, blocks * D] ahead of the products that read them, by the three warps per multiprocessor that neither
-// copy nor multiply: 8 rows at a time, claimed from a ticket in the order of the rows. Taps are multiplied first, since they
-// need no mix.
+// Rows r = b * T + t are flat, skipped tokens included (0.17 % waste for a CLS token), so that a block of A that is a
+// tap is read by the copy engine where the layer lies; out(r) drops the skipped tokens in the store. Mixed blocks are
+// written to a scratch F [rows, blocks * D] ahead of the products that read them, by the three warps per multiprocessor
+// that neither copy nor multiply: 8 rows at a time, claimed from a ticket in the order of the rows. Taps are multiplied
+// first, since they need no mix.
 //
-// A block of 128 rows of F has a flag that counts its mixed groups of 8. The copy warp waits for it before the first box of
-// F. Mixers never wait, and a group is only claimed by one that runs, so no launch depends on how many blocks are resident.
-// F is written by ordinary stores and read by the copy engine: a proxy fence stands on both sides of the flag. Ticket and
-// flags are zero at launch; the caller clears them on the same stream, which a graph captures.
+// A block of 128 rows of F has a flag that counts its mixed groups of 8. The copy warp waits for it before the first
+// box of F. Mixers never wait, and a group is only claimed by one that runs, so no launch depends on how many blocks
+// are resident. F is written by ordinary stores and read by the copy engine: a proxy fence stands on both sides of the
+// flag. Ticket and flags are zero at launch; the caller clears them on the same stream, which a graph captures.
 //
 // Modelled (H200, 790 TFLOP/s, 4.3 TB/s, CLIP-L/336 and IGVA; not measured): products 12.2 us per image, the mix 7.1 us
 // beside them. Without mixed blocks (a concat of taps) the mixers leave at once.
@@ -52,7 +52,7 @@ __device__ void copy_boxes(const GemmParams& params, const Tiles& tiles, const R
 template <class T>
 __device__ void mix_rows(const GemmParams& params, const Tiles& tiles, int lane) {
   constexpr int V = vector_width<T>, segment = 32 * V; // elements that a warp mixes at a time
-  constexpr int ahead = 2;                             // segments that are asked for before they are mixed
+  constexpr int ahead = 2;                             // segments by which the prefetch is ahead
   const int groups = tiles.down * gemm_cluster * (gemm_tile_m / gemm_mix_rows);
   const int segments = (params.width + segment - 1) / segment; // of a row
   for (;;) {

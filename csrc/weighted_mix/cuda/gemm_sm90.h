@@ -18,7 +18,7 @@ struct GemmBlock {
   int32_t mixed;    // it is in F
 };
 
-// 5.5 KB: more than the 4 KB of old drivers, which no driver for Hopper with CUDA 12.1 or newer is.
+// 5.5 KB: more than the 4 KB of old drivers, but every driver for Hopper with CUDA 12.1 or newer allows it.
 struct GemmParams {
   CUtensorMap a[gemm_max_taps + 1]; // the taps, then F
   CUtensorMap w;
@@ -42,14 +42,14 @@ static_assert(sizeof(GemmParams) <= 32764);
 
 int gemm_sm90(const GemmParams& params, DType dtype, Stream stream);
 
-// partials[m, slot, c] = sum over the dots e of column c and the columns n of one tile of scale_e * dA[m, n] * layer_e[m, n],
-// dA = grad_z * weight^T being one block of the gradient of the mixed row.
+// partials[m, slot, c] = sum over the dots e of column c and the columns n of one tile of
+// scale_e * dA[m, n] * layer_e[m, n], where dA = grad_z * weight^T is one block of the gradient of the mixed row.
 struct GradGemmParams {
   CUtensorMap grad_z; // [M, H]
   CUtensorMap weight; // [D, H]: the block of the weight, transposed
   int32_t rows;       // M
   int32_t depth;      // H
-  int32_t slots;      // of a row of partials; `dots.partials` is the first of this block
+  int32_t slots;      // per row of partials; `dots.partials` is the first of this block
   int32_t grid;
   DotsParams dots; // sorted by column; chunk, grad and grad_weights are not used
 };

@@ -1,6 +1,7 @@
 // The gradients of the hidden states, one for all layers that enter the mixed row with the same shares.
 //
-//   dh[s][i, skip + p, d] = sum over the rows b of image i and the shares (g, c, k) of s of  k * w[b, c] * dA[b, p, g*D + d]
+//   dh[s][i, skip + p, d] = sum over the rows b of image i and the shares (g, c, k) of s
+//                           of  k * w[b, c] * dA[b, p, g*D + d]
 //
 // Rows that share an image add in row order. Modelled floor (IGVA): 2 * 1.18 MB read and 5 * 1.18 MB written per image.
 #include "cuda/common.cuh"

@@ -2,8 +2,8 @@
 //
 //   A' = (A - mean) * rstd * weight + bias,  statistics from the unrounded A in two passes over shared memory
 //
-// Modelled floor: that of the mix; the row never leaves the multiprocessor before it is normalised. Each thread reads back
-// only what it wrote, so the barriers are those of the two sums.
+// Modelled floor: that of the mix; the row never leaves the multiprocessor before it is normalised. Each thread reads
+// back only what it wrote, so the barriers are those of the two sums.
 #include "weighted_mix/cuda/mix_vector.cuh"
 
 namespace igva::cuda {

@@ -9,8 +9,9 @@ namespace igva::cuda {
 // Independent 16-byte loads of a thread before the first use: a group of layers of IGVA in one round trip.
 constexpr int loads_at_once = 6;
 
-// Every block of the mixed row at (b, patch, d .. d + V - 1): emit(g, values), unrounded. Layers are added in the order of
-// the plan, then scaled, then weighed by a fused multiply-add. Kept sums are written on the way, where there are any.
+// Every block of the mixed row at (b, patch, d .. d + V - 1): emit(g, values), unrounded. Layers are added in the order
+// of the plan, then scaled, then weighed by a fused multiply-add. Kept sums are written on the way, where there are
+// any.
 template <class T, int V, class Emit>
 __device__ inline void mix_vector(const MixParams& params, int64_t b, int64_t patch, int d, Emit emit) {
   using W = Wide<T>;

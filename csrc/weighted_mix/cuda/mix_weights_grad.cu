@@ -2,8 +2,9 @@
 //
 //   dw[b, c] = sum over p, d and the entries (l, c, s) of  s * dA[b, p, g*D + d] * h_l[image(b), p, d]
 //
-// A block sums one chunk of patches of one batch row for all entries (fp32 products, one fp64 partial per entry); a second
-// kernel adds the partials of a column in order. Modelled floor (IGVA over its reduced sources): 5 * 1.18 MB read per image.
+// A block sums one chunk of patches of one batch row for all entries (fp32 products, one fp64 partial per entry); a
+// second kernel adds the partials of a column in order. Modelled floor (IGVA over its reduced sources): 5 * 1.18 MB
+// read per image.
 #include "cuda/common.cuh"
 #include "weighted_mix/cuda/params.h"
 
@@ -32,7 +33,7 @@ __global__ void __launch_bounds__(block_threads) dots_kernel(const __grid_consta
         if (begin + e >= params.num_dots) break;
         const Dot& dot = params.dots[begin + e];
         const Layer& layer = params.layers[begin + e];
-        W gradient[V], value[V]; // entries of one block read the same gradient, which the first one brought to the cache
+        W gradient[V], value[V]; // entries of one block share a gradient, which the first one brings to the cache
         load<V>(grad + patch * params.grad.token_stride + int64_t(dot.block) * params.width + d, gradient);
         load<V>(static_cast<const T*>(layer.data) + image * layer.image_stride + patch * layer.token_stride + d, value);
 #pragma unroll
@@ -72,7 +73,7 @@ int mix_weights_grad(const DotsParams& params, DType layers, bool vector, Stream
     using T = decltype(layer);
     const int error = with_type(params.grad.dtype, [&](auto gradient) -> int {
       using G = decltype(gradient);
-      // Vectors are as long as the narrower type of the two allows the wider one to be loaded in 16-byte pieces.
+      // A vector is 16 bytes of the narrower type; the same elements of the wider one are loaded in 16-byte pieces.
       constexpr int V = vector_width<T> > vector_width<G> ? vector_width<T> : vector_width<G>;
       if constexpr (std::is_same_v<Wide<G>, Wide<T>>) {
         return launch(vector ? dots_kernel<G, T, V> : dots_kernel<G, T, 1>, grid, block_threads, 0, stream, params);

@@ -1,16 +1,18 @@
-// The gradient of the mix weights from that of Z, on Hopper: the gradient of the mixed row is a tile of registers, never
-// stored.
+// The gradient of the mix weights from that of Z, on Hopper: the gradient of the mixed row is a tile in registers and
+// is never stored.
 //
-//   dA = dZ * W1[:, block],   partials[m, tile, c] = sum over the entries (l, c, s) and the tile's d of s * dA[m, d] * h_l[m, d]
+//   dA = dZ * W1[:, block]
+//   partials[m, tile, c] = sum over the entries (l, c, s) and the tile's d of  s * dA[m, d] * h_l[m, d]
 //
 // The caller adds the partials of a batch row: the same bits every time. W1[:, block] comes transposed, so that both
-// operands have the depth of the product as their rows, like those of gemm_sm90.cu.
+// operands are contiguous along the depth of the product, like those of gemm_sm90.cu.
 //
-// Thread t of a quad holds two columns of every eight. Each thread reads 16 bytes of a layer, eight columns, and the quad
-// exchanges the words; while a tile is multiplied, the warp that copies asks for its layers to be brought to L2.
+// Thread t of a quad holds two columns of every eight. Each thread reads 16 bytes of a layer, eight columns, and the
+// quad exchanges the words; while a tile is multiplied, the warp that copies asks for its layers to be brought to L2.
 //
-// Modelled (H200, IGVA on CLIP-L/336, not measured): products 6.1 us per image, 0.4 us more for the dots between two tiles.
-// The two-kernel path reads the layers and dA after its product, 1.4 us per image. Transposing the weight takes 4 us per call.
+// Modelled (H200, IGVA on CLIP-L/336, not measured): products 6.1 us per image, 0.4 us more for the dots between two
+// tiles. The two-kernel path reads the layers and dA after its product, 1.4 us per image. Transposing the weight takes
+// 4 us per call.
 #include "weighted_mix/cuda/gemm_sm90.h"
 
 #include "gemm/hopper.cuh"

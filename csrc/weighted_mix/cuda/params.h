@@ -1,5 +1,5 @@
-// Parameters of the CUDA kernels of the mix, passed by value: plans and pointer lists travel in the kernel's parameter space (4 KB),
-// so that a launch copies nothing to the device and can be captured in a graph.
+// Parameters of the CUDA kernels of the mix, passed by value: plans and pointer lists travel in the parameter space of
+// the kernel (4 KB), so that a launch copies nothing to the device and can be captured in a graph.
 //
 // Symbols as in weighted_mix/operands.h.
 #pragma once
@@ -17,7 +17,7 @@ constexpr int max_layers = 72;
 constexpr int max_entries = 160; // layers of all terms together
 constexpr int max_terms = 96;
 constexpr int max_sums = 32;
-constexpr int max_dots = 64;
+constexpr int max_dots = 64; // weighted entries of all blocks that a launch takes
 constexpr int max_grads = 72; // different gradients of layers
 constexpr int max_shares = 160; // of all gradients of layers together
 
@@ -33,7 +33,7 @@ struct MixTerm {
 
 // One launch covers the rows m = b * P + p of `rows` (norm included), or, with rows == nullptr, only the kept sums.
 struct MixParams {
-  Layer layers[max_layers]; // `data` stands on the first token that is not skipped
+  Layer layers[max_layers]; // `data` points to the first token that is not skipped
   MixTerm terms[max_terms];
   uint8_t entries[max_entries];
   void* sums[max_sums]; // [I, P, D] in the layers' dtype
@@ -47,7 +47,7 @@ struct MixParams {
   int32_t width;
   DType out;
   void* rows;     // [M, G * D]
-  void* raw_rows; // [M, G * D] before the norm, or null; of mix_norm alone
+  void* raw_rows; // [M, G * D] before the norm, or null; only for mix_norm
 };
 
 struct Dot {
@@ -56,7 +56,7 @@ struct Dot {
   double scale;
 };
 
-// partials[b, chunk, e] = sum over the patches of the chunk and d of grad[b, p, block_e * D + d] * layer_e[image(b), p, d],
+// partials[b, chunk, e] = sum over the chunk's patches and d of grad[b, p, block_e * D + d] * layer_e[image(b), p, d],
 // then grad_weights[b, c] = sum over the dots e of column c and the chunks, in that order, of scale_e * partial.
 struct DotsParams {
   Layer layers[max_dots];

@@ -16,7 +16,7 @@ class MixProgram {
  public:
   MixProgram(const Steps& steps, bool keep_sums);
 
-  // The parameters of a launch; all but the output's.
+  // The parameters of a launch, except those of the output.
   MixParams params(const Layers& layers, const MixWeights* weights, const Batch& batch,
                    const std::vector<Address>& sums) const;
 
@@ -24,10 +24,10 @@ class MixProgram {
 
  private:
   MixParams params_ = {};
-  int last_layer_ = -1, last_column_ = -1, num_sums_ = 0; // of those that the terms name
+  int last_layer_ = -1, last_column_ = -1, num_sums_ = 0; // as the terms name them
 };
 
-// All but the gradient and the output.
+// The parameters of a launch, except the gradient and the output.
 DotsParams dots_params(const Dots& dots, const Layers& layers, const Batch& batch, int64_t columns);
 
 #ifdef IGVA_HOPPER

@@ -56,7 +56,7 @@ def allocate(
         parameters: in the order of ``nn.WeightAllocator.parameters()``.
         num_heads: of every block.
         eps: of every block's two norms.
-        impl: "auto", "reference" or "triton", which serves nothing but inference.
+        impl: "auto", "reference" or "triton", which serves inference only.
 
     Raises:
         ValueError: no such ``impl``.

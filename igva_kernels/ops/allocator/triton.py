@@ -1,7 +1,7 @@
 """The weight allocator at inference: ``nn.WeightAllocator`` in ``4 + 3 * blocks`` launches, 16 for IGVA's four blocks.
 
-Its query is one row per sample, so that the score of key k in head h is linear in the row x that asks, and what the
-head adds is linear in its probabilities p (d is the width of a head):
+Its query is one row x per sample, so that the score of key k in head h is linear in x, and what the head adds to x is
+linear in its probabilities p (d is the width of a head):
 
     score[h, k] = (x . U[k, h] + bq[h] . key[k, h]) / sqrt(d)         U[k, h] = Wq[h]^T key[k, h]
     attended    = sum over h, k of p[h, k] * T[k, h]  + bo            T[k, h] = Wo[:, h] value[k, h]
@@ -11,7 +11,7 @@ U and T need no sentence. With them nothing but the two products of the FFN is l
     1  keys = cls_proj(summaries), x = sentence_proj(sentences)
     2  key and value projections of all blocks
     3  U and T of all blocks                                   so far nothing but x has seen the sentence
-       a block: LayerNorm, attention, add, LayerNorm  |  Linear, ReLU  |  Linear, add
+     per block: LayerNorm, attention, add, LayerNorm  |  Linear, ReLU  |  Linear, add
     4  LayerNorm, head, softmax
 
 Scores, softmax, sums and the statistics of the norms are in fp32; what a product reads (keys, values, U, T, the
@@ -19,8 +19,9 @@ normalised rows, the hidden row of the FFN) is rounded once to the dtype of the 
 the error of the modules). Every sum has a fixed order.
 
 Modelled floor, nothing timed: IGVA's 27 M parameters are 54 MB in bf16, 12.6 us at 4.3 TB/s, whatever the batch. At one
-image a launch moves 2 to 16 MB and lasts 2 to 4 us, most of it latency: about 45 us as a CUDA graph, where the 70 to 80
-kernels of the modules take 150 and more. U and T are ``2 * blocks * K`` rows of ``heads * width`` a sample: 0.26 MB.
+image each launch moves 2 to 16 MB and lasts 2 to 4 us, most of it latency: about 45 us as a CUDA graph, where the 70 to
+80 kernels of the modules take 150 and more. U and T are, per sample, ``2 * blocks * K`` rows of ``heads * width``:
+0.26 MB.
 """
 # mypy: allow-untyped-defs, no-check-untyped-defs
 
@@ -49,8 +50,8 @@ def split_tile(
     x, weight, m, n, rows, columns, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``gemm_tile`` of ``x @ weight.T`` for few rows, whose tile would be K / 16 matrix instructions that wait for one
-    another, as long as its loads: each of four warps has a quarter of every step, and the sums are added at the end."""
+    """``gemm_tile`` of ``x @ weight.T`` for few rows. As one chain, the K / 16 matrix instructions of a tile would take
+    as long as its loads; here each of four warps takes a quarter of every step, and their sums are added at the end."""
     PART: tl.constexpr = BLOCK_K // 4
     o_m = m + tl.arange(0, BLOCK_M)
     o_n = n + tl.arange(0, BLOCK_N)
@@ -77,9 +78,9 @@ def linear_kernel(
     TIMES: tl.constexpr, COLUMNS: tl.constexpr, LENGTHS: tl.constexpr, ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one of several ``y = act(x @ weight.T + bias) + residual``, each a run of programs.
+    """One tile of one of several products ``y = act(x @ weight.T + bias) + residual``, each a run of programs.
 
-    The i-th has ``TIMES[i] * num_rows`` rows.
+    The i-th product has ``TIMES[i] * num_rows`` rows.
     """
     TILES_N: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
@@ -93,7 +94,7 @@ def linear_kernel(
             o_n = n + tl.arange(0, BLOCK_N)
             p_out = o_m.to(tl.int64)[:, None] * COLUMNS + o_n[None, :]
             m_out = (o_m < rows)[:, None] & (o_n < COLUMNS)[None, :]
-            # Before the product, whose operands then come at the same time.
+            # Loaded before the product, so that its operands are on their way at the same time.
             b_bias = tl.load(biases[i] + o_n, mask=o_n < COLUMNS, other=0.0).to(tl.float32)
             if residual is not None:
                 b_residual = tl.load(residual + p_out, mask=m_out, other=0.0).to(tl.float32)
@@ -170,7 +171,7 @@ def attend_kernel(
     m_c = o_c < WIDTH
     b_x = tl.load(stream + b * WIDTH + o_c, mask=m_c, other=0.0)
     b_sum = tl.load(out_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
-    # Pairs of a head and a key, the key running faster.
+    # Pairs (head, key), of which the key varies faster.
     o_pair = tl.arange(0, BLOCK_HEADS * BLOCK_KEYS).to(tl.int64)
     o_key = o_pair % BLOCK_KEYS
     o_d = tl.arange(0, BLOCK_D)[None, :]
@@ -186,7 +187,7 @@ def attend_kernel(
         b_key = tl.load(projected + (o_row * (2 * WIDTH))[:, None] + p_d, mask=m_d, other=0.0).to(tl.float32)
         b_bias = tl.load(query_bias + p_d, mask=m_d, other=0.0).to(tl.float32)
         if first == 0:
-            # Here, while U and T are on their way.
+            # Computed here, while U and T are on their way.
             if norm is not None:
                 b_x = layer_norm(b_x, norm[0], norm[1], norm[2], o_c, WIDTH)
             b_sum += b_x
@@ -311,9 +312,9 @@ def allocate(
 
 
 def _tile(rows: int, columns: int, dtype: torch.dtype, sms: int) -> dict[str, int]:
-    """The tile of a product: no choice for ``tune``, since at these sizes what counts is that every multiprocessor has
-    one, with 32 to 64 KB of loads in flight. Wide where that leaves none idle, else as narrow as a matrix instruction;
-    exact products in fp32 would not find the registers for a wide one.
+    """The tile of a product. ``tune`` has no choice to make: at these sizes what counts is that every multiprocessor
+    has a tile, with 32 to 64 KB of loads in flight. It is wide where that leaves no multiprocessor idle, otherwise as
+    narrow as a matrix instruction; exact products in fp32 would lack the registers for a wide tile.
     """
     block_m = 16 if rows <= 16 else 64
     wide = dtype.itemsize == 2 and triton.cdiv(rows, block_m) * triton.cdiv(columns, 64) >= sms

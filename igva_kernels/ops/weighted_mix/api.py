@@ -1,5 +1,5 @@
-"""The public operators. A call goes one way: its arguments are checked, an implementation is chosen, one registered
-operator runs."""
+"""The public operators. Every call goes the same way: its arguments are checked, an implementation is chosen, and one
+registered operator runs."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ def layer_mix(
 
     Args:
         hidden_states: the L hidden states, a sequence of tensors ``[I, T, D]``: separate allocations, any batch and
-            token strides (they may differ between layers). They are never stacked nor copied, unless the last dimension
+            token strides (they may differ between layers). They are never stacked or copied, unless the last dimension
             is not contiguous. A layer that the plan does not use may be None.
         plan: which layers go where.
         mix_weights: ``[B, C]`` or ``[1, C]`` (broadcast), used in fp32 (fp64 with fp64 layers), differentiable; None
             where the plan has no columns.
         skip_tokens: tokens left out at the start of every state (1 for CLIP's CLS); P = T - skip_tokens.
-        image_index: int64 ``[B]``, the image that each row of the batch reads; None where row b reads image b. Out of
-            range: ValueError on a CPU, NaN rows on a GPU.
+        image_index: int64 ``[B]``, the image that each row of the batch reads; None where row b reads image b. An
+            index out of range raises a ValueError on a CPU and makes NaN rows on a GPU.
         impl: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
         ``[B, P, G*D]`` in the layers' dtype, accumulated in fp32 and rounded once.
 
     Raises:
-        ValueError: shapes, devices or values that do not fit; the message names the argument.
+        ValueError: shapes, devices or values do not fit; the message names the argument.
         TypeError: wrong types or dtypes.
         NotImplementedError: an explicit ``impl`` that cannot serve the call.
     """
@@ -132,11 +132,11 @@ def layer_mix_mlp(
 
 
 def check_impl(impl: str, device: torch.device, dtype: torch.dtype, activation: str | None = None) -> None:
-    """Nothing, where ``impl`` can serve layers of this device and dtype.
+    """Checks that ``impl`` can serve layers of this device and dtype.
 
     Raises:
         ValueError: no such ``impl``.
-        NotImplementedError: an explicit ``impl`` that cannot; the message says why.
+        NotImplementedError: an explicit ``impl`` cannot; the message says why.
     """
     OPERATOR.select(impl, device, dtype, (), activation)
 
@@ -150,7 +150,7 @@ def _reference_rows(mix: Mix) -> Tensor:
     layers, mix_weights, index = mix.layers, mix.mix_weights, mix.image_index
     if index is not None:
         check_image_range(index, layers[0].shape[0])
-    if torch.is_grad_enabled():  # plain torch saves these themselves
+    if torch.is_grad_enabled():  # plain torch saves the inputs themselves
         layers, mix_weights, index = [saveable(x) for x in layers], saveable(mix_weights), saveable(index)
     return spec.layer_mix_as_published(
         layers, mix.plan, mix_weights, skip_tokens=mix.skip_tokens, image_index=index
@@ -188,7 +188,7 @@ def _what_to_keep(mix: Mix, projector: Projector) -> tuple[Keep, bool]:
     if mix.weights_need_grad:
         keep = Keep.SOURCES
     elif weight1.requires_grad or into_norm or (into_rows and norm is not None):
-        keep = Keep.SOURCES if mix.only_taps else Keep.ROWS  # taps lie there anyway
+        keep = Keep.SOURCES if mix.only_taps else Keep.ROWS  # taps are inputs already
     into_z = into_rows or into_norm or weight1.requires_grad or _needs_grad(bias1)
     return keep, (activation is not None and into_z) or _needs_grad(weight2)
 

@@ -25,7 +25,7 @@ LINEARS = {
 OUTPUT, MIX_WEIGHTS_GRAD = "output", "grad mix_weights"
 
 KINK = 2.0**-17
-"""Nearer to zero than this, two right kernels may see the two sides of a ReLU."""
+"""Where z is nearer to zero than this, two correct kernels may be on different sides of a ReLU's kink."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Case:
         return self.tokens > 100
 
     def draw(self, seed: int, dtype: torch.dtype, device: str) -> Inputs:
-        """Inputs rounded to ``dtype``; the same numbers for a seed whatever the device."""
+        """Inputs rounded to ``dtype``; a seed gives the same numbers on every device."""
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -87,8 +87,8 @@ class Case:
         )
         if self.activation != "relu":
             return inputs
-        # In fp32 a single entry that changes sides weighs more than all roundings, and is rare: no number of draws
-        # evens it out. No gradient comes from there.
+        # In fp32 one entry of z that changes sides weighs more than all roundings together, and is too rare to even
+        # out over the draws. Entries near the kink therefore get no gradient.
         assert self.op == "layer_mix_linear", "relu: only a gradient that meets it at once can be held from its kink"
         z = replace(self, activation=None).forward(inputs.double(), SPECIFICATION)
         return inputs._replace(grad_out=inputs.grad_out.masked_fill(z.abs() < KINK, 0.0))
@@ -172,7 +172,7 @@ SMALL_CASES = [
     Case("igva + norm", "layer_mix_linear", MixPlan.igva(4, 2), 2, 18, 32, 40,
          activation="silu", norm_eps=1e-5, trainable_tower=True),
     Case("gelu_tanh", "layer_mix_linear", MixPlan.igva_uniform(4, 2), 1, 18, 32, 40, activation="gelu_tanh"),
-    # Larger: a rounding near zero flips a whole gradient entry, which evens out over many.
+    # Larger: a rounding near zero flips a whole gradient entry, which evens out over many entries.
     Case("relu", "layer_mix_linear", MixPlan.igva(4, 2), 2, 66, 64, 160, activation="relu"),
     Case("mix alone", "layer_mix", MixPlan.igva(6, 3), 3, 17, 72, trainable_tower=True),
     Case("mix alone, DenseConnector dci", "layer_mix", MixPlan.dense_connector("dci"), 1, 17, 72, trainable_tower=True),

@@ -23,7 +23,7 @@ class Compact(NamedTuple):
     used: tuple[int, ...]
     """The layers in use."""
     code: str
-    """Of the plan over those."""
+    """The code of the plan over those layers."""
     num_columns: int
     num_blocks: int
     only_taps: bool
@@ -33,13 +33,13 @@ class Mix(NamedTuple):
     """The checked arguments of a mix."""
 
     layers: list[Tensor]
-    """Those in use."""
+    """The layers in use."""
     mix_weights: Tensor | None
     """``[B, C]`` in the accumulation dtype."""
     image_index: Tensor | None
     skip_tokens: int
     code: str
-    """Of the plan over the layers."""
+    """The code of the plan over these layers."""
     row_width: int
     """``G * D``."""
     only_taps: bool
@@ -58,7 +58,7 @@ def _plan(code: str) -> MixPlan:
 
 @constant_under_compile
 def _compact(code: str, num_states: int | None, length: int) -> Compact:
-    """Of constants only, so that torch.compile evaluates it while it traces."""
+    """A function of constants only, so that torch.compile evaluates it while it traces."""
     return _compact_once(code, num_states, length)
 
 
@@ -100,7 +100,7 @@ def check_mix(
 
 
 def check_projector(mix: Mix, projector: Projector, names: Sequence[str]) -> Projector:
-    """The projector, its eps a float; its weights and biases are called ``names`` in errors."""
+    """The projector with its eps as a float; errors call its weights and biases by ``names``."""
     check_activation(projector.activation)
     device, first, width = mix.layers[0].device, projector.weight1, mix.row_width
     for i in range(0, len(names), 2):  # a weight and its bias
@@ -151,7 +151,7 @@ def check_image_index(image_index: Tensor, device: torch.device, num_images: int
 
 
 def check_image_range(image_index: Tensor, num_images: int) -> None:
-    """For plain torch, whose indexing would wrap negatives; kernels look themselves, so that compiled code does too."""
+    """For plain torch, where a negative index would wrap around; kernels check their own, in compiled code too."""
     if image_index.device.type != "cpu" or not has_values(image_index) or not image_index.numel():
         return
     lowest, highest = int(image_index.min()), int(image_index.max())

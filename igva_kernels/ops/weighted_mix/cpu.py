@@ -23,7 +23,7 @@ below 64 MiB. Blocks are as large as that allows, because libraries pack the wei
 as long as multiplying a hundred rows."""
 
 STREAM_BYTES = 4 << 20
-"""Mixed rows of more bytes than this are written around the cache, where nobody would find them later."""
+"""Mixed rows of more bytes than this are written around the cache, which would not hold them until they are read."""
 
 
 class CpuWeightedMix(CpuDense, WeightedMix):
@@ -59,7 +59,7 @@ class CpuWeightedMix(CpuDense, WeightedMix):
         return grad
 
     def layer_grads(self, grad_rows: Tensor, shares: Shares, args: MixArgs, shape: LayerShape) -> list[Tensor]:
-        """One gradient ``[I, T, D]`` per signature; skipped tokens get zeros, rows that share an image add in order."""
+        """One gradient ``[I, T, D]`` per signature; skipped tokens get zeros, rows of one image add in row order."""
         if not serves_pair(shape.dtype, grad_rows.dtype):
             grad_rows = grad_rows.to(shape.dtype)
         size = (shape.num_images, shape.num_tokens, shape.width)
@@ -77,7 +77,7 @@ class CpuWeightedMix(CpuDense, WeightedMix):
         """As in ``WeightedMix``, on blocks of rows: A, Z and Y exist whole only where they are kept."""
         weight1, bias1, weight2, bias2, norm, activation = projector
         first, dtype = args.layers[0], weight1.dtype
-        # The sums of an image that several rows read are written once, which blocks of rows cannot see to.
+        # The sums of an image that several rows read must be written once, which work by blocks of rows cannot ensure.
         if not serves_pair(first.dtype, dtype) or (keep == Keep.SOURCES and args.image_index is not None):
             return super().project(args, projector, keep, keep_z)
         batch, patches, total = args.num_rows, args.num_patches, args.num_rows * args.num_patches
@@ -89,11 +89,11 @@ class CpuWeightedMix(CpuDense, WeightedMix):
         sums = args.new_sums() if keep == Keep.SOURCES else []
         stats = _new_stats(args, norm)
 
-        # Where products are emulated, a block of inference stays in fp32 from the mix to the output.
+        # Where products are emulated, inference keeps a block of rows in fp32 from the mix to the output.
         block_dtype = torch.float32 if products.is_emulated(dtype) and keep == Keep.NOTHING and not keep_z else dtype
         size, own = block_dtype.itemsize, kept_rows is None or norm is not None
-        # Mixed rows that are not kept lie where the output of their block will, if it is as large: nobody reads them
-        # any more when it is written, and every page of fresh memory takes time.
+        # Mixed rows that are not kept borrow the memory of their block's output, if it is large enough: when the output
+        # is written they have been read, and every page of fresh memory takes time.
         lent = own and weight2 is not None and row_width * size <= width * dtype.itemsize
         row_bytes = size * (hidden + (0 if lent else row_width))
         step = products.block_rows(total, max(16, SCRATCH_BYTES // max(1, row_bytes)))
@@ -127,13 +127,13 @@ def _mix_rows(
     args: MixArgs, rows: slice, out: Tensor, sums: Sequence[Tensor], norm: Norm | None, raw_rows: Tensor | None,
     stats: Stats,
 ) -> None:  # fmt: skip
-    """Mix the rows ``b * P + p`` of the slice into ``out`` (and ``raw_rows``: before the norm)."""
+    """Mix the rows ``b * P + p`` of the slice into ``out`` and, before the norm, into ``raw_rows``."""
     first, native, threads = args.layers[0], module(), torch.get_num_threads()
     mean, rstd = stats
     native_norm = None
     if norm is not None:
         assert mean is not None
-        # Named, so that they live until the call returns.
+        # These have names, so that they live until the call returns.
         weight, bias = (None if p is None else p.to(mean.dtype) for p in norm[:2])
         wide = dtype_of(mean.dtype)
         native_norm = native.Norm((wide, address(weight)), (wide, address(bias)), norm[2], address(mean), address(rstd))

@@ -1,8 +1,8 @@
 """The operator as torch sees it: ``layer_mix``, ``projector`` (the mix and what reads it), and a backward of each.
 
 Forward and backward are written once; ``layer_mix`` is the projector without weights. The plan travels as its ``code``
-string. A forward returns ``(out, kept)``: what the backward needs and is not an input is an output, and ``keep`` says
-which tensors there are.
+string. A forward returns ``(out, kept)``: what the backward needs beyond the inputs is an output, and ``keep`` says
+which tensors these are.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ OPERATOR = Operator("weighted_mix", __package__)
 
 
 class Kept(NamedTuple):
-    """What a forward keeps, in the order in which it returns it; what it does not keep is left out there."""
+    """The tensors that a forward keeps, in the order in which it returns them; those that are None it leaves out."""
 
     rows: Tensor | None
     """Keep.ROWS: the mixed row before the norm ``[B, P, G*D]``."""
     sums: Sequence[Tensor]
     """Keep.SOURCES: those sources of the plan that are not taps."""
     mean: Tensor | None
-    """Of the norm, ``[B, P]``."""
+    """The mean of every row, where there is a norm: ``[B, P]``."""
     rstd: Tensor | None
     z: Tensor | None
     """``[M, H]``."""
 
     def flat(self) -> list[Tensor]:
-        """The tensors that there are."""
+        """The tensors that are kept."""
         return [x for x in (self.rows, *self.sums, self.mean, self.rstd, self.z) if x is not None]
 
     @classmethod
@@ -77,7 +77,7 @@ def _projector(given: SimpleNamespace) -> Projector:
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
-    """What kernels take without strides; ``MixArgs`` sees to the layers and the index."""
+    """The tensor made contiguous, for kernels that take no strides of it; ``MixArgs`` does so for the index."""
     return None if tensor is None else tensor.contiguous()
 
 
@@ -95,7 +95,7 @@ def _forward(given: SimpleNamespace, implementation: WeightedMix) -> tuple[Tenso
 
 
 def _save(given: SimpleNamespace, output: tuple[Tensor, list[Tensor]]) -> dict[str, Any]:
-    """What the backward operator takes, but for the gradient and the needs."""
+    """What the backward operator takes, except the gradient and the needs."""
     kept, first = Kept.of(output[1], given), given.layers[0]
     values = {name: value for name, value in vars(given).items() if name not in ("layers", "bias1", "bias2")}
     values |= {"layer_shape": tuple(first.shape), "layer_dtype": first.dtype}
@@ -106,7 +106,7 @@ def _save(given: SimpleNamespace, output: tuple[Tensor, list[Tensor]]) -> dict[s
 
 
 def _backward(given: SimpleNamespace, implementation: WeightedMix) -> list[Tensor]:
-    """``needs`` is for every field of ``_fields`` and every layer; the result is what they ask for, in that order."""
+    """``needs`` has a flag per name in ``_fields`` and per layer; the result is what they ask for, in that order."""
     args, grad_out, fields = _args(given, []), given.grad_out.contiguous(), _fields(given)
     needs = Needs(**dict(zip(fields, given.needs, strict=False)))
     sources = args.over_sources(given.sources) if given.sources else None
@@ -128,7 +128,7 @@ def _backward(given: SimpleNamespace, implementation: WeightedMix) -> list[Tenso
 
 
 def _check_storages(given: SimpleNamespace) -> None:
-    """A backward reads weights a second time; their names are those of the public functions."""
+    """Refuses weights freed before the backward reads them again; names are those of the public functions."""
     names = {"weight1": "weight1", "norm_weight": "norm[0]", "norm_bias": "norm[1]", "weight2": "weight2"}
     for argument, name in names.items() if given.weight1 is not None else ():
         if getattr(given, argument) is not None:
@@ -143,7 +143,7 @@ def _differentiate(backward: Callable[..., list[Tensor]]) -> Differentiate:
         wanted, own = shares(MixPlan.from_code(saved.plan), layers)
         grads: dict[str, Any] = {}
         for name in (name for name, need in asked.items() if need):
-            if name == "layers":  # those with the same signature share one
+            if name == "layers":  # layers of the same signature share one
                 found = [next(rest) for _ in range(wanted.num_grads)]
                 grads[name] = [None if i is None else found[i] for i in own]
             else:
@@ -154,7 +154,7 @@ def _differentiate(backward: Callable[..., list[Tensor]]) -> Differentiate:
 
 
 def _fields(given: SimpleNamespace) -> tuple[str, ...]:
-    """What a gradient may be asked for."""
+    """The arguments whose gradients may be asked for."""
     return Needs._fields if given.weight1 is not None else ("mix_weights", "layers")
 
 
@@ -178,7 +178,7 @@ _LEFT_OUT: dict[str, Any] = {
     "weight1": None, "bias1": None, "norm_weight": None, "norm_bias": None, "weight2": None, "bias2": None,
     "norm_eps": None, "activation": None, "keep_z": False, "rows": None, "stats": [], "z": None,
 }  # fmt: skip
-"""The arguments that one of the schemas has and another leaves out."""
+"""Values for the arguments that one of the schemas has and another leaves out."""
 
 _MIX = "Tensor? mix_weights, Tensor? image_index"
 _OPTIONS = "str plan, int skip_tokens, float? norm_eps, str? activation"

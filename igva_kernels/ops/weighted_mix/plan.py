@@ -80,7 +80,7 @@ class MixPlan:
         if not blocks or any(not block for block in blocks):
             raise ValueError(f"blocks: a MixPlan needs at least one block and one entry per block, got {self.blocks!r}")
         object.__setattr__(self, "blocks", blocks)
-        # No fields: FSDP2 rebuilds a dataclass from its fields.
+        # Attributes, not fields: FSDP2 rebuilds a dataclass from its fields.
         object.__setattr__(self, "_code", repr(tuple(tuple(tuple(e) for e in block) for block in blocks)))
         object.__setattr__(self, "_hash", hash((blocks, self.num_states)))  # a plan is looked up in every call
 
@@ -139,7 +139,7 @@ class MixPlan:
         return _compact(self)
 
     def reduced(self) -> tuple[MixPlan, MixPlan]:
-        """``(sources, plan)``: weight-free running sums, and the same operator over them.
+        """``(sources, plan)``: the weight-free sources of this plan, and the same mix over them.
 
         ``sources`` has one block per block and column of this plan (scales inside) and its taps as they are; ``plan``
         mixes the outputs of those blocks. IGVA: 5 sources instead of 24 layers.
@@ -198,7 +198,7 @@ class MixPlan:
 
     @classmethod
     def concat(cls, layers: Iterable[int], num_states: int | None = None) -> MixPlan:
-        """One tap a block: the channel concat of VipLlava, Granite Vision and of LLaVA models with a layer list."""
+        """One tap per block: the channel concat of VipLlava, Granite Vision and of LLaVA models with a layer list."""
         return cls(tuple(_tap(layer) for layer in layers), num_states)
 
     @classmethod

@@ -1,7 +1,7 @@
 """A plan as flat arrays, the one form in which every kernel takes it.
 
-Kernel languages take tuples of numbers but no nested ones (Triton before 3.7 not at all), so the nesting of a plan,
-block > column > term > layer, becomes a row of steps, one per layer read, each of which says what ends with it. The
+Kernel languages take tuples of numbers, but nested ones badly (Triton before 3.7 not at all). So the nesting of a plan,
+block > column > term > layer, becomes a list of steps, one per layer read, each of which says what ends with it. The
 gradients have arrays of their own: dots for the weights, shares for the layers.
 """
 
@@ -59,7 +59,7 @@ class Shares(NamedTuple):
 
     @property
     def num_grads(self) -> int:
-        """How many different gradients there are."""
+        """The number of different gradients."""
         return sum(self.ends)
 
 
@@ -83,9 +83,9 @@ class Program:
     num_columns: int
     weighted_blocks: tuple[int, ...]
     steps: Steps
-    """Of the mixed row."""
+    """The steps of the mixed row."""
     sum_steps: Steps
-    """Of the kept sums as blocks of their own, without weights; empty where every source is a tap."""
+    """The steps of the kept sums, each a block without weights; empty where every source is a tap."""
     sources: tuple[int | None, ...]
     """The sources of ``plan.reduced()``: the layer of a tap, None for a sum."""
     num_sums: int
@@ -94,7 +94,7 @@ class Program:
     runs: tuple[Run, ...]
 
     def gather(self, layers: Sequence[Tensor], sums: Sequence[Tensor]) -> list[Tensor]:
-        """The sources: taps are layers, as they lie; sums were kept by the forward."""
+        """The sources: taps are the layers themselves; the forward kept the sums."""
         rest = iter(sums)
         return [next(rest) if layer is None else layers[layer] for layer in self.sources]
 

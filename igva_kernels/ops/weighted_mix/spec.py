@@ -2,9 +2,9 @@
 
 ``layer_mix`` is the formula of the README, entry by entry; in fp64 it is the oracle of every test. What everybody
 writes instead (IGVA, arXiv 2501.08443, section 4, with the order of the concat from its authors' code) is
-``layer_mix_as_published``: stack, mean, multiply, sum, concat. It is what ``impl="reference"`` runs, and against its
-error in the same dtype the error of a kernel is budgeted. Both run on any device and dtype and differentiate through
-torch's own autograd; ``project`` is what follows either.
+``layer_mix_as_published``: stack, mean, multiply, sum, concat. It is what ``impl="reference"`` runs, and its error in
+the same dtype sets the error budget of a kernel. Both run on any device and dtype and differentiate through torch's own
+autograd; ``project`` follows either of them.
 """
 
 from __future__ import annotations

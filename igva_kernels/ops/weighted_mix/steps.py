@@ -41,8 +41,8 @@ class Keep(str, Enum):
 class MixArgs:
     """The inputs of the mix, validated: layers ``[I, T, D]``, every one of them used by the plan.
 
-    Kernels take any batch and token strides, but channels that are adjacent and an index that is dense: what lies
-    otherwise is copied here. So is every state of transformers' SigLIP, laid out as its patch convolution leaves it.
+    Kernels take any batch and token strides, but need adjacent channels and a dense index: a tensor laid out otherwise
+    is copied here. So is every state of transformers' SigLIP, which has the layout of its patch convolution.
     """
 
     layers: Sequence[Tensor]
@@ -96,7 +96,7 @@ class MixArgs:
         return self.layers[0].new_empty(shape, dtype=dtype), self.layers[0].new_empty(shape, dtype=dtype)
 
     def over_sources(self, sources: Sequence[Tensor]) -> MixArgs:
-        """The same operator over the outputs of ``plan.reduced()``: taps with all T tokens, sums ``[I, P, D]``."""
+        """The same mix over the sources of ``plan.reduced()``: taps with all T tokens, sums ``[I, P, D]``."""
         program = self.program
         views = [
             source if layer is None else source[:, self.skip_tokens :]
@@ -186,7 +186,7 @@ class WeightedMix(Dense, Implementation):
     """The operator in plain torch around the steps that every implementation must have."""
 
     def activations(self) -> Collection[str]:
-        """Those that its kernels know."""
+        """The activations that its kernels know."""
         return ACTIVATIONS
 
     def why_not(self, *demands: str | None) -> str | None:
@@ -216,8 +216,8 @@ class WeightedMix(Dense, Implementation):
     def layer_grads(self, grad_rows: Tensor, shares: Shares, args: MixArgs, shape: LayerShape) -> list[Tensor]:
         """One gradient ``[I, T, D]`` in the layers' dtype per signature in ``shares``.
 
-        ``grad_rows`` is ``[B, P, G*D]``, and of ``args`` the layers are no longer there. Skipped tokens get zeros; rows
-        that share an image add in row order.
+        ``grad_rows`` is ``[B, P, G*D]``, and ``args`` no longer has its layers. Skipped tokens get zeros; rows that
+        share an image add in row order.
         """
         raise NotImplementedError
 
@@ -234,7 +234,7 @@ class WeightedMix(Dense, Implementation):
     def mix_weights_grad_of_linear(
         self, grad_z: Tensor, weight1: Tensor, blocks: Sequence[int], args: MixArgs
     ) -> Tensor:
-        """``mix_weights_grad`` of ``grad_rows = grad_z @ weight1``; only the blocks that have weights are computed."""
+        """``mix_weights_grad`` of ``grad_rows = grad_z @ weight1``; only the blocks that have columns are computed."""
         grad_rows = self.matmul(grad_z, take_blocks(weight1, blocks, args.width))
         shape = (args.num_rows, args.num_patches, len(blocks) * args.width)
         return self.mix_weights_grad(grad_rows.view(shape), blocks, args)
@@ -247,7 +247,7 @@ class WeightedMix(Dense, Implementation):
         """``(out [B, P, H], mixed, z [M, H] if kept)``."""
         y, z, mixed = self.mix_linear(args, projector, keep, keep_z)
         if keep != Keep.ROWS or projector.norm is not None:
-            # The rows end here, before the second product allocates its result.
+            # The rows are freed here, before the second product allocates its result.
             mixed = mixed._replace(rows=None)
         if projector.weight2 is not None:
             if keep_z and z is None:
@@ -263,7 +263,7 @@ class WeightedMix(Dense, Implementation):
     def project_backward(
         self, grad_out: Tensor, saved: Saved, projector: Projector, needs: Needs
     ) -> dict[str, Tensor | None]:
-        """The gradients that are asked for by the names of ``Needs``; "rows" is what ``layer_grads`` reads."""
+        """The gradients that ``needs`` asks for, by its names; "rows" is what ``layer_grads`` reads."""
         grad, grads = grad_out.flatten(0, 1), {}
         if needs.bias2:
             grads["bias2"] = grad.sum(0)
@@ -280,7 +280,7 @@ class WeightedMix(Dense, Implementation):
     def _second_linear_backward(
         self, grad: Tensor, z: Tensor | None, projector: Projector, needs: Needs
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
-        """The gradient of z ``[M, H]``, if one is needed, and "weight2" and "bias1"."""
+        """The gradient of z ``[M, H]``, if it is needed, and those of "weight2" and "bias1"."""
         grads: dict[str, Tensor | None] = {}
         grad_z, y = grad, z
         if needs.z:
@@ -297,7 +297,7 @@ class WeightedMix(Dense, Implementation):
     def _first_linear_backward(
         self, grad_z: Tensor, saved: Saved, projector: Projector, needs: Needs
     ) -> tuple[Tensor | None, dict[str, Tensor | None]]:
-        """The mixed rows before the norm, where there is one, and "weight1"."""
+        """The mixed rows before the norm, where there is one, and the gradient of "weight1"."""
         norm, rows, normal = projector.norm, saved.rows, saved.rows
         if saved.sources is not None and (needs.weight1 or norm is not None):
             mixed = self.mix(saved.sources, projector.weight1.dtype, norm, Keep.ROWS)
@@ -312,7 +312,7 @@ class WeightedMix(Dense, Implementation):
     def _rows_backward(
         self, grad_z: Tensor, rows: Tensor | None, shape: torch.Size, saved: Saved, projector: Projector, needs: Needs
     ) -> dict[str, Tensor | None]:
-        """ "rows" ``[B, P, G*D]``, "norm_weight", "norm_bias" and "mix_weights"."""
+        """The gradients of "rows" ``[B, P, G*D]``, "norm_weight", "norm_bias" and "mix_weights"."""
         norm, weight1, grads = projector.norm, projector.weight1, {}
         if norm is None and not needs.layers:
             assert saved.sources is not None
@@ -333,7 +333,7 @@ class WeightedMix(Dense, Implementation):
 
 
 class Shapes(WeightedMix):
-    """Results like those of an implementation with nothing in them: what torch.compile asks for."""
+    """Empty tensors of the shapes and dtypes that every implementation returns: what torch.compile asks for."""
 
     def mix(self, args: MixArgs, dtype: torch.dtype, norm: Norm | None = None, keep: Keep = Keep.NOTHING) -> Mixed:
         raw_rows = args.new_rows(dtype) if norm is not None and keep == Keep.ROWS else None

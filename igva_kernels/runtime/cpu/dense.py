@@ -52,7 +52,7 @@ class CpuDense(Dense):
 def linear_into(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, y: Tensor, z: Tensor | None = None
 ) -> None:
-    """``act(x @ weight.T + bias)`` into ``y``, and before the activation into ``z``."""
+    """``act(x @ weight.T + bias)`` into ``y``, and its value before the activation into ``z``."""
     for rows, columns, block in products.products(x, weight, bias, out=y if z is None else z):
         y_block, z_block = y[rows, columns], None if z is None else z[rows, columns]
         if z_block is not None and z_block.data_ptr() == block.data_ptr():
@@ -84,7 +84,7 @@ def module() -> Any:
 
 
 def address(tensor: Tensor | None) -> int:
-    """Of the first element; 0 where there is no tensor."""
+    """The address of the first element; 0 where there is no tensor."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -113,5 +113,5 @@ def activation_of(name: str | None) -> Any:
 
 @cache
 def activations() -> tuple[str, ...]:
-    """Those that the module's kernels know."""
+    """The activations that the module's kernels know."""
     return tuple(name for name in module().Activation.__members__ if name != "none")

@@ -14,7 +14,7 @@ from igva_kernels.runtime.cpu import native
 
 INTEL = "GenuineIntel"
 
-# What oneDNN may use below each value of its variable, and the least value that allows a feature.
+# The level of instructions that each value of oneDNN's variable allows, and the least level that has a feature.
 _ONEDNN_LEVELS = {
     "SSE41": 0, "AVX": 0, "AVX2": 0, "AVX2_VNNI": 0, "AVX2_VNNI_2": 0,
     "AVX512_CORE": 1, "AVX512_CORE_VNNI": 1, "AVX512_CORE_BF16": 2, "AVX512_CORE_FP16": 3, "AVX10_1_512": 3,
@@ -29,7 +29,7 @@ class Cpu(NamedTuple):
     vendor: str
     """As the CPU calls it ("GenuineIntel", "AuthenticAMD"); empty where that is not known."""
     features: frozenset[str]
-    """Those that may be used, in Linux' names without underscores ("avx512f", "avx512bf16", "amxbf16")."""
+    """The features that may be used, in Linux's names without underscores ("avx512f", "avx512bf16", "amxbf16")."""
     mkl: bool
     """Whether torch multiplies with MKL."""
     onednn: bool
@@ -37,7 +37,7 @@ class Cpu(NamedTuple):
 
 
 def this_cpu() -> Cpu:
-    """This one, held to the instruction sets that the environment names."""
+    """This CPU, limited to the instruction sets that the environment names."""
     vendor, features = _vendor_and_features()
     return Cpu(
         vendor,
@@ -48,9 +48,9 @@ def this_cpu() -> Cpu:
 
 
 def allowed(features: frozenset[str], environment: Mapping[str, str]) -> frozenset[str]:
-    """The features that the variables of our kernels and of oneDNN leave."""
+    """The features that the variables of our kernels and of oneDNN allow."""
     limit = environment.get("ONEDNN_MAX_CPU_ISA", environment.get("DNNL_MAX_CPU_ISA", "")).upper()
-    level = _ONEDNN_LEVELS.get(limit, 5)  # oneDNN, too, takes a name that it does not know as no limit
+    level = _ONEDNN_LEVELS.get(limit, 5)  # like oneDNN, which takes an unknown name as no limit
     if native.forced_isa(environment) in ("scalar", "avx2"):
         level = 0
     return frozenset(feature for feature in features if _LEAST_LEVEL.get(feature, 0) <= level)

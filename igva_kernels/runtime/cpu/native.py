@@ -44,7 +44,7 @@ def load() -> tuple[ModuleType | None, str]:
 
 
 def forced_isa(environment: Mapping[str, str] = os.environ) -> str:
-    """The instruction set that the environment holds the CPU kernels to; empty where it names none."""
+    """The instruction set to which the environment limits the CPU kernels; empty where it names none."""
     return environment.get(ISA_VARIABLE, "").strip().lower()
 
 

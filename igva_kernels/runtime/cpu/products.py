@@ -155,10 +155,10 @@ def _torch_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) 
 
 
 def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None, depth: int, tile: Tensor) -> Tensor:
-    """In parts of the inner dimension, each of which the next adds while it writes.
+    """``x @ weight.T + bias`` in parts of the inner dimension, each of which is added as the next one is written.
 
-    A private operator, because torch gives fp32 to oneDNN by no public one. It has nothing but a reference loop for a
-    slice of a matrix, and reads bias as if it were dense.
+    The operator is private, because no public one hands fp32 to oneDNN. For a slice of a matrix it has only a reference
+    loop, and it reads the bias as if it were dense.
     """
     bias = None if bias is None else bias.contiguous()
     total = torch.ops.mkldnn._linear_pointwise(x[:, :depth], _copy(weight[:, :depth], tile), bias, "none", [], "")
@@ -169,7 +169,7 @@ def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None, depth: int, 
 
 
 def _copy(source: Tensor, tile: Tensor) -> Tensor:
-    """A dense copy in the order in which the source lies in memory: libraries take both, transposing takes time."""
+    """A dense copy in the order in which the source lies in memory: libraries take both, and transposing takes time."""
     n, k = source.shape
     flat = tile[: n * k]
     return (flat.view(k, n).t() if source.stride(0) == 1 else flat.view(n, k)).copy_(source)

@@ -80,7 +80,7 @@ class CudaDense(Dense):
 
 
 def allows_vectors(width: int, tensors: Iterable[Tensor]) -> bool:
-    """Whether rows of ``width`` elements can be read in 16-byte pieces: every address and stride is a multiple."""
+    """Whether rows of ``width`` elements can be read in 16-byte pieces: all addresses and strides are multiples."""
     return all(
         width * tensor.element_size() % VECTOR_BYTES == 0
         and tensor.data_ptr() % VECTOR_BYTES == 0

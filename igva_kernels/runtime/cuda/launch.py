@@ -67,8 +67,8 @@ def _why_not_index(index: int) -> str | None:
 def runs_on(archs: Sequence[str], ptx: str | None, capability: tuple[int, int]) -> bool:
     """Whether machine code for ``archs``, or the PTX of one, runs on a device.
 
-    Machine code runs on its own major version from its own minor version on; with an "a" on its own version only. PTX
-    is compiled by the driver for any newer device.
+    Machine code runs on devices of its own major version and of its minor version or a later one; with an "a", on its
+    own version only. The driver compiles PTX for any newer device.
     """
     major, minor = capability
     for arch in archs:
@@ -115,12 +115,12 @@ def activation(name: str | None) -> Any:
 
 
 def activations() -> tuple[str, ...]:
-    """Those that the module's kernels know."""
+    """The activations that the module's kernels know."""
     return tuple(name for name in module().Activation.__members__ if name != "none")
 
 
 def data(tensor: Tensor | None) -> int:
-    """The address; 0 where there is no tensor."""
+    """The address of the first element; 0 where there is no tensor."""
     return 0 if tensor is None else tensor.data_ptr()
 
 

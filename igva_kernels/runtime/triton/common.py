@@ -6,12 +6,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# The interpreter's own bf16 is wrong twice (up to Triton 3.9): tl.dot multiplies bit patterns, and fp32 -> bf16
-# truncates. Under it the two functions below compute what the hardware computes.
+# The interpreter's own bf16 is wrong in two ways (up to Triton 3.9): tl.dot multiplies bit patterns, and fp32 -> bf16
+# truncates. Under the interpreter the two functions below compute what the hardware computes.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-# ``@kernel``: triton.jit for what is launched. Triton compiles anew for an integer that is 1 or a multiple of 16. Of
-# these no address needs to be known as aligned, and some change from batch to batch.
+# ``@kernel``: triton.jit for what is launched. Triton compiles anew for an integer that is 1 or a multiple of 16. For
+# these that gains nothing, since no load depends on their alignment, and some change from batch to batch.
 kernel = triton.jit(
     do_not_specialize=[
         "num_rows", "num_images", "num_patches", "num_tokens", "skip", "slot", "slots", "stride_wb", "stride_wc"
@@ -39,12 +39,12 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 KERNEL_ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
-"""Those of ``runtime.activations`` that ``value_and_slope`` knows."""
+"""The activations of ``runtime.activations`` that ``value_and_slope`` knows."""
 
 
 @triton.jit
 def value_and_slope(z, ACTIVATION: tl.constexpr):
-    """``(act(z), act'(z))``. A kernel that needs one of them only compiles nothing of the other."""
+    """``(act(z), act'(z))``. A kernel that needs only one of them compiles nothing of the other."""
     if ACTIVATION == "gelu":
         cdf = 0.5 + 0.5 * tl.erf(z * 0.7071067811865476)
         return z * cdf, cdf + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)

@@ -23,7 +23,7 @@ def product_us(config: Config, rows: int, columns: int, length: int, gemm: GemmC
     """A Triton GEMM ``[rows, length] @ [length, columns]``."""
     area = gemm.block_m * gemm.block_n
     tiles = -(-rows // gemm.block_m) * -(-columns // gemm.block_n)
-    # Tiles of 128 x 128 and smaller run two to an SM: one computes while the other stores.
+    # Of tiles of 128 x 128 and smaller an SM runs two at once: one computes while the other stores.
     slots = config.rates.sms * (2 if area <= 128 * 128 else 1)
     waves = -(-tiles // slots)
     return waves * slots * 2.0 * area * length / (config.rates.matmul_tflops * gemm.efficiency * 1e6)
@@ -44,11 +44,11 @@ def pass_us(config: Config, elements: float, dtype: torch.dtype) -> float:
 def choose(
     config: Config, name: str, dtype: torch.dtype, cost: Callable[[GemmConfig], float], rival: float
 ) -> GemmConfig | None:
-    """The cheapest tile of a kernel by its ``cost`` in microseconds; None where that of its ``rival`` is lower."""
+    """The cheapest tile of a kernel by its ``cost`` in microseconds; None where its ``rival`` costs less."""
     if config.interpreted:
         return config.gemms[name][0]
     if dtype.itemsize != 2:
-        # cuBLAS, with whatever torch allows it to do to fp32; Triton's exact fp32 product leaves the matrix units idle.
+        # cuBLAS may use TF32 where torch allows it; Triton's exact fp32 product leaves the matrix units idle.
         return None
     best = min(config.gemms[name], key=cost)
     return best if cost(best) < rival else None

@@ -30,7 +30,7 @@ class TritonDense(Dense):
             return gemm.linear(x, weight, bias, activation, keep_z, chosen)
         if keep_z or activation is None:
             return super().linear(x, weight, bias, activation, keep_z)
-        # In place: no second [M, H] beside the product of cuBLAS.
+        # In place, so that no second [M, H] stands beside the product of cuBLAS.
         return ACTIVATIONS[activation].forward_(F.linear(x, weight, bias)), None
 
     def linear_grad_input(
@@ -47,7 +47,7 @@ class TritonDense(Dense):
         self, grad_out: Tensor, rows: Tensor, norm: Norm, mean: Tensor, rstd: Tensor, need_params: bool
     ) -> NormGrads:
         chosen = config_of(rows)
-        # Two programs an SM: enough loads in flight, few partial sums.
+        # Two programs per SM: enough loads in flight, few partial sums.
         programs = 2 * chosen.rates.sms
         return norm_kernels.norm_backward(
             grad_out, rows, norm, mean, rstd, need_params, programs, chosen.rows["norm_backward"]

@@ -118,7 +118,7 @@ def store_activated(
     b_acc, bias, mean, rstd, column_sums, y, z, m, n, rows, columns,
     ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
-    """``z = norm?(acc) + bias`` and ``y = act(z)``; z is stored where there is room for it."""
+    """``z = norm?(acc) + bias`` and ``y = act(z)``; z is stored unless it is None."""
     WIDTH: tl.constexpr = BLOCK_N // SLICES
     o_m = m + tl.arange(0, BLOCK_M)
     m_m = o_m < rows
@@ -246,12 +246,12 @@ def operand(x: Tensor, block: tuple[int, int], tma: bool) -> Any:
 
 
 def tiles(config: GemmConfig, rows: int, columns: int) -> int:
-    """Programs of a product."""
+    """The number of programs of a product."""
     return triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n)
 
 
 def options(config: GemmConfig) -> dict[str, int]:
-    """The constants of a kernel that are a configuration's."""
+    """The constants of a kernel that come from a configuration."""
     return {
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m, "SLICES": config.slices,

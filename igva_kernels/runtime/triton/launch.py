@@ -24,6 +24,6 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **const
 
 
 def strides(tensors: tuple[Tensor, ...], dim: int) -> tuple[int, ...]:
-    """The strides of one dimension: one number where all tensors share it, otherwise one a tensor."""
+    """The strides of one dimension: one number where all tensors share it, otherwise one per tensor."""
     found = tuple(tensor.stride(dim) for tensor in tensors)
     return found[:1] if len(set(found)) == 1 else found

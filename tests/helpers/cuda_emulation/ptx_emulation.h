@@ -1,6 +1,6 @@
-// The wrappers of ptx.cuh on a CPU. What the hardware does asynchronously happens as late as it may: a product is computed
-// when it is waited for, so that a stage which is freed too early is seen; a copy reads at once, so that a source which is
-// not complete is seen, and writes later, over NaN.
+// The wrappers of ptx.cuh on a CPU. What the hardware does asynchronously happens as late as it may: a product is
+// computed when it is waited for, so that a stage which is freed too early is seen; a copy reads at once, so that a
+// source which is not complete is seen, and writes later, over NaN.
 #pragma once
 
 inline int atomicAdd(int* to, int value) {

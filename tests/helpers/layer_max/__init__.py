@@ -1,4 +1,4 @@
-"""An operator that is no weighted sum, as a newcomer would add it: the elementwise maximum over hidden states."""
+"""An operator that is not a weighted sum, as a newcomer would add it: the elementwise maximum over hidden states."""
 
 from layer_max.api import layer_max
 

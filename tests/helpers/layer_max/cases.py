@@ -1,4 +1,4 @@
-"""The calls by which it is judged."""
+"""The calls by which the operator is judged."""
 
 from collections.abc import Collection
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Its schema, fake and gradient."""
+"""The operator's schema, fake and gradient."""
 
 from types import SimpleNamespace
 

@@ -37,7 +37,7 @@ class CudaWeightedMix(CudaDense, WeightedMix):
             return self._mix_wide_norm(args, dtype, norm, keep)
         sums = args.new_sums() if keep == Keep.SOURCES else []
         if sums and args.image_index is not None:
-            # Sums belong to images and rows to the batch: with an index they are two grids.
+            # Sums belong to images, rows to the batch: with an index the two need launches of their own.
             _launch_mix(MixArgs(args.layers, args.plan, None, None, args.skip_tokens), None, sums)
         along, rows = sums if args.image_index is None else [], args.new_rows(dtype)
         if norm is None:
@@ -48,7 +48,7 @@ class CudaWeightedMix(CudaDense, WeightedMix):
         return Mixed(rows, raw_rows, sums, mean, rstd)
 
     def _mix_wide_norm(self, args: MixArgs, dtype: torch.dtype, norm: Norm, keep: Keep) -> Mixed:
-        """``mix`` where a row is too wide for a multiprocessor: unrounded to memory, then torch's LayerNorm."""
+        """``mix`` where a row is too wide for a multiprocessor: stored unrounded, then torch's LayerNorm."""
         wide = accumulation_dtype(args.layers[0].dtype)
         mixed = self.mix(args, wide, None, keep)
         assert mixed.rows is not None
@@ -79,7 +79,7 @@ class CudaWeightedMix(CudaDense, WeightedMix):
     def mix_weights_grad_of_linear(
         self, grad_z: Tensor, weight1: Tensor, blocks: Sequence[int], args: MixArgs
     ) -> Tensor:
-        """``mix_weights_grad`` of ``grad_rows = grad_z @ weight1``, which one kernel never stores."""
+        """``mix_weights_grad`` of ``grad_rows = grad_z @ weight1``, where possible by a kernel that never stores it."""
         if _why_not_device(grad_z) is not None or grad_gemm.why_not(grad_z, weight1, blocks, args) is not None:
             return super().mix_weights_grad_of_linear(grad_z, weight1, blocks, args)
         return grad_gemm.run(grad_z, weight1, blocks, args)

@@ -25,8 +25,8 @@ TILE_M, TILE_N, TILE_K, CLUSTER, MAX_TAPS = 128, 256, 64, 2, 8
 """Rows, columns and depth of a tile in elements, blocks of a cluster, and the most taps: as gemm_sm90.h has them."""
 
 SWITCH = "IGVA_KERNELS_FUSED_GEMM"
-"""The environment variable that switches the fused GEMMs on. They are off, because on the H100 and H200 that they were
-measured on the mix kernel and cuBLAS were faster (docs/gpu.md)."""
+"""The environment variable that switches the fused GEMMs on. They are off, because the mix kernel and cuBLAS were
+faster where both were measured, on an H100 and an H200 (docs/gpu.md)."""
 
 Operands = tuple[int, int, int, bool]
 """A block of A: (tensor map, first column there, position in the mixed row, whether it is mixed)."""
@@ -36,7 +36,7 @@ class GemmPlan(NamedTuple):
     """How the kernel reads the mixed row."""
 
     taps: tuple[int, ...]
-    """Layers that the copy engine reads where they lie, one tensor map each; the scratch F has the map after them."""
+    """Layers that the copy engine reads in place, one tensor map each; the scratch F has the map after them."""
     blocks: tuple[Operands, ...]
     """In the order of the multiplication: taps first, since they wait for nothing."""
     mixed: MixPlan | None
@@ -120,18 +120,18 @@ def why_not_capability(index: int) -> str | None:
 
 
 def row_tiles(rows: int) -> int:
-    """Tiles of rows, of whole clusters."""
+    """The number of tiles of rows, in whole clusters."""
     return CLUSTER * chunks(rows, CLUSTER * TILE_M)
 
 
 def grid(rows: int, columns: int, mixes: bool, multiprocessors: int) -> int:
-    """Blocks of the launch: one a multiprocessor, in whole clusters. Those without a tile still mix."""
+    """Blocks of the launch: one per multiprocessor, in whole clusters. Those without a tile still mix."""
     most = max(CLUSTER, multiprocessors // CLUSTER * CLUSTER)
     return most if mixes else min(most, row_tiles(rows) * chunks(columns, TILE_N))
 
 
 def num_flags(rows: int) -> int:
-    """The ticket, and a flag for every tile of rows."""
+    """The number of int32 flags: the ticket, and one per tile of rows."""
     return 1 + row_tiles(rows)
 
 

@@ -19,6 +19,7 @@ from igva_kernels.runtime.cuda import launch
 from igva_kernels.runtime.cuda.dense import allows_vectors, chunks
 
 MAX_DOTS = 64
+"""The most weighted entries of one block: ``max_dots`` in csrc/weighted_mix/cuda/params.h."""
 
 
 def dots(plan: MixPlan, block: int) -> list[tuple[int, int, int, float]]:
@@ -29,7 +30,7 @@ def dots(plan: MixPlan, block: int) -> list[tuple[int, int, int, float]]:
 
 
 def slots(width: int) -> int:
-    """Partials of a row and column for one block: one per tile."""
+    """The partials per row and column of one block: one per tile."""
     return chunks(width, gemm.TILE_N)
 
 
@@ -44,7 +45,7 @@ def why_not(grad_z: Tensor, weight1: Tensor, blocks: Sequence[int], args: MixArg
     if rows < depth:
         return f"it transposes the weight first, which costs more than it saves below {depth} rows, not {rows}"
     if max(len(dots(args.plan, block)) for block in blocks) > MAX_DOTS:
-        return f"it takes {MAX_DOTS} weighted entries a block"
+        return f"it takes {MAX_DOTS} weighted entries per block"
     if grad_z.stride(1) != 1:
         return "the gradient is not contiguous"
     if depth % 8 or not allows_vectors(args.width, states) or not allows_vectors(depth, [grad_z]):
@@ -56,13 +57,13 @@ def run(grad_z: Tensor, weight1: Tensor, blocks: Sequence[int], args: MixArgs) -
     """``WeightedMix.mix_weights_grad_of_linear``, one launch per block; the partials are added in a fixed order."""
     first, width, columns = args.layers[0], args.width, args.plan.num_columns
     rows, tiles = grad_z.shape[0], slots(width)
-    # Zeros: a block need not have every column.
+    # Zeros, since a block need not have every column.
     partials = torch.zeros(
         args.num_rows, args.num_patches, len(blocks), tiles, columns, dtype=torch.float64, device=first.device
     )
     grid = gemm.grid(rows, width, False, gemm.multiprocessors(first.device))
     for position, block in enumerate(blocks):
-        # Both operands have the depth of the product as their rows.
+        # The kernel takes both operands contiguous along the depth of the product.
         weight = take_blocks(weight1, [block], width).t().contiguous()
         out = launch.module().RowPartials(columns, partials[:, :, position].data_ptr(), len(blocks) * tiles)
         with launch.on_device_of(first) as stream:

@@ -70,7 +70,7 @@ class TritonWeightedMix(TritonDense, WeightedMix):
         return y, z, stats
 
     def _prologue(self, args: MixArgs, projector: Projector, keep: Keep) -> GemmConfig | None:
-        """The tile of a GEMM that reads the layers itself, where one pays and nothing needs the rows as such."""
+        """The tile of a GEMM that reads the layers itself, where that is faster and nothing else needs the rows."""
         weight, needs_rows = projector.weight1, keep == Keep.ROWS or (keep == Keep.SOURCES and args.program.num_sums)
         # One row offset serves all layers, and their tiles go to the matrix units as they are.
         layouts = {(layer.stride(0), layer.stride(1), layer.dtype) for layer in args.layers}

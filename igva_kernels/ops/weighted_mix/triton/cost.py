@@ -12,7 +12,7 @@ from igva_kernels.runtime.config import Config, GemmConfig
 from igva_kernels.runtime.triton.cost import choose, cublas_us, linear, pass_us, product_us
 
 MAX_MIXED_LAYERS = 4
-"""Layers that one mixed block may read inside a product: more do not fit the shared memory of its pipeline."""
+"""The most layers that one mixed block may read inside a product: more do not fit the shared memory of its pipeline."""
 
 
 @lru_cache(maxsize=1024)
@@ -51,6 +51,6 @@ def mix_linear(
         rival += cublas_us(config, rows, columns, length)
         rival += pass_us(config, 2 * rows * columns, dtype) if activation else 0.0
     if norm:
-        # One pass for the statistics, one to scale the weight.
+        # The GEMM needs one pass for the statistics and one that scales the weight.
         rival -= pass_us(config, rows * reads, dtype) + pass_us(config, 2 * columns * length, dtype)
     return choose(config, "mix_linear_mixed" if mixed else "mix_linear", dtype, prologue_us, rival)

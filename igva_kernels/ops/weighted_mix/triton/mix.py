@@ -33,7 +33,7 @@ from igva_kernels.runtime.dense import Norm
 from igva_kernels.runtime.triton.common import cast, image_of, kernel
 from igva_kernels.runtime.triton.launch import launch, strides
 
-# What ends with a step of the program, as the kernels see it.
+# What ends with a step of the program, as constants of the kernels.
 _TERM, _PART, _BLOCK = tl.constexpr(program.TERM), tl.constexpr(program.PART), tl.constexpr(program.BLOCK)
 
 
@@ -66,7 +66,7 @@ def mix_kernel(
     image, exists = image_of(index, b, num_images)
     o_t = (skip + o_p)[:, None]
 
-    # All stores come last: nothing then stands between two reads of one layer, and the compiler keeps one of them.
+    # All stores come last: without one between two reads of the same layer, the compiler keeps only one read.
     b_blocks = ()
     b_sums = ()
     b_term = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
@@ -152,7 +152,7 @@ def mix_weights_grad_kernel(
     LAYERS: tl.constexpr, SCALES: tl.constexpr, COLUMNS: tl.constexpr, NUM_COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Partials of one tile ``[BLOCK_P, BLOCK_D]`` of one block, in the slots from ``slot`` on of its rows."""
+    """Partials of one tile ``[BLOCK_P, BLOCK_D]`` of one block, in its rows' slots from ``slot`` on."""
     TILES_D: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
     pid = tl.program_id(0)
     tiles_p = tl.cdiv(num_patches, BLOCK_P)
@@ -225,7 +225,7 @@ def mix(
     """``WeightedMix.mix``; with ``stats_only`` the statistics of the norm are computed and the rows left out."""
     sums = args.new_sums() if keep == Keep.SOURCES else []
     if sums and args.image_index is not None:
-        # Sums belong to images and rows to the batch: with an index they are two grids.
+        # Sums belong to images, rows to the batch: with an index the two need launches of their own.
         _launch_mix(args, None, None, sums, None, None, config)
     rows = None if stats_only else args.new_rows(dtype)
     raw_rows = args.new_rows(dtype) if norm is not None and keep == Keep.ROWS else None

@@ -83,11 +83,11 @@ def _random(*shape: int) -> Tensor:
 
 
 ROW_JOBS = {name: partial(row_job, name) for name in ("mix", "mix_weights_grad", "layer_grads", "norm_backward")}
-"""``job()`` takes the configuration to time."""
+"""By kernel: ``job()`` returns a function of the configuration to time."""
 
 GEMM_JOBS = {
     name: partial(gemm_job, name)
     for name in ("linear", "linear_grad_input", "mix_weights_grad_of_linear", "mix_linear", "mix_linear_mixed")
 }
-"""``job(batch)`` is such a job, and ``(rows, columns, length)`` of its product. "mix_linear" is of plans that are taps
-only, "mix_linear_mixed" of others."""
+"""By kernel: ``job(batch)`` returns such a function, and ``(rows, columns, length)`` of its product. "mix_linear" has a
+plan of taps only, "mix_linear_mixed" one with a mixed block."""
