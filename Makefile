@@ -68,7 +68,7 @@ test-all: test isas sanitize .venv-oldest/installed .venv-transformers4/installe
 CPU_TESTS := tests/ops/test_every_operator.py tests/ops/weighted_mix/test_api.py tests/ops/weighted_mix/test_strides.py \
 	tests/nn $(CPU_KERNEL_TESTS)
 isas: .venv-test/installed
-	@for isa in $$($(TEST)/python -c "from igva_kernels.runtime.cpu import native; print(*native.load()[0].isas()[:-1])"); do \
+	@for isa in $$($(TEST)/python -c "from igva_kernels.runtime import native; print(*native.load()[0].isas()[:-1])"); do \
 		$(PYTHON) tools/steps.py run "CPU tests on $$isa" -- env IGVA_KERNELS_CPU_ISA=$$isa \
 			$(TEST)/pytest $(PARALLEL) -m "not slow and not gpu" $(CPU_TESTS) $(ARGS) || exit; \
 	done

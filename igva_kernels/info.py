@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from igva_kernels.registry import REFERENCE, BackendStatus, Operator, all_backends, backends, operators
-from igva_kernels.runtime.cpu import native
+from igva_kernels.runtime import native
 from igva_kernels.runtime.cpu.products import describe
 from igva_kernels.runtime.cuda import launch
 from igva_kernels.version import __version__

@@ -13,14 +13,16 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from igva_kernels.runtime.backend import Backend
 from igva_kernels.runtime.config import fastest_first
 from igva_kernels.runtime.context import constant_under_compile, why_only_torch
-from igva_kernels.testing import Case
+
+if TYPE_CHECKING:
+    from igva_kernels.testing import Case
 
 REFERENCE = "reference"
 """The implementation that every operator has: the plain torch code that people write."""
@@ -62,7 +64,11 @@ class Operator:
         _OPERATORS[name] = self
 
     def implementation(self, backend: str) -> Any:
-        """Its code for a backend; None where it has none. Importing this code touches no driver."""
+        """Its code for a backend, None if there is none. Importing it touches no driver.
+
+        Raises:
+            ImportError: what the backend builds on is missing, which its ``why_not`` says.
+        """
         return getattr(self.module(backend), "IMPLEMENTATION", None)
 
     def cases(self) -> Sequence[Case]:
@@ -82,6 +88,8 @@ class Operator:
             dtype: of the tensors.
             demands: the other constants of the call that decide it, as ``Implementation.why_not`` takes them.
         """
+        if backend == REFERENCE:
+            return None
         reason = all_backends()[backend].why_not(device, dtype)
         if reason is not None:
             return reason
@@ -104,6 +112,8 @@ class Operator:
             ValueError: no such ``impl``.
             NotImplementedError: an explicit ``impl`` that cannot serve the call.
         """
+        if not isinstance(impl, str):
+            raise _unknown(impl)
         backend = _choose(self.name, impl, device, dtype, demands)
         reason = None if backend == REFERENCE else why_only_torch(tensors)
         if reason is None:
@@ -146,7 +156,8 @@ def backends() -> list[BackendStatus]:
     present = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     statuses = [BackendStatus(REFERENCE, True, tuple(present), "")]
     for name, backend in all_backends().items():
-        reasons = {device: backend.why_not(torch.device(device), torch.float32) for device in ("cpu", "cuda")}
+        asked = {*present, *backend.devices}
+        reasons = {device: backend.why_not(torch.device(device), torch.float32) for device in asked}
         devices = tuple(device for device in present if reasons[device] is None)
         reason = "" if devices else reasons[backend.devices[0]] or f"no {backend.devices[0]} device"
         statuses.append(BackendStatus(name, bool(devices), devices, reason))
@@ -156,6 +167,10 @@ def backends() -> list[BackendStatus]:
 def implementations() -> tuple[str, ...]:
     """The values that ``impl=`` takes."""
     return "auto", REFERENCE, *all_backends()
+
+
+def _unknown(impl: Any) -> ValueError:
+    return ValueError(f"impl: got {impl!r}, need one of {', '.join(map(repr, implementations()))}")
 
 
 @constant_under_compile
@@ -172,7 +187,7 @@ def choose(operator: str, impl: str, device: torch.device, dtype: torch.dtype, d
     if impl == "auto":
         return next(iter(chosen.candidates(device, dtype, *demands)), REFERENCE)
     if impl not in all_backends():
-        raise ValueError(f"impl: got {impl!r}, need one of {', '.join(map(repr, implementations()))}")
+        raise _unknown(impl)
     reason = chosen.why_not(impl, device, dtype, *demands)
     if reason is not None:
         raise NotImplementedError(f"impl={impl!r} cannot serve {dtype} tensors on {str(device)!r}: {reason}")
@@ -183,8 +198,10 @@ def choose(operator: str, impl: str, device: torch.device, dtype: torch.dtype, d
 def _module(name: str) -> ModuleType | None:
     try:
         found = find_spec(name)
-    except ModuleNotFoundError:  # not even the package around it exists
-        found = None
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        found = None  # not even the package that it would be in exists
     return None if found is None else importlib.import_module(name)
 
 

@@ -55,6 +55,10 @@ class Case(Protocol):
         """Rows of the batch."""
 
     @property
+    def demands(self) -> tuple[Any, ...]:
+        """What ``Operator.why_not`` is asked beside device and dtype."""
+
+    @property
     def is_large(self) -> bool:
         """Whether its shapes are those of a real model, which take seconds."""
 

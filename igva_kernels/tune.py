@@ -17,14 +17,14 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from igva_kernels.ops.weighted_mix.triton.tuning import block
-from igva_kernels.registry import all_backends, choose, operators
+from igva_kernels.registry import Operator, all_backends, choose, operators
 from igva_kernels.runtime import config
 from igva_kernels.runtime.config import Config, DeviceRates, GemmConfig, RowConfig
 from igva_kernels.runtime.triton import cost
@@ -62,7 +62,7 @@ def tune(
         rates = _rates(index, shipped)
         log(f"{rates}")
         blank = replace(shipped, status="measured", rates=rates)
-        jobs = [found for operator in operators().values() if (found := operator.module("triton.tuning")) is not None]
+        jobs = [tuning for _, tuning in _tunings()]
         tuned = replace(
             blank,
             rows={name: _best_rows(name, job(), log) for each in jobs for name, job in each.ROW_JOBS.items()},
@@ -87,14 +87,22 @@ def _write(path: Path, tuned: Config) -> None:
 
 def _by_speed(device: torch.device, log: Callable[[str], None]) -> tuple[str, ...]:
     """The backends that serve this card, the fastest on the IGVA connector first; all batch sizes count alike."""
-    weighted_mix, found = operators()["weighted_mix"], {}
-    for name, backend in all_backends().items():
-        if DEVICE in backend.devices and backend.why_not(device, torch.bfloat16) is None:
-            implementation = weighted_mix.implementation(name)
-            times = [time_us(block(implementation, batch)) for batch in BATCHES]
-            found[name] = math.prod(times)
+    found: dict[str, float] = {}
+    for operator, tuning in _tunings():
+        for name, backend in all_backends().items():
+            implementation = operator.implementation(name) if DEVICE in backend.devices else None
+            if implementation is None or backend.why_not(device, torch.bfloat16) is not None:
+                continue
+            times = [time_us(tuning.block(implementation, batch)) for batch in BATCHES]
+            found[name] = found.get(name, 1.0) * math.prod(times)
             log(f"{name}: {', '.join(f'{us:.1f}' for us in times)} us per block at batch {BATCHES}")
     return tuple(sorted(found, key=lambda name: found[name]))
+
+
+def _tunings() -> list[tuple[Operator, ModuleType]]:
+    """The operators whose Triton kernels can be tuned, and their ``triton/tuning.py``."""
+    found = [(operator, operator.module("triton.tuning")) for operator in operators().values()]
+    return [(operator, tuning) for operator, tuning in found if tuning is not None]
 
 
 def time_us(job: Job, repeats: int = 20) -> float:

@@ -64,7 +64,7 @@ def verify(chosen: Sequence[str] = (), dtypes: Sequence[str] = (), quick: bool =
     for device in ("cuda", "cpu"):
         here = [name for name in names if device in statuses[name].devices]
         # Triton on a CPU is its interpreter: correct, but real shapes would take it hours.
-        large = [name for name in here if (name, device) != ("triton", "cpu")]
+        large = [name for name in here if name == REFERENCE or device in all_backends()[name].devices]
         quickly = [dtype for dtype in DTYPES if not is_slow(dtype, device)]
         for operator in operators().values():
             for case in operator.cases():
@@ -73,7 +73,7 @@ def verify(chosen: Sequence[str] = (), dtypes: Sequence[str] = (), quick: bool =
                 able, fitting = (large, quickly) if case.is_large else (here, list(DTYPES))
                 for dtype in dtypes or fitting:
                     at = torch.device(device), DTYPES[dtype]
-                    serving = [name for name in able if operator.why_not(name, *at) is None]
+                    serving = [name for name in able if operator.why_not(name, *at, *case.demands) is None]
                     yield from judge(case, dtype, serving, device, seed)
 
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from igva_kernels.nn.sharding import is_untouched
-from igva_kernels.ops.allocator import allocate, select
+from igva_kernels.ops.allocator import refused, select, why_not
 from igva_kernels.registry import REFERENCE
 from igva_kernels.runtime.context import saveable
+from igva_kernels.runtime.torch_op import OPS
 
 
 class WeightAllocator(nn.Module):
@@ -71,11 +72,9 @@ class WeightAllocator(nn.Module):
             raise ValueError(f"summaries: got shape {tuple(summaries.shape)}, need {(batch, columns, dim)}")
         sentence_embeds = sentence_embeds.to(self.sentence_proj.weight.dtype)
         summaries = summaries.to(self.cls_proj.weight.dtype)
-        backend = self._backend(self.impl if impl is None else impl, sentence_embeds, summaries)
-        if backend != REFERENCE:
-            heads = self.blocks[0].cross_attention.num_heads
-            eps = [norm.eps for block in self.blocks for norm in (block.norm1, block.norm2)]
-            return allocate(sentence_embeds, summaries, list(self.parameters()), heads, eps, backend)
+        fused = self._fused(self.impl if impl is None else impl, sentence_embeds, summaries)
+        if fused is not None:
+            return fused
         if torch.is_grad_enabled():
             sentence_embeds, summaries = saveable(sentence_embeds), saveable(summaries)
         query = self.sentence_proj(sentence_embeds).unsqueeze(1)
@@ -88,23 +87,26 @@ class WeightAllocator(nn.Module):
     def extra_repr(self) -> str:
         return f"impl={self.impl!r}"
 
-    def _backend(self, impl: str, sentence_embeds: Tensor, summaries: Tensor) -> str:
-        """The backend whose kernels serve the call; "reference" where the modules compute it."""
-        sizes = (self.head.in_features, self.head.out_features)
-        parameters = [p for module in self.modules() for p in module._parameters.values() if p is not None]
-        backend = select(impl, sentence_embeds, summaries, parameters, sizes)
-        if backend == REFERENCE or self._is_plain(len(parameters)):
-            return backend
-        if impl != "auto":
-            raise NotImplementedError(
-                f"impl={impl!r} cannot serve this call of the allocator: a submodule is hooked, sharded, quantised or "
-                f"replaced"
-            )
-        return REFERENCE
-
-    def _is_plain(self, num_parameters: int) -> bool:
-        """Whether the modules are as the constructor made them, and their forwards run nothing but their own code."""
+    def _fused(self, impl: str, sentence_embeds: Tensor, summaries: Tensor) -> Tensor | None:
+        """The weights by a backend's kernels; None where the modules compute them."""
+        backend = select(impl, sentence_embeds, summaries, (self.head.in_features, self.head.out_features))
+        if backend == REFERENCE:
+            return None
         modules = list(self.modules())[1:]
+        parameters = [p for module in modules for p in module._parameters.values() if p is not None]
+        reason = why_not(sentence_embeds, summaries, parameters)
+        if reason is None and not self._is_plain(modules, len(parameters)):
+            reason = "a submodule is hooked, sharded, quantised or replaced"
+        if reason is None:
+            heads = self.blocks[0].cross_attention.num_heads
+            eps = [norm.eps for block in self.blocks for norm in (block.norm1, block.norm2)]
+            return OPS.allocate(sentence_embeds, summaries, parameters, heads, eps, backend)
+        if impl != "auto":
+            raise refused(impl, reason)
+        return None
+
+    def _is_plain(self, modules: list[nn.Module], num_parameters: int) -> bool:
+        """Whether the modules are as the constructor made them, and their forwards run nothing but their own code."""
         attentions = [block.cross_attention for block in self.blocks if type(block) is _AllocatorBlock]
         kinds = [nn.Linear, nn.Linear, nn.ModuleList, *_BLOCK_TYPES * len(attentions), nn.Linear]
         options = {(a.num_heads, a.dropout, a.add_zero_attn) for a in attentions}

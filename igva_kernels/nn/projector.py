@@ -101,7 +101,7 @@ class LayerMixProjector(nn.Module):
         impl: str = "auto",
     ) -> None:
         super().__init__()
-        check_activation(activation)
+        check_activation(activation, optional=False)
         self.plan, self.activation, self.skip_tokens, self.impl = plan, activation, skip_tokens, impl
         width = plan.num_blocks * vision_dim
         self.projector_layernorm = None if layernorm_eps is None else LayerMixNorm(width, eps=layernorm_eps)

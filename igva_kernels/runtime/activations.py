@@ -67,11 +67,12 @@ def hidden_acts() -> list[str]:
     return [act for activation in ACTIVATIONS.values() for act in activation.hidden_acts]
 
 
-def check_activation(name: str | None) -> None:
-    """None and the names of ``ACTIVATIONS`` pass.
+def check_activation(name: str | None, *, optional: bool = True) -> None:
+    """The names of ``ACTIVATIONS`` pass, and None where there need not be one.
 
     Raises:
         ValueError: any other name.
     """
-    if name is not None and name not in ACTIVATIONS:
-        raise ValueError(f"activation: got {name!r}, need None or one of {', '.join(map(repr, ACTIVATIONS))}")
+    if name not in ACTIVATIONS and not (optional and name is None):
+        need = "None or one of" if optional else "one of"
+        raise ValueError(f"activation: got {name!r}, need {need} {', '.join(map(repr, ACTIVATIONS))}")

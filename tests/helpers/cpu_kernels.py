@@ -9,7 +9,8 @@ from igva_kernels.ops.weighted_mix import MixPlan, is_tap
 from igva_kernels.ops.weighted_mix import cpu as backend
 from igva_kernels.ops.weighted_mix.program import Shares
 from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs
-from igva_kernels.runtime.cpu import dense, native
+from igva_kernels.runtime import native
+from igva_kernels.runtime.cpu import dense
 from igva_kernels.runtime.cpu import products as gemm
 from igva_kernels.runtime.cpu.features import this_cpu
 from igva_kernels.testing import relative_error

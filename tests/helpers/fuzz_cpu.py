@@ -28,8 +28,8 @@ from torch import Tensor
 
 import igva_kernels as ik
 from igva_kernels import MixPlan
+from igva_kernels.runtime import native
 from igva_kernels.runtime.activations import ACTIVATIONS
-from igva_kernels.runtime.cpu import native
 
 WIDTHS = [0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 70]
 """Widths around those of one vector and of several that a loop unrolls."""

@@ -82,6 +82,7 @@ def test_what_is_shared_names_no_operator():
     shared = [
         ROOT / "registry.py",
         ROOT / "verify.py",
+        ROOT / "tune.py",
         ROOT / "info.py",
         ROOT / "testing.py",
         *ROOT.glob("runtime/**/*.py"),

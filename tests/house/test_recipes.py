@@ -18,6 +18,7 @@ import igva_kernels as ik
 from igva_kernels import integrations, registry
 from igva_kernels.nn import LayerMixProjector
 from igva_kernels.runtime.activations import ACTIVATIONS, Activation
+from igva_kernels.runtime.backend import Backend
 
 HERE = Path(__file__).parent
 PLAN = ik.MixPlan.igva(4, 2)
@@ -132,5 +133,12 @@ def test_an_activation_that_is_not_in_the_table_is_an_error_wherever_it_is_given
     for impl in registry.implementations():
         with pytest.raises(ValueError, match="activation: got 'tanh', need None or one of 'gelu'"):
             ik.layer_mix_linear(states, PLAN, weights, weight, activation="tanh", impl=impl)
-    with pytest.raises(ValueError, match="activation: got 'tanh'"):
-        LayerMixProjector(PLAN, 8, 12, activation="tanh")
+    for wrong in ("tanh", None):
+        with pytest.raises(ValueError, match=f"activation: got {wrong!r}, need one of 'gelu'"):
+            LayerMixProjector(PLAN, 8, 12, activation=wrong)
+
+
+def test_a_backend_may_serve_another_kind_of_device(monkeypatch):
+    backend = Backend("sycl", 9, ("xpu",), lambda device, dtype: f"no driver for {device.type}")
+    monkeypatch.setattr(registry, "all_backends", lambda: {"sycl": backend})
+    assert registry.backends()[1] == registry.BackendStatus("sycl", False, (), "no driver for xpu")

@@ -110,7 +110,7 @@ import torch
 runtimes = lambda: {l.split()[-1] for l in open("/proc/self/maps") if re.match("lib(g|i)?omp", l.rsplit("/", 1)[-1])}
 before = runtimes()
 import igva_kernels as ik
-from igva_kernels.runtime.cpu import native
+from igva_kernels.runtime import native
 h = [torch.randn(2, 5, 8) for _ in range(7)]
 plan = ik.MixPlan.igva(6, 3)
 w = torch.rand(2, 3)

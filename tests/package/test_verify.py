@@ -150,7 +150,7 @@ def test_real_shapes_and_the_interpreter_do_not_meet(monkeypatch):
     monkeypatch.setattr(
         verify, "judge", lambda case, dtype, names, device, seed: seen.append((case, list(names))) or []
     )
-    monkeypatch.setattr(registry.Operator, "why_not", lambda self, backend, device, dtype: None)
+    monkeypatch.setattr(registry.Operator, "why_not", lambda *_: None)
     assert list(verify.verify(dtypes=["fp32"])) == []
     assert {tuple(names) for case, names in seen if case in cases.SMALL_CASES} == {(), ("triton", "cpu")}
     assert {tuple(names) for case, names in seen if case in cases.REAL_CASES} == {(), ("cpu",)}
@@ -195,3 +195,16 @@ def test_memory_of_a_call():
 
 def _tap():
     return ik.MixPlan.concat([0])
+
+
+def test_plain_torch_can_be_judged_too():
+    rows = list(verify.verify(["reference"], ["fp32"], quick=True))
+    assert rows and all(row.ok and row.backend == "reference" for row in rows)
+
+
+def test_a_backend_is_not_judged_in_a_case_whose_activation_it_lacks(monkeypatch):
+    monkeypatch.setattr(verify, "judge", lambda case, dtype, names, *_: [(case, name) for name in names])
+    lacking = registry.operators()["weighted_mix"].implementation("cpu")
+    monkeypatch.setattr(type(lacking), "activations", lambda self: ("gelu",))
+    judged = {case for case, _ in verify.verify(["cpu"], ["fp32"], quick=True) if isinstance(case, cases.Case)}
+    assert {case.activation for case in judged} == {None, "gelu"}

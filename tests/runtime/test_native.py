@@ -14,7 +14,8 @@ from cpu_kernels import MODULE, assert_same, every_kernel, inputs_of_kernels, ne
 import igva_kernels as ik
 from igva_kernels import cli, registry
 from igva_kernels.ops.weighted_mix import MixPlan
-from igva_kernels.runtime.cpu import BACKEND, native
+from igva_kernels.runtime import native
+from igva_kernels.runtime.cpu import BACKEND
 from igva_kernels.runtime.cpu import products as gemm
 from igva_kernels.runtime.cpu.features import this_cpu
 
@@ -35,7 +36,7 @@ def run_python(code, environment=None):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 def test_the_process_has_one_openmp_runtime_and_torch_brought_it():
     done = run_python(
-        "import re, torch, igva_kernels.runtime.cpu.native as native\n"
+        "import re, torch, igva_kernels.runtime.native as native\n"
         "omp = lambda line: re.match('lib(g|i)?omp', line.rsplit('/', 1)[-1])\n"
         "runtimes = lambda: {line.split()[-1] for line in open('/proc/self/maps') if omp(line)}\n"
         "before = runtimes()\n"
@@ -150,7 +151,7 @@ def test_fewer_threads_than_torch_asks_for_change_no_answer(variable, value, gra
     """oneDNN leaves parts of a product undone there, so that it must not be asked."""
     done = run_python(
         "import torch, igva_kernels as ik\n"
-        "from igva_kernels.runtime.cpu import native\n"
+        "from igva_kernels.runtime import native\n"
         "from igva_kernels.runtime.cpu import products as gemm\n"
         f"assert tuple(native.load()[0].granted_threads(n) for n in (1, 2, 3)) == {granted}\n"
         "torch.manual_seed(0)\n"

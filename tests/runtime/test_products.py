@@ -8,7 +8,7 @@ from cpu_kernels import CPU, LOW, MODULE, needs_module, needs_onednn, routes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from igva_kernels import cli
-from igva_kernels.runtime.cpu import native
+from igva_kernels.runtime import native
 from igva_kernels.runtime.cpu import products as gemm
 from igva_kernels.runtime.cpu.features import Cpu, allowed, this_cpu
 from igva_kernels.testing import relative_error

@@ -87,7 +87,7 @@ def test_auto_takes_the_backend_that_was_faster_on_this_card(card, timed, monkey
     monkeypatch.setattr(registry, "all_backends", lambda: made_up)
     monkeypatch.setattr(tune, "all_backends", lambda: made_up)
     monkeypatch.setattr(weighted_mix, "implementation", named.get)
-    monkeypatch.setattr(tune, "block", lambda implementation, batch: implementation.name)
+    monkeypatch.setattr(tuning, "block", lambda implementation, batch: implementation.name)
     monkeypatch.setattr(tune, "time_us", lambda job: times.get(job, 6.0) if isinstance(job, str) else 6.0)
     _, tuned = tune.tune()
     assert tuned.backends == ("fast", "slow")

@@ -11,37 +11,39 @@ from igva_kernels.ops.allocator import spec
 from igva_kernels.ops.allocator.op import OPERATOR
 from igva_kernels.ops.allocator.weights import AllocatorWeights
 from igva_kernels.registry import REFERENCE
-from igva_kernels.runtime.context import autocast_dtype
+from igva_kernels.runtime.context import autocast_dtype, saveable, why_only_torch
 from igva_kernels.runtime.torch_op import OPS
 
 
-def select(
-    impl: str, sentences: Tensor, summaries: Tensor, parameters: Sequence[Tensor], sizes: tuple[int, int]
-) -> str:
+def select(impl: str, sentences: Tensor, summaries: Tensor, sizes: tuple[int, int]) -> str:
     """The backend that serves ``impl`` for an allocator of these ``(hidden width, K)``, or "reference".
 
     Raises:
         ValueError: no such ``impl``.
         NotImplementedError: an explicit ``impl`` that cannot serve the call.
     """
+    return OPERATOR.select(impl, summaries.device, summaries.dtype, (sentences, summaries), *sizes)
+
+
+def why_not(sentences: Tensor, summaries: Tensor, parameters: Sequence[Tensor]) -> str | None:
+    """None if kernels can serve a call with these tensors, otherwise the reason why not."""
     tensors = (sentences, summaries, *parameters)
-    backend = OPERATOR.select(impl, summaries.device, summaries.dtype, tensors, *sizes)
-    reason = None if backend == REFERENCE else why_not(tensors)
-    if reason is not None and impl != "auto":
-        raise NotImplementedError(f"impl={impl!r} cannot serve this call of the allocator: {reason}")
-    return backend if reason is None else REFERENCE
-
-
-def why_not(tensors: Sequence[Tensor]) -> str | None:
-    """None if kernels can serve a call with these inputs and parameters, otherwise the reason why not."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "its kernels are for inference and a gradient is asked for"
-    device, dtype = tensors[0].device, tensors[0].dtype
+    reason = why_only_torch(tensors)
+    if reason is not None:
+        return reason
+    device, dtype = sentences.device, sentences.dtype
     if autocast_dtype(device) is not None:
         return "autocast is on"
     if any(tensor.device != device or tensor.dtype != dtype for tensor in tensors):
         return "its inputs and parameters are not all of one dtype on one device"
     return None
+
+
+def refused(impl: str, reason: str) -> NotImplementedError:
+    """What an explicit ``impl`` raises where it cannot serve a call."""
+    return NotImplementedError(f"impl={impl!r} cannot serve this call of the allocator: {reason}")
 
 
 def allocate(
@@ -53,18 +55,33 @@ def allocate(
     Args:
         sentences: ``[B, E]`` in the dtype of the parameters.
         summaries: ``[B, K, D]``, likewise.
-        parameters: in the order of ``nn.WeightAllocator.parameters()``.
+        parameters: in the order of ``nn.WeightAllocator.parameters()``; one that is shared stands there each time.
         num_heads: of every block.
         eps: of every block's two norms.
         impl: "auto", "reference" or "triton", which serves inference only.
 
     Raises:
-        ValueError: no such ``impl``.
+        ValueError: no such ``impl``, or shapes and numbers that do not fit.
         NotImplementedError: an explicit ``impl`` that cannot serve the call.
     """
     weights = AllocatorWeights.of(parameters)
-    num_weights, width = weights.head_weight.shape
-    backend = select(impl, sentences, summaries, parameters, (width, num_weights))
-    if backend == REFERENCE:
+    (num_weights, width), batch = weights.head_weight.shape, summaries.shape[0]
+    needed = {
+        "sentences": (tuple(sentences.shape), (batch, weights.sentence_weight.shape[1])),
+        "summaries": (tuple(summaries.shape), (batch, num_weights, weights.cls_weight.shape[1])),
+        "eps": (len(eps), 2 * len(weights.blocks)),
+    }
+    for name, (given, need) in needed.items():
+        if given != need:
+            raise ValueError(f"{name}: got {given}, need {need}")
+    if width % num_heads:
+        raise ValueError(f"num_heads: got {num_heads}, need a divisor of the hidden width {width}")
+    backend = select(impl, sentences, summaries, (width, num_weights))
+    reason = None if backend == REFERENCE else why_not(sentences, summaries, parameters)
+    if reason is not None and impl != "auto":
+        raise refused(impl, reason)
+    if backend == REFERENCE or reason is not None:
+        if torch.is_grad_enabled():
+            sentences, summaries = saveable(sentences), saveable(summaries)
         return spec.allocate(sentences, summaries, weights, num_heads, eps)
     return OPS.allocate(sentences, summaries, list(parameters), num_heads, list(eps), backend)

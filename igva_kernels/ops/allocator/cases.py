@@ -44,6 +44,11 @@ class AllocatorCase:
     vision_dim: int = 24
     is_large: bool = False
 
+    @property
+    def demands(self) -> tuple[int, int]:
+        """See ``testing.Case``."""
+        return self.hidden_dim, self.num_weights
+
     def draw(self, seed: int, dtype: torch.dtype, device: str) -> Inputs:
         """See ``testing.Case``."""
         generator = torch.Generator().manual_seed(seed)

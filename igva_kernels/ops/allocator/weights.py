@@ -39,8 +39,14 @@ class AllocatorWeights(NamedTuple):
 
     @classmethod
     def of(cls, parameters: Sequence[Tensor]) -> AllocatorWeights:
-        """From a flat list in the order of ``parameters()``."""
+        """From a flat list in the order of ``parameters()``, those that are shared each time.
+
+        Raises:
+            ValueError: so many are not the parameters of an allocator.
+        """
         size = len(AllocatorBlockWeights._fields)
+        if len(parameters) < 6 + size or (len(parameters) - 6) % size:
+            raise ValueError(f"parameters: got {len(parameters)}, need 6 and {size} per block")
         starts = range(4, len(parameters) - 2, size)
         blocks = tuple(AllocatorBlockWeights(*parameters[start : start + size]) for start in starts)
         sentence_weight, sentence_bias, cls_weight, cls_bias = parameters[:4]

@@ -150,8 +150,9 @@ def _reference_rows(mix: Mix) -> Tensor:
     layers, mix_weights, index = mix.layers, mix.mix_weights, mix.image_index
     if index is not None:
         check_image_range(index, layers[0].shape[0])
-    if torch.is_grad_enabled():  # plain torch saves the inputs themselves
-        layers, mix_weights, index = [saveable(x) for x in layers], saveable(mix_weights), saveable(index)
+    if torch.is_grad_enabled():
+        # Plain torch saves these for its backward; of the layers it saves only what it computes from them.
+        mix_weights, index = saveable(mix_weights), saveable(index)
     return spec.layer_mix_as_published(
         layers, mix.plan, mix_weights, skip_tokens=mix.skip_tokens, image_index=index
     )  # fmt: skip

@@ -52,6 +52,11 @@ class Case:
         return len(self.image_index) if self.image_index else self.images
 
     @property
+    def demands(self) -> tuple[str | None]:
+        """See ``testing.Case``."""
+        return (self.activation,)
+
+    @property
     def is_large(self) -> bool:
         """See ``testing.Case``."""
         return self.tokens > 100

@@ -84,6 +84,10 @@ class MixPlan:
         object.__setattr__(self, "_code", repr(tuple(tuple(tuple(e) for e in block) for block in blocks)))
         object.__setattr__(self, "_hash", hash((blocks, self.num_states)))  # a plan is looked up in every call
 
+    def __reduce__(self) -> Any:
+        """Without the hash, which another process may compute differently."""
+        return type(self), (self.blocks, self.num_states)
+
     def __hash__(self) -> int:
         return self._hash  # type: ignore[attr-defined]
 

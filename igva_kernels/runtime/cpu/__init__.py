@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from igva_kernels.runtime import native
 from igva_kernels.runtime.backend import Backend
-from igva_kernels.runtime.cpu import native
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}
 """What the kernels read and write, by the names of the C++ module."""

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igva_kernels.runtime.cpu import DTYPES, native, products
+from igva_kernels.runtime import native
+from igva_kernels.runtime.cpu import DTYPES, products
 from igva_kernels.runtime.dense import Dense
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from igva_kernels.runtime.cpu import native
+from igva_kernels.runtime import native
 
 INTEL = "GenuineIntel"
 

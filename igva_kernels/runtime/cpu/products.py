@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from igva_kernels.runtime.cpu import native
+from igva_kernels.runtime import native
 from igva_kernels.runtime.cpu.features import INTEL, Cpu, this_cpu
 
 BLOCK_ROWS = 2304

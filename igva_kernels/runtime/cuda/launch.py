@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igva_kernels.runtime.cpu import native
+from igva_kernels.runtime import native
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}
 

@@ -26,6 +26,7 @@ class MaxCase:
     batch: int
     shape: tuple[int, int]
     is_large: bool = False
+    demands: tuple[()] = ()
 
     def draw(self, seed: int, dtype: torch.dtype, device: str) -> Inputs:
         generator = torch.Generator().manual_seed(seed)

@@ -217,3 +217,12 @@ def test_a_gradient_is_refused_by_name():
     module = make().requires_grad_()
     with pytest.raises(NotImplementedError, match="is for inference"):
         OPS.allocate(*arguments(module, *draw(1))).sum().backward()
+
+
+def test_parameters_may_be_shared():
+    def tied():
+        module = make()
+        module.blocks[1].ffn[0].weight = module.blocks[0].ffn[0].weight
+        return module
+
+    check(tied, lambda: draw(2))

@@ -7,6 +7,7 @@ import plain_torch
 import pytest
 import torch
 from block import IGVA, make
+from recording import Dispatched
 
 import igva_kernels as ik
 from igva_kernels import MixPlan, registry
@@ -267,3 +268,12 @@ def test_backends_tells_what_can_run_and_why_the_rest_cannot():
     assert [*statuses] == ["reference", *registry.all_backends()]
     for status in statuses.values():
         assert status.available == (not status.reason), status
+
+
+def test_plain_torch_copies_no_state_that_was_made_under_inference_mode():
+    with torch.inference_mode():
+        states, _, _ = make()
+    weights = torch.rand(2, 3, requires_grad=True)
+    with Dispatched() as seen:
+        ik.layer_mix(states, IGVA, weights, impl="reference").sum().backward()
+    assert weights.grad is not None and "aten::clone" not in seen.names

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import pickle
+import subprocess
+import sys
 
 import plain_torch
 import pytest
@@ -167,3 +169,23 @@ def test_a_single_layer_stays_a_tap_and_its_scale_moves_out():
     sources, plan = MixPlan((((3, 0, 0.5), (4, 1, 0.25)),)).reduced()
     assert sources.blocks == taps(3, 4)
     assert plan.blocks == ((Entry(0, 0, 0.5), Entry(1, 1, 0.25)),)
+
+
+@pytest.mark.parametrize(
+    ("plan", "formula"),
+    [
+        (MixPlan.igva(6, 2), "[h5 | w_0·mean(h1..h3) + w_1·mean(h4..h6)]"),
+        (MixPlan.igva(6, 3), "[h5 | Σ_k w_k·{mean(h1, h2), mean(h3, h4), mean(h5, h6)}]"),
+        (MixPlan.weighted_sum(range(1, 5), -2, 7), "[Σ_k w_k·{h1..h4} + h5]"),
+        (MixPlan.concat([-2, 1]), "[h-2 | h1]"),
+        (MixPlan((((0, 1, 0.5), (2, 1, 0.5), (3, None, 2.0), (0, 0, 1.0)),)), "[w_1·mean(h0, h2) + w_0·h0 + 2·h3]"),
+    ],
+)
+def test_a_plan_prints_as_its_formula(plan, formula):
+    assert str(plan) == formula
+
+
+def test_a_plan_from_another_process_is_found_among_equal_ones():
+    write = "import pickle, sys, igva_kernels as ik; sys.stdout.buffer.write(pickle.dumps(ik.MixPlan.concat([1, 2])))"
+    plan = pickle.loads(subprocess.check_output([sys.executable, "-c", write]))
+    assert plan in {MixPlan.concat([1, 2])}

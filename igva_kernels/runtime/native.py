@@ -21,7 +21,7 @@ def build_info() -> dict[str, Any]:
     """What was built when the package was installed: version, compiler, instruction sets, flags; ``reason`` says why
     nothing was. Empty where the package runs from a source tree that was never built."""
     try:
-        return json.loads((Path(__file__).parents[2] / "build_info.json").read_text())
+        return json.loads((Path(__file__).parents[1] / "build_info.json").read_text())
     except (OSError, ValueError):
         return {}
 

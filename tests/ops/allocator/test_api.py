@@ -1,0 +1,47 @@
+"""``allocate`` in plain torch: what ``nn.WeightAllocator`` computes, and errors that name the argument."""
+
+import pytest
+import torch
+
+from igva_kernels.nn import WeightAllocator
+from igva_kernels.ops.allocator import allocate
+
+EPS = [1e-5] * 4
+
+
+def make():
+    return WeightAllocator(20, 24, 4, 32, 2, 2).double(), torch.randn(3, 20).double(), torch.randn(3, 4, 24).double()
+
+
+def test_the_specification_is_what_the_modules_compute():
+    module, sentences, summaries = make()
+    actual = allocate(sentences, summaries, [*module.parameters()], 2, EPS, "reference")
+    torch.testing.assert_close(actual, module(sentences, summaries, impl="reference"), rtol=1e-12, atol=1e-12)
+
+
+def test_inputs_made_under_inference_mode_train_the_parameters():
+    module, *_ = make()
+    with torch.inference_mode():
+        _, *inputs = make()
+    allocate(*inputs, [*module.parameters()], 2, EPS).sum().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sentences": torch.ones(3, 5)}, r"sentences: got \(3, 5\), need \(3, 20\)"),
+        ({"summaries": torch.ones(3, 3, 24)}, r"summaries: got \(3, 3, 24\), need \(3, 4, 24\)"),
+        ({"eps": [1e-5]}, "eps: got 1, need 4"),
+        ({"num_heads": 3}, "num_heads: got 3, need a divisor of the hidden width 32"),
+        ({"parameters": []}, "parameters: got 0, need 6 and 12 per block"),
+    ],
+)
+def test_a_wrong_argument_is_named(change, message):
+    module, sentences, summaries = make()
+    arguments = {
+        "sentences": sentences, "summaries": summaries, "parameters": [*module.parameters()], "num_heads": 2,
+        "eps": EPS,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        allocate(**arguments | change)
