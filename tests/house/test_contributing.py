@@ -54,15 +54,16 @@ def write(tree, text):
 
 def change(tree, text):
     """Makes the changes of a recipe: each diff and each formula goes into the file that its step names last."""
-    for before, language, block in re.findall(r"(.*?)```(diff|cpp)\n(.*?)\n *```", text, re.S):
-        path = tree / re.findall(r"`([\w./]+\.(?:py|h|cuh))`", text[: text.index(before) + len(before)])[-1]
-        content, lines = path.read_text(), textwrap.dedent(block).splitlines(keepends=True)
+    for found in re.finditer(r"```(diff|cpp)\n(.*?)\n *```", text, re.S):
+        language, block = found.groups()
+        path = tree / re.findall(r"`([\w./]+\.(?:py|h|cuh))`", text[: found.start()])[-1]
+        content, lines = path.read_text(), (textwrap.dedent(block) + "\n").splitlines(keepends=True)
         if language == "diff":
-            old = "".join(line[1:] for line in lines if line[0] != "+") + "\n"
-            new = "".join(line[1:] for line in lines if line[0] != "-") + "\n"
+            old = "".join(line[1:] for line in lines if line[0] != "+")
+            new = "".join(line[1:] for line in lines if line[0] != "-")
         else:  # a formula, after that of silu
             (old,) = re.findall(r"^struct Formula<Activation::silu> \{\n.*?^\};\n", content, re.M | re.S)
-            new = f"{old}\n{''.join(lines)}\n"
+            new = f"{old}\n{''.join(lines)}"
         assert content.count(old) == 1, f"{path}: {old}"
         path.write_text(content.replace(old, new))
 
