@@ -29,6 +29,12 @@ MULTIPROCESSORS = 2
 QUICK = ("odd sizes", "several instructions an image", "concat + LayerNorm", "mix alone")
 
 
+def forget():
+    """What was remembered with another module: the backend of a call, and its plan."""
+    registry.choose.cache_clear()
+    program.mix_program.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
     """CPU tensors go to the emulated module, and the fused GEMM is on."""
@@ -39,9 +45,9 @@ def emulated(monkeypatch):
     monkeypatch.setitem(backends, "cuda", served)
     monkeypatch.setattr(gemm, "why_not_device", lambda index: None)
     monkeypatch.setattr(gemm, "multiprocessors", lambda device: MULTIPROCESSORS)
-    program.mix_program.cache_clear()
+    forget()
     yield module
-    program.mix_program.cache_clear()
+    forget()
 
 
 def test_the_host_plans_with_the_constants_of_the_kernels(emulated):
