@@ -13,6 +13,7 @@ from igva_kernels.registry import REFERENCE, BackendStatus, Operator, all_backen
 from igva_kernels.runtime import native
 from igva_kernels.runtime.cpu.products import describe
 from igva_kernels.runtime.cuda import launch
+from igva_kernels.verify import DTYPES
 from igva_kernels.version import __version__
 
 PACKAGES = (
@@ -25,9 +26,6 @@ PACKAGES = (
     "flash-attn",
     "numpy",
 )
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""The dtypes for which a report says who serves them, and which library multiplies them on the CPU."""
 
 # The features that decide which CPU kernels and which GEMMs run; all other flags would only be noise.
 CPU_FEATURES = ("avx2", "fma3", "f16c", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16")

@@ -130,7 +130,7 @@ def _backward(given: SimpleNamespace, implementation: WeightedMix) -> list[Tenso
 def _check_storages(given: SimpleNamespace) -> None:
     """Refuses weights freed before the backward reads them again; names are those of the public functions."""
     names = {"weight1": "weight1", "norm_weight": "norm[0]", "norm_bias": "norm[1]", "weight2": "weight2"}
-    for argument, name in names.items() if given.weight1 is not None else ():
+    for argument, name in names.items():
         if getattr(given, argument) is not None:
             check_storage(name, getattr(given, argument))
 
