@@ -13,9 +13,11 @@ from igva_kernels.ops.weighted_mix.operands import batch, layers, serves_pair, w
 from igva_kernels.ops.weighted_mix.plan import MixPlan
 from igva_kernels.ops.weighted_mix.program import Shares, Steps, dots, lower
 from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Mixed, Projector, WeightedMix
+from igva_kernels.runtime import operands
 from igva_kernels.runtime.cpu import products
-from igva_kernels.runtime.cpu.dense import CpuDense, activations, address, dtype_of, linear_into, module
+from igva_kernels.runtime.cpu.dense import CpuDense, linear_into, module
 from igva_kernels.runtime.dense import Norm, accumulation_dtype
+from igva_kernels.runtime.operands import activations, address, dtype_of, view
 
 SCRATCH_BYTES = 40 << 20
 """The most bytes of the row blocks that ``project`` works on; with the copied tiles of the weights, its scratch stays
@@ -30,7 +32,7 @@ class CpuWeightedMix(CpuDense, WeightedMix):
     """Mixing, activations and the gradients of the mix in C++; GEMMs by torch, on row blocks that stay in the cache."""
 
     def activations(self) -> Collection[str]:
-        return activations()
+        return activations(module())
 
     def mix(self, args: MixArgs, dtype: torch.dtype, norm: Norm | None = None, keep: Keep = Keep.NOTHING) -> Mixed:
         """The mixed rows, rounded once to ``dtype``; ``norm`` is applied to the unrounded rows."""
@@ -51,9 +53,9 @@ class CpuWeightedMix(CpuDense, WeightedMix):
         if not serves_pair(first.dtype, grad_rows.dtype):
             grad_rows = grad_rows.to(first.dtype)
         shape, wide = args.mix_weights.shape, accumulation_dtype(first.dtype)
-        grad = first.new_empty(shape, dtype=wide)
-        module().mix_weights_grad(
-            _view(grad_rows), dots(args.plan, tuple(blocks)), layers(dtype_of(first.dtype), args),
+        grad, native = first.new_empty(shape, dtype=wide), module()
+        native.mix_weights_grad(
+            view(native, grad_rows), dots(args.plan, tuple(blocks)), layers(dtype_of(native, first.dtype), args),
             batch(args.image_index, args.num_rows), shape[1], address(grad), torch.get_num_threads(),
         )  # fmt: skip
         return grad
@@ -64,9 +66,10 @@ class CpuWeightedMix(CpuDense, WeightedMix):
             grad_rows = grad_rows.to(shape.dtype)
         size = (shape.num_images, shape.num_tokens, shape.width)
         grads = [grad_rows.new_empty(size, dtype=shape.dtype) for _ in range(shares.num_grads)]
-        module().layer_grads(
-            _view(grad_rows), shares, weights(args.mix_weights), batch(args.image_index, grad_rows.shape[0]),
-            (dtype_of(shape.dtype), size, args.skip_tokens), [grad.data_ptr() for grad in grads],
+        native = module()
+        native.layer_grads(
+            view(native, grad_rows), shares, weights(args.mix_weights), batch(args.image_index, grad_rows.shape[0]),
+            (dtype_of(native, shape.dtype), size, args.skip_tokens), [grad.data_ptr() for grad in grads],
             torch.get_num_threads(),
         )  # fmt: skip
         return grads
@@ -135,29 +138,23 @@ def _mix_rows(
         assert mean is not None
         # These have names, so that they live until the call returns.
         weight, bias = (None if p is None else p.to(mean.dtype) for p in norm[:2])
-        wide = dtype_of(mean.dtype)
-        native_norm = native.Norm((wide, address(weight)), (wide, address(bias)), norm[2], address(mean), address(rstd))
+        native_norm = operands.norm(native, weight, bias, norm[2], mean, rstd)
     program = _program(args.plan, bool(sums))
     scratch = first.new_empty(
         (threads, program.scratch(args.width, norm is not None)), dtype=accumulation_dtype(first.dtype)
     )
     block = native.RowBlock(
-        dtype_of(out.dtype), address(out), address(raw_rows), (rows.start, rows.stop), [s.data_ptr() for s in sums],
-        out.nbytes > STREAM_BYTES,
+        dtype_of(native, out.dtype), address(out), address(raw_rows), (rows.start, rows.stop),
+        [s.data_ptr() for s in sums], out.nbytes > STREAM_BYTES,
     )  # fmt: skip
     native.mix(
-        program, layers(dtype_of(first.dtype), args), weights(args.mix_weights),
+        program, layers(dtype_of(native, first.dtype), args), weights(args.mix_weights),
         batch(args.image_index, args.num_rows), block, native_norm, address(scratch), threads,
     )  # fmt: skip
 
 
 def _new_stats(args: MixArgs, norm: Norm | None) -> Stats:
     return (None, None) if norm is None else args.new_stats()
-
-
-def _view(tensor: Tensor) -> tuple:
-    """A tensor ``[B, P, width]`` as the module takes it, ``View``."""
-    return dtype_of(tensor.dtype), tensor.data_ptr(), tensor.stride()
 
 
 @cache

@@ -6,9 +6,7 @@ import torch
 
 from igva_kernels.runtime import native
 from igva_kernels.runtime.backend import Backend
-
-DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}
-"""What the kernels read and write, by the names of the C++ module."""
+from igva_kernels.runtime.operands import DTYPES
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from igva_kernels.runtime import native
-from igva_kernels.runtime.cpu import DTYPES, products
+from igva_kernels.runtime.cpu import products
 from igva_kernels.runtime.dense import Dense
+from igva_kernels.runtime.operands import activation_of, matrix
 
 
 class CpuDense(Dense):
@@ -63,13 +63,19 @@ def linear_into(
 
 
 def epilogue(x: Tensor, activation: str | None, y: Tensor, z: Tensor | None) -> None:
-    module().epilogue(matrix(x), activation_of(activation), matrix(y), matrix(z), torch.get_num_threads())
+    compiled = module()
+    compiled.epilogue(
+        matrix(compiled, x), activation_of(compiled, activation), matrix(compiled, y), matrix(compiled, z),
+        torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def activation_grad(grad_y: Tensor, z: Tensor, activation: str, grad_z: Tensor, y: Tensor | None) -> None:
-    module().activation_grad(
-        matrix(grad_y), matrix(z), activation_of(activation), matrix(grad_z), matrix(y), torch.get_num_threads()
-    )
+    compiled = module()
+    compiled.activation_grad(
+        matrix(compiled, grad_y), matrix(compiled, z), activation_of(compiled, activation),
+        matrix(compiled, grad_z), matrix(compiled, y), torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def module() -> Any:
@@ -82,37 +88,3 @@ def module() -> Any:
     if found is None:
         raise NotImplementedError(f"impl='cpu': {reason}")
     return found
-
-
-def address(tensor: Tensor | None) -> int:
-    """The address of the first element; 0 where there is no tensor."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def matrix(tensor: Tensor | None) -> tuple | None:
-    """A tensor ``[rows, columns]`` as the module takes it, ``Matrix``; None where there is none."""
-    return None if tensor is None else (dtype_of(tensor.dtype), tensor.data_ptr(), tensor.shape, tensor.stride())
-
-
-@cache
-def dtype_of(dtype: torch.dtype) -> Any:
-    """The module's name of a dtype."""
-    return getattr(module().DType, DTYPES[dtype])
-
-
-@cache
-def activation_of(name: str | None) -> Any:
-    """The module's name of an activation.
-
-    Raises:
-        NotImplementedError: it has none of this name.
-    """
-    if name is not None and name not in activations():
-        raise NotImplementedError(f"impl='cpu': its kernels have no activation {name!r}")
-    return getattr(module().Activation, name or "none")
-
-
-@cache
-def activations() -> tuple[str, ...]:
-    """The activations that the module's kernels know."""
-    return tuple(name for name in module().Activation.__members__ if name != "none")

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from igva_kernels.runtime import operands
 from igva_kernels.runtime.cuda import launch
 from igva_kernels.runtime.dense import Dense, Norm, NormGrads, accumulation_dtype, norm_param_grads
+from igva_kernels.runtime.operands import activation_of, address, matrix
 
 VECTOR_BYTES = 16
 """The widest access of one thread, in bytes."""
@@ -31,9 +33,9 @@ class CudaDense(Dense):
         z = F.linear(x, weight, bias)
         if activation is None:
             return z, None
-        y = torch.empty_like(z) if keep_z else z
+        y, native = torch.empty_like(z) if keep_z else z, launch.module()
         with launch.on_device_of(z) as stream:
-            launch.module().activation(launch.matrix(z), launch.activation(activation), launch.matrix(y), stream)
+            native.activation(matrix(native, z), activation_of(native, activation), matrix(native, y), stream)
         return y, z if keep_z else None
 
     def linear_grad_input(
@@ -52,10 +54,11 @@ class CudaDense(Dense):
         partials = None
         if need_bias:
             partials = z.new_empty((chunks(rows, chunk), columns), dtype=accumulation_dtype(z.dtype))
+        native = launch.module()
         with launch.on_device_of(z) as stream:
-            launch.module().activation_grad(
-                launch.matrix(grad_y), launch.matrix(z), launch.activation(activation), launch.matrix(grad_z),
-                launch.matrix(y), launch.module().ColumnSums(launch.data(partials), chunk),
+            native.activation_grad(
+                matrix(native, grad_y), matrix(native, z), activation_of(native, activation), matrix(native, grad_z),
+                matrix(native, y), native.ColumnSums(address(partials), chunk),
                 allows_vectors(columns, [grad_y, z]), stream,
             )  # fmt: skip
         return grad_z, y, None if partials is None else partials.sum(0).to(z.dtype)
@@ -70,10 +73,11 @@ class CudaDense(Dense):
         grad_rows = torch.empty_like(rows)
         (count, width), chunk = rows.shape, NORM_CHUNK
         partials = mean.new_empty((chunks(count, chunk), 2, width)) if need_params else None
+        native = launch.module()
         with launch.on_device_of(rows) as stream:
-            launch.module().norm_grad(
-                launch.matrix(grad_out), launch.matrix(rows), launch.norm(*norm, mean, rstd), launch.matrix(grad_rows),
-                launch.module().ColumnSums(launch.data(partials), chunk),
+            native.norm_grad(
+                matrix(native, grad_out), matrix(native, rows), operands.norm(native, *norm, mean, rstd),
+                matrix(native, grad_rows), native.ColumnSums(address(partials), chunk),
                 allows_vectors(width, [grad_out, rows]), stream,
             )  # fmt: skip
         return NormGrads(grad_rows, *norm_param_grads(None if partials is None else partials.sum(0), norm))

@@ -1,4 +1,4 @@
-"""The compiled CUDA module, and how tensors and the current stream reach it."""
+"""The compiled CUDA module, the devices that it runs on, and how the current stream reaches it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 from igva_kernels.runtime import native
-
-DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}
 
 
 @cache
@@ -91,50 +89,3 @@ def on_device_of(tensor: Tensor) -> Iterator[int]:
     with torch.cuda.device(tensor.device):
         module().set_device(tensor.device.index)
         yield torch.cuda.current_stream(tensor.device).cuda_stream
-
-
-def dtype(tensor: Tensor | None) -> Any:
-    """The module's name of the tensor's dtype; that of fp32 where there is no tensor."""
-    return dtype_of(torch.float32 if tensor is None else tensor.dtype)
-
-
-def dtype_of(dtype: torch.dtype) -> Any:
-    """The module's name of a dtype."""
-    return getattr(module().DType, DTYPES[dtype])
-
-
-def activation(name: str | None) -> Any:
-    """The module's name of an activation.
-
-    Raises:
-        NotImplementedError: it has none of this name.
-    """
-    if name is not None and name not in activations():
-        raise NotImplementedError(f"impl='cuda': its kernels have no activation {name!r}")
-    return getattr(module().Activation, name or "none")
-
-
-def activations() -> tuple[str, ...]:
-    """The activations that the module's kernels know."""
-    return tuple(name for name in module().Activation.__members__ if name != "none")
-
-
-def data(tensor: Tensor | None) -> int:
-    """The address of the first element; 0 where there is no tensor."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def view(tensor: Tensor) -> tuple:
-    """A tensor ``[B, P, width]`` as the module takes it, ``View``."""
-    return dtype(tensor), tensor.data_ptr(), tensor.stride()
-
-
-def matrix(tensor: Tensor | None) -> tuple | None:
-    """A tensor ``[rows, columns]`` as the module takes it, ``Matrix``; None where there is none."""
-    return None if tensor is None else (dtype(tensor), tensor.data_ptr(), tensor.shape, tensor.stride())
-
-
-def norm(weight: Tensor | None, bias: Tensor | None, eps: float, mean: Tensor, rstd: Tensor) -> Any:
-    """A LayerNorm as the module takes it."""
-    parameters = ((dtype(parameter), data(parameter)) for parameter in (weight, bias))
-    return module().Norm(*parameters, eps, mean.data_ptr(), rstd.data_ptr())

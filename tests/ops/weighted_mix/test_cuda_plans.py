@@ -137,7 +137,7 @@ MEAN = [(1, None, 0.5), (2, None, 0.5)]
 )
 def test_every_block_is_multiplied_once_from_where_it_lies_and_taps_wait_for_nothing(plan):
     lowered, mixed = gemm.lower(plan), [g for g, block in enumerate(plan.blocks) if not is_tap(block)]
-    operands = gemm.operands(lowered, mixed, 64)
+    operands = gemm.operands(lowered, 64)
     assert sorted(position for _, _, position, _ in operands) == [*range(plan.num_blocks)]
     waits = [is_mixed for *_, is_mixed in operands]
     assert waits == sorted(waits)

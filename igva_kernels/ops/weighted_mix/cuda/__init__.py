@@ -13,16 +13,18 @@ from igva_kernels.ops.weighted_mix.cuda.program import DOT_CHUNK, mix_program, n
 from igva_kernels.ops.weighted_mix.operands import batch, layers, serves_pair, weights
 from igva_kernels.ops.weighted_mix.program import Shares, dots
 from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Mixed, Projector, WeightedMix
+from igva_kernels.runtime import operands
 from igva_kernels.runtime.cuda import launch
 from igva_kernels.runtime.cuda.dense import CudaDense, allows_vectors, chunks
 from igva_kernels.runtime.dense import Norm, accumulation_dtype
+from igva_kernels.runtime.operands import activations, address, dtype_of, view
 
 
 class CudaWeightedMix(CudaDense, WeightedMix):
     """The operator by CUDA kernels and cuBLAS."""
 
     def activations(self) -> Collection[str]:
-        return launch.activations()
+        return activations(launch.module())
 
     def notes(self) -> list[str]:
         reason = gemm.why_not_device(torch.cuda.current_device())
@@ -68,11 +70,12 @@ class CudaWeightedMix(CudaDense, WeightedMix):
             (args.num_rows, chunks(args.num_patches, DOT_CHUNK), len(wanted.layers)), dtype=torch.float64
         )
         vector = allows_vectors(args.width, [grad_rows, *args.layers])
+        native = launch.module()
         with launch.on_device_of(first) as stream:
-            launch.module().mix_weights_grad(
-                launch.view(grad_rows), wanted, layers(launch.dtype(first), args),
+            native.mix_weights_grad(
+                view(native, grad_rows), wanted, layers(dtype_of(native, first.dtype), args),
                 batch(args.image_index, args.num_rows),
-                launch.module().WeightsGrad(columns, grad.data_ptr(), partials.data_ptr(), DOT_CHUNK), vector, stream,
+                native.WeightsGrad(columns, grad.data_ptr(), partials.data_ptr(), DOT_CHUNK), vector, stream,
             )  # fmt: skip
         return grad
 
@@ -89,10 +92,11 @@ class CudaWeightedMix(CudaDense, WeightedMix):
         grad_rows = _readable(grad_rows, shape.dtype)
         size = (shape.num_images, shape.num_tokens, shape.width)
         grads = [grad_rows.new_empty(size, dtype=shape.dtype) for _ in range(shares.num_grads)]
+        native = launch.module()
         with launch.on_device_of(grad_rows) as stream:
-            launch.module().layer_grads(
-                launch.view(grad_rows), shares, weights(args.mix_weights),
-                batch(args.image_index, grad_rows.shape[0]), (launch.dtype_of(shape.dtype), size, args.skip_tokens),
+            native.layer_grads(
+                view(native, grad_rows), shares, weights(args.mix_weights),
+                batch(args.image_index, grad_rows.shape[0]), (dtype_of(native, shape.dtype), size, args.skip_tokens),
                 [grad.data_ptr() for grad in grads], allows_vectors(shape.width, [grad_rows, *grads]), stream,
             )  # fmt: skip
         return grads
@@ -126,18 +130,19 @@ def _launch_mix(
     mean: Tensor | None = None, rstd: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Rows and sums in one launch; without ``rows`` the sums alone."""
-    first = args.layers[0]
+    first, native = args.layers[0], launch.module()
     vector = allows_vectors(args.width, [*args.layers, *sums])
-    out = launch.module().MixOutput(
-        launch.dtype(rows), launch.data(rows), launch.data(raw), [kept.data_ptr() for kept in sums]
-    )
+    out = native.MixOutput(
+        dtype_of(native, torch.float32 if rows is None else rows.dtype), address(rows), address(raw),
+        [kept.data_ptr() for kept in sums],
+    )  # fmt: skip
     native_norm = None
     if norm is not None:
         assert mean is not None and rstd is not None
-        native_norm = launch.norm(*norm, mean, rstd)
+        native_norm = operands.norm(native, *norm, mean, rstd)
     with launch.on_device_of(first) as stream:
-        launch.module().mix(
-            mix_program(args.plan, bool(sums)), layers(launch.dtype(args.layers[0]), args), weights(args.mix_weights),
+        native.mix(
+            mix_program(args.plan, bool(sums)), layers(dtype_of(native, first.dtype), args), weights(args.mix_weights),
             batch(args.image_index, args.num_rows), out, native_norm, vector, stream,
         )  # fmt: skip
 

@@ -20,6 +20,7 @@ from igva_kernels.ops.weighted_mix.plan import MixPlan, is_tap
 from igva_kernels.ops.weighted_mix.steps import Keep, MixArgs, Projector
 from igva_kernels.runtime.cuda import launch
 from igva_kernels.runtime.cuda.dense import allows_vectors, chunks
+from igva_kernels.runtime.operands import activation_of, address, dtype_of, matrix
 
 TILE_M, TILE_N, TILE_K, CLUSTER, MAX_TAPS = 128, 256, 64, 2, 8
 """Rows, columns and depth of a tile in elements, blocks of a cluster, and the most taps: as gemm_sm90.h has them."""
@@ -37,30 +38,32 @@ class GemmPlan(NamedTuple):
 
     taps: tuple[int, ...]
     """Layers that the copy engine reads in place, one tensor map each; the scratch F has the map after them."""
-    blocks: tuple[Operands, ...]
-    """In the order of the multiplication: taps first, since they wait for nothing."""
+    tap_blocks: tuple[Operands, ...]
+    """Multiplied first, since they wait for nothing."""
+    mixed_blocks: tuple[int, ...]
+    """Positions in the mixed row of the blocks that are mixed; they are the columns of F."""
     mixed: MixPlan | None
-    """The mixed blocks, over ``mixed_layers``; they are the columns of F."""
+    """The mixed blocks, over ``mixed_layers``."""
     mixed_layers: tuple[int, ...]
 
 
 @cache
 def lower(plan: MixPlan) -> GemmPlan:
     """The plan as the kernel takes it."""
-    mixed = [g for g, block in enumerate(plan.blocks) if not is_tap(block)]
+    mixed = tuple(g for g, block in enumerate(plan.blocks) if not is_tap(block))
     taps = [g for g in range(plan.num_blocks) if g not in mixed]
     layers = tuple(dict.fromkeys(plan.blocks[g][0].layer for g in taps))
-    blocks: list[Operands] = [(layers.index(plan.blocks[g][0].layer), 0, g, False) for g in taps]
+    tap_blocks: tuple[Operands, ...] = tuple((layers.index(plan.blocks[g][0].layer), 0, g, False) for g in taps)
     if not mixed:
-        return GemmPlan(layers, tuple(blocks), None, ())
+        return GemmPlan(layers, tap_blocks, (), None, ())
     mixed_layers, mixed_plan = MixPlan(tuple(plan.blocks[g] for g in mixed)).compact()
-    return GemmPlan(layers, tuple(blocks), mixed_plan, mixed_layers)
+    return GemmPlan(layers, tap_blocks, mixed, mixed_plan, mixed_layers)
 
 
-def operands(plan: GemmPlan, mixed_positions: Sequence[int], width: int) -> list[Operands]:
-    """All blocks: those of F after the taps."""
-    scratch = [(len(plan.taps), i * width, g, True) for i, g in enumerate(mixed_positions)]
-    return [*plan.blocks, *scratch]
+def operands(plan: GemmPlan, width: int) -> list[Operands]:
+    """All blocks in the order of the multiplication: those of F after the taps."""
+    scratch = [(len(plan.taps), i * width, g, True) for i, g in enumerate(plan.mixed_blocks)]
+    return [*plan.tap_blocks, *scratch]
 
 
 def why_not(args: MixArgs, projector: Projector, keep: Keep) -> str | None:
@@ -146,21 +149,22 @@ def run(
     """``(y, z if kept)``, each ``[M, H]``; the sums of ``plan.reduced()`` are written on the way."""
     plan, first = lower(args.plan), args.layers[0]
     (images, tokens, width), columns = first.shape, weight.shape[0]
-    rows, positions = images * tokens, [g for g, block in enumerate(args.plan.blocks) if not is_tap(block)]
+    rows = images * tokens
     y = first.new_empty((images * args.num_patches, columns))
     z = torch.empty_like(y) if keep_z and activation is not None else None
     native, mixed = launch.module(), None
+    dtype = dtype_of(native, first.dtype)
     if plan.mixed is not None:
-        scratch = first.new_empty((rows, len(positions) * width))
+        scratch = first.new_empty((rows, len(plan.mixed_blocks) * width))
         flags = torch.zeros(num_flags(rows), dtype=torch.int32, device=first.device)
         mixed = native.MixedBlocks(
-            mix_program(plan.mixed, bool(sums)), layers(launch.dtype(first), args, plan.mixed_layers),
+            mix_program(plan.mixed, bool(sums)), layers(dtype, args, plan.mixed_layers),
             weights(args.mix_weights), [kept.data_ptr() for kept in sums], scratch.data_ptr(), flags.data_ptr(),
         )  # fmt: skip
-    epilogue = native.Epilogue(launch.data(bias), launch.activation(activation), y.data_ptr(), launch.data(z))
+    epilogue = native.Epilogue(address(bias), activation_of(native, activation), y.data_ptr(), address(z))
     with launch.on_device_of(first) as stream:
         native.gemm_sm90(
-            layers(launch.dtype(first), args, plan.taps), operands(plan, positions, width), launch.matrix(weight),
+            layers(dtype, args, plan.taps), operands(plan, width), matrix(native, weight),
             epilogue, mixed, grid(rows, columns, mixed is not None, multiprocessors(first.device)), stream,
         )  # fmt: skip
     return y, z

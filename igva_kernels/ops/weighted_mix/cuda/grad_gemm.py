@@ -17,6 +17,7 @@ from igva_kernels.ops.weighted_mix.plan import MixPlan
 from igva_kernels.ops.weighted_mix.steps import MixArgs, take_blocks
 from igva_kernels.runtime.cuda import launch
 from igva_kernels.runtime.cuda.dense import allows_vectors, chunks
+from igva_kernels.runtime.operands import dtype_of, matrix
 
 MAX_DOTS = 64
 """The most weighted entries of one block: ``max_dots`` in csrc/weighted_mix/cuda/params.h."""
@@ -56,7 +57,7 @@ def why_not(grad_z: Tensor, weight1: Tensor, blocks: Sequence[int], args: MixArg
 def run(grad_z: Tensor, weight1: Tensor, blocks: Sequence[int], args: MixArgs) -> Tensor:
     """``WeightedMix.mix_weights_grad_of_linear``, one launch per block; the partials are added in a fixed order."""
     first, width, columns = args.layers[0], args.width, args.plan.num_columns
-    rows, tiles = grad_z.shape[0], slots(width)
+    rows, tiles, native = grad_z.shape[0], slots(width), launch.module()
     # Zeros, since a block need not have every column.
     partials = torch.zeros(
         args.num_rows, args.num_patches, len(blocks), tiles, columns, dtype=torch.float64, device=first.device
@@ -65,10 +66,11 @@ def run(grad_z: Tensor, weight1: Tensor, blocks: Sequence[int], args: MixArgs) -
     for position, block in enumerate(blocks):
         # The kernel takes both operands contiguous along the depth of the product.
         weight = take_blocks(weight1, [block], width).t().contiguous()
-        out = launch.module().RowPartials(columns, partials[:, :, position].data_ptr(), len(blocks) * tiles)
+        out = native.RowPartials(columns, partials[:, :, position].data_ptr(), len(blocks) * tiles)
         with launch.on_device_of(first) as stream:
-            launch.module().mix_weights_grad_sm90(
-                launch.matrix(grad_z), launch.matrix(weight), program.Dots(*zip(*dots(args.plan, block), strict=True)),
-                layers(launch.dtype(first), args), batch(args.image_index, args.num_rows), out, grid, stream,
+            native.mix_weights_grad_sm90(
+                matrix(native, grad_z), matrix(native, weight),
+                program.Dots(*zip(*dots(args.plan, block), strict=True)), layers(dtype_of(native, first.dtype), args),
+                batch(args.image_index, args.num_rows), out, grid, stream,
             )  # fmt: skip
     return partials.sum((1, 2, 3)).float()
