@@ -59,6 +59,19 @@ def _share_of_the_cores():
     torch.set_num_threads(1 if INTERPRETED else max(1, torch.get_num_threads() // workers))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _extensions_of_this_run(tmp_path_factory):
+    """What torch builds at run time (DeepSpeed needs one such module) is built anew, in this run's own folder.
+
+    In the user's cache it waits for a lock, without an end where a run that was killed has left one behind.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(folder / "torch_extensions"))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _few_draws_of_the_interpreter(monkeypatch):
     """The interpreter is slow: one draw may pass even a small result, but does not fail it."""

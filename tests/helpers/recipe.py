@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import draw_shapes
+import pytest
 import shapes_model
 import torch
 import train_llava_igva
@@ -105,21 +106,35 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def launch(folder: Path, runs: list[dict[str, Any]], processes: int = 2, timeout: float = 240) -> None:
-    """Run ``worker.py`` under torchrun; a rank that waits for ever ends with the timeout."""
+def launch(folder: Path, runs: list[dict[str, Any]]) -> None:
+    """Do the runs in the two processes of one launch of ``worker.py``."""
     file = folder / "runs.json"
     file.write_text(json.dumps(runs))
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
-        str(WORKER), str(file),
-    ]  # fmt: skip
-    run_command(command, timeout)
+    torchrun(WORKER, file)
 
 
-def run_command(command: list[str], timeout: float = 240) -> None:
-    """A subprocess that must succeed; what it wrote is in the error if it does not."""
-    done = subprocess.run(command, env=environment(), timeout=timeout, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+def torchrun(script: Path, *arguments: str | Path, timeout: float = 600) -> None:
+    """Run a script in two processes that find each other; a rank that waits for ever ends with the timeout."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    run_command([*command, *arguments], timeout)
+
+
+def run_command(command: list[str | Path], timeout: float = 600) -> None:
+    """A subprocess that must succeed in ``timeout`` seconds; what it wrote is in the error if it does not."""
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    try:
+        written, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # A launcher that is killed outright leaves its ranks behind, each with a core and locks.
+        try:
+            written, _ = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            written, _ = process.communicate()
+        pytest.fail(f"{command} had not ended after {timeout} s. It wrote:\n{written}")
+    assert process.returncode == 0, written
 
 
 def environment() -> dict[str, str]:
