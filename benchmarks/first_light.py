@@ -1,7 +1,8 @@
 """The first minutes on a card, before the suite ran there: a section of RESULTS.md made from the lines of a JSON file.
 
-A file ``results/*-first-light.jsonl`` has one line per measurement, as written on the card, after one with date and
-revision. Microseconds are medians; "graph" means replays of a CUDA graph after a cache flush, "wall" eager calls.
+The first line of a file ``results/*-first-light.jsonl`` has the date and the revision; every other line is one
+measurement, as written on the card. Microseconds are medians; "graph" means replays of a CUDA graph after a cache
+flush, "wall" eager calls.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu_suite [--seconds 450] [--skip-checks] [--tune] [options of python -m benchmarks]
 
-Nothing is measured if a check fails; all tests run even so, so that one session shows all that is wrong. What no longer
-fits the time is left out and named.
+Nothing is measured if a check fails, but a failed test does not stop the other tests, so that one run shows all that is
+wrong. What no longer fits the time is left out and named.
 """
 
 from __future__ import annotations

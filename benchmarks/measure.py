@@ -128,8 +128,8 @@ class CpuTimer(Timer):
 class CudaTimer(Timer):
     """Times with CUDA events; inputs are cold in L2, and a product ahead of each call outlasts a launch from Python.
 
-    So kernels follow one another as they do after other work; what an eager call costs the CPU shows only as far as it
-    exceeds that head start.
+    Kernels therefore follow one another as they do after other work; what an eager call costs the CPU shows only as far
+    as it exceeds that head start.
     """
 
     device = "cuda"
@@ -390,7 +390,7 @@ def needs_a_fresh_process(workload: Workload, device: str) -> bool:
 
 
 def _still_to_come(right: Mapping[str, Checked], provider: Provider) -> float:
-    """Seconds that the checked providers still need, and one more that is as slow as plain torch."""
+    """Seconds that the checked providers still need, and ``provider`` too if it is as slow as plain torch."""
     compiling = COMPILING if provider.is_compiled else 0.0
     plain = right[PLAIN].seconds if PLAIN in right else 0.0
     return (CALLS - 1) * sum(one.seconds for one in right.values()) + CALLS * plain + compiling

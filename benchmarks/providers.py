@@ -133,7 +133,7 @@ _COMPILED: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
     ("igva-2", "both"): {"cpu": (2,), "cuda": (16, 64)},
     ("igva-2-mix", "forward"): {"cpu": (2,), "cuda": (16,)},
 }
-"""By workload, mode and device: the batch sizes at which compiled forms are measured; each compiles for some 10 s."""
+"""By workload, mode and device: the batch sizes at which compiled forms are measured; each compiles for about 10 s."""
 
 
 def _worth_compiling(workload: Connector, device: str) -> bool:
@@ -294,7 +294,7 @@ def _fastest_library(device: str, dtype: torch.dtype) -> str:
             operands = _operands(TRIAL, device, taken)
             call = partial(multiply, *operands)
             first = _seconds(call)
-            # A library that has only a loop for the dtype is not timed again.
+            # A library that is this slow has only a plain loop for the dtype, and is not timed again.
             seconds[name] = first if first > TRIAL_SECONDS else min(first, _seconds(call), _seconds(call))
     return min(seconds, key=lambda name: seconds[name]) if seconds else next(iter(ways))
 

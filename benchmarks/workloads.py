@@ -52,7 +52,7 @@ class Workload:
     name: str
     dtype: str
     batch: int
-    """B, the samples; one of several tiles is as many rows of the operator."""
+    """B, the samples; a sample of several tiles is as many rows of the operator."""
     mode: str = "forward"
     note: str = ""
     """What was changed for this machine; empty if nothing was."""
@@ -149,7 +149,7 @@ class Connector(Workload):
 
     @property
     def flops(self) -> float:
-        """Multiplications and additions of the products, and of the mix where there are none."""
+        """Multiplications and additions of the products and, except in a backward, of the mix."""
         entries = sum(len(block) for block in self.case.plan.blocks)
         mix = 2.0 * entries * self.rows * self.case.width if self.mode != "backward" else 0.0
         return mix + sum(2.0 * m * n * k for m, n, k in self.products())

@@ -1,6 +1,6 @@
 """The command ``igva-kernels``.
 
-``info`` and ``verify`` need only torch, so that they work even if other packages are missing; hence argparse.
+``info`` and ``verify`` need only torch and the standard library, so that they work even if other packages are missing.
 """
 
 from __future__ import annotations

@@ -96,8 +96,8 @@ class HiddenStateStream:
             )
         return self._sources
 
-    # The hooks. While another thread is registering or removing one of its own, torch may call that one here without
-    # the keyword arguments that it takes: hence their defaults.
+    # The hooks. While another thread registers or removes one of its own, torch may call that one in this thread
+    # without the keyword arguments that it takes; hence their defaults.
 
     def _start(self, tower: nn.Module, args: Any, kwargs: Any = None) -> None:
         if not self._here.is_open:
@@ -234,6 +234,8 @@ def stream_hidden_states(
 
     Raises:
         ValueError: an unknown mode, a tower without a list of layers, or a plan for another number of states.
+        NotImplementedError: while the tower runs, if its first layer is called without its input state.
+        RuntimeError: when a run ends that has not passed each layer of the plan once.
     """
     layers = encoder_layers(vision_tower)
     stream = HiddenStateStream(layers, plan, mode, impl)

@@ -34,7 +34,7 @@ FIRST_DRAWS = 8
 MAX_DRAWS = 256
 """Draws after which a result that still exceeds its budget is wrong."""
 
-# A result over its budget is wrong before its last draw if it has this many numbers, or this many times the budget.
+# A result over its budget is wrong before its last draw if it has this many numbers, or is this many times over it.
 _MANY_ELEMENTS = 2**20
 _FAR = 64
 

@@ -1,5 +1,5 @@
-"""Measures a card and writes its configuration file: rates, at most three tiles per kernel with their efficiencies, and
-which backend is the fastest.
+"""Measures a card and writes its configuration file: rates, at most three tiles per GEMM with their efficiencies, one
+per kernel over rows, and the backends by speed.
 
 Nothing is searched inside a step: ``config`` reads the file once per process, ``cost`` computes from it.
 
@@ -31,8 +31,10 @@ from igva_kernels.runtime.triton import cost
 
 DEVICE = "cuda"
 BATCHES = (1, 8, 32)
+"""Images of the small, the middle and the large batch."""
 
 ROWS = [RowConfig(elements, warps) for elements in (512, 1024, 2048, 4096) for warps in (2, 4, 8)]
+"""The configurations that are tried for every kernel over rows."""
 
 Job = Callable[[], object]
 
@@ -106,7 +108,7 @@ def _tunings() -> list[tuple[Operator, ModuleType]]:
 
 
 def time_us(job: Job, repeats: int = 20) -> float:
-    """Median time of ``job`` in a CUDA graph."""
+    """The median time of ``job`` as a CUDA graph, in microseconds."""
     job()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

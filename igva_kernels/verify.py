@@ -55,6 +55,7 @@ def verify(chosen: Sequence[str] = (), dtypes: Sequence[str] = (), quick: bool =
 
     Raises:
         NotImplementedError: a backend that is named cannot run here; the message says why.
+        KeyError: there is no backend or dtype of that name.
     """
     statuses = {status.name: status for status in backends()}
     for name in chosen:

@@ -63,7 +63,7 @@ def _share_of_the_cores():
 def _extensions_of_this_run(tmp_path_factory):
     """What torch builds at run time (DeepSpeed needs one such module) is built anew, in this run's own folder.
 
-    In the user's cache it waits for a lock, without an end where a run that was killed has left one behind.
+    In the user's cache the build waits for a lock, and waits for ever if a killed run has left one behind.
     """
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
@@ -74,7 +74,7 @@ def _extensions_of_this_run(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _few_draws_of_the_interpreter(monkeypatch):
-    """The interpreter is slow: one draw may pass even a small result, but does not fail it."""
+    """The interpreter is slow: a small result may pass after one draw, and fails only after more of them."""
     if INTERPRETED:
         monkeypatch.setattr(testing, "FIRST_DRAWS", 1)
 
@@ -109,7 +109,7 @@ def isa(request):
 
 @pytest.fixture(params=[*cpu_kernels.ROUTES[:2], pytest.param(cpu_kernels.ROUTES[2], marks=cpu_kernels.needs_onednn)])
 def products(request, monkeypatch):
-    """Products by every library, whichever suits this CPU; in several blocks even at small sizes."""
+    """Products by every library in turn, not only by the one that suits this CPU; in several blocks even if small."""
     monkeypatch.setattr(cpu_kernels.gemm, "route", cpu_kernels.routes(request.param, 16))
     monkeypatch.setattr(cpu_kernels.backend, "SCRATCH_BYTES", 0)
     monkeypatch.setattr(cpu_kernels.gemm, "BLOCK_ROWS", 32)

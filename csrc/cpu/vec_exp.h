@@ -1,4 +1,5 @@
-// e^x in fp32 to about 1 ulp: x = n ln2 + r, |r| <= ln2 / 2, and a polynomial for e^r.
+// e^x in fp32 to about 1 ulp: x = n ln2 + r, |r| <= ln2 / 2, and a polynomial for e^r. The constants are those of
+// Cephes' expf.
 #pragma once
 
 namespace {

@@ -180,7 +180,7 @@ template <class... Params>
 int launch_clusters(void (*kernel)(Params...), int cluster, dim3 grid, int threads, size_t shared, Stream stream,
                     const Params&... params) {
   if (grid.x == 0 || grid.y == 0) return cudaSuccess;
-  if (shared > 32 * 1024) { // 48 KB need no opt-in, but include static memory
+  if (shared > 32 * 1024) { // the 48 KB that need no opt-in include static shared memory
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
     if (error != cudaSuccess) return error;
   }

@@ -49,7 +49,7 @@ def run(image: Path | None, ask: Sequence[str] | None, model_dir: str | None, ou
             answers, the training steps teach the model to repeat them.
         model_dir: a checkpoint; random weights if None.
         output: directory of the figure.
-        steps: training steps.
+        steps: training steps; None for ``RANDOM_STEPS`` with random weights and for 0 with a checkpoint.
 
     Returns:
         0 if both connectors give the same answers, except for ties, and the fused one keeps the rule of

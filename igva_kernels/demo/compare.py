@@ -24,11 +24,12 @@ CONNECTORS = {"plain": "reference", "fused": "auto"}
 ROUNDS = 3
 """Timed calls per connector, of which the median counts."""
 NEW_TOKENS = 12
-"""Most tokens per answer."""
+"""The most tokens of one answer."""
 LEARNING_RATE = 3e-4
-"""AdamW's, for all but the allocator."""
+"""AdamW's learning rate for everything but the allocator."""
 ALLOCATOR_RATE = 1e-5
-"""AdamW's, for the allocator: a faster one settles on one layer group before the projector can read any."""
+"""AdamW's learning rate for the allocator: at a higher rate it settles on one layer group before the projector can read
+any."""
 
 
 @dataclass
@@ -64,8 +65,9 @@ class Run:
     answers: Answers
     answer_seconds: float
     logits: Tensor
-    """Those of the first training step, as the gradients."""
+    """Those of the first training step."""
     grads: dict[str, Tensor]
+    """By parameter, those of the first training step."""
     layer_weights: list[Tensor]
     """``[B, K]`` of every training step."""
     losses: list[float]

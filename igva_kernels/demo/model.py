@@ -22,9 +22,11 @@ TOWER = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
     "image_size": 336, "patch_size": 14,
 }  # fmt: skip
+"""CLIP ViT-L/14 at 336 pixels."""
 LANGUAGE_MODEL = {
     "hidden_size": 4096, "intermediate_size": 1024, "num_hidden_layers": 1, "num_attention_heads": 8, "head_dim": 128,
 }  # fmt: skip
+"""A Llama as wide as the 7B one, so that the connector has its full size; everything else is small."""
 
 IMAGE, START, END, PAD = "<image>", "<s>", "</s>", "<pad>"
 

@@ -49,7 +49,8 @@ def patch(model: nn.Module, **options: Any) -> PatchHandle:
     Raises:
         TypeError: ``model`` is no module, or the family does not take one of the options.
         ValueError: the model belongs to no known family, or is patched already.
-        NotImplementedError: an explicit ``impl`` that cannot serve this model here.
+        NotImplementedError: a setting of the model that its family cannot serve, or an explicit ``impl`` that cannot
+            serve the model here.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, need a torch.nn.Module")

@@ -1,4 +1,4 @@
-"""The two changes that an integration makes to instances of a host.
+"""Two changes that integrations make to instances of a host.
 
 1. ``defer_concat``: inside the host's own method (``get_image_features``) the vision tower returns its hidden states as
    ``LazyConcat``. What the method does to all of them, cutting off the CLS token and concatenating, is only recorded;
@@ -92,7 +92,10 @@ def _cat_arguments(tensors: Any, dim: int = 0, **_: Any) -> tuple[Any, int]:
 
 
 def computed(value: Any) -> Any:
-    """``value`` with everything lazy in it computed, also in tuples, lists and dicts (transformers' outputs)."""
+    """``value`` with everything lazy in it computed, also in tuples, lists and dicts (transformers' outputs).
+
+    A dict is changed in place.
+    """
     if isinstance(value, LazyConcat):
         return value.tensor
     if isinstance(value, dict):

@@ -60,7 +60,8 @@ def apply(
         impl: as in ``layer_mix``.
 
     Raises:
-        ValueError: a plan with columns and no allocator, or the reverse; a plan without the layer that LLaVA reads.
+        ValueError: a plan with columns and no allocator, or the reverse; a plan without the layer that LLaVA reads; a
+            vision tower that is not loaded.
         NotImplementedError: an unknown projector or version of the repository, or partitioned weights (ZeRO-3).
     """
     host = find_host(model)

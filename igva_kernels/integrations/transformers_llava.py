@@ -14,8 +14,11 @@ from igva_kernels.integrations.lazy import LazyConcat, activation_of, defer_conc
 
 DESCRIPTION = "transformers' (4.52 and newer) Llava, VipLlava, LlavaNext, LlavaNextVideo, LlavaOnevision, VideoLlava"
 HOSTS = ("Llava", "VipLlava", "LlavaNext", "LlavaNextVideo", "LlavaOnevision", "VideoLlava")
+"""Names of the hosts' classes, without "Model"."""
 TOWERS = ("vision_tower", "image_tower", "video_tower")
+"""Attributes of a host that may hold a vision tower."""
 METHODS = ("get_image_features", "get_video_features")
+"""Methods of a host that may feed its projector."""
 
 
 def matches(model: nn.Module) -> bool:

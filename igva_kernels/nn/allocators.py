@@ -30,6 +30,9 @@ class WeightAllocator(nn.Module):
         num_blocks: number of blocks.
         num_heads: attention heads of a block; must divide ``hidden_dim``.
         impl: "auto"; "reference", the modules themselves; or "triton", which serves inference only.
+
+    Raises:
+        ValueError: ``num_heads`` does not divide ``hidden_dim``.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class WeightAllocator(nn.Module):
             impl: in place of the module's own.
 
         Raises:
-            ValueError: shapes that do not fit.
+            ValueError: shapes that do not fit, or no such ``impl``.
             NotImplementedError: an explicit ``impl`` that cannot serve the call.
         """
         width, dim = self.sentence_proj.in_features, self.cls_proj.in_features

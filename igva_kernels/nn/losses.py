@@ -13,7 +13,7 @@ def negative_entropy(mix_weights: Tensor) -> Tensor:
 def balance_loss(mix_weights: Tensor, share: Tensor | None = None) -> Tensor:
     """Negative entropy of the layer weights: the lower, the more evenly the layers are used (IGVA, stage 2).
 
-    The weights are what the softmax returned and are not softmaxed again (the published code does so twice).
+    The weights are what the softmax returned; no second softmax is applied (the published code applies one).
 
     Args:
         mix_weights: ``[B, K]``, rows that sum to one.
@@ -21,7 +21,7 @@ def balance_loss(mix_weights: Tensor, share: Tensor | None = None) -> Tensor:
             shares must sum to one, as those of the language loss do, or the loss depends on how a batch is split.
 
     Returns:
-        A scalar in fp32.
+        A scalar in the dtype of the weights.
     """
     entropies = negative_entropy(mix_weights)
     return entropies.mean() if share is None else (entropies * share).sum()

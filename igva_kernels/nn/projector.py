@@ -50,7 +50,8 @@ class LayerMixNorm(nn.LayerNorm):
         if not isinstance(input, MixInput):
             return nn.LayerNorm.forward(self, input)
         # Copies: a sharded norm releases its parameters when this forward returns, before the Linear reads them.
-        return input._replace(norm=(self.weight.clone(), self.bias.clone(), self.eps))
+        weight, bias = (None if param is None else param.clone() for param in (self.weight, self.bias))
+        return input._replace(norm=(weight, bias, self.eps))
 
 
 _LAYER_FORWARDS = (LayerMixLinear.forward, LayerMixNorm.forward)
@@ -187,7 +188,7 @@ def column_plan(plan: MixPlan) -> MixPlan:
     """One weight-free block per weight column: what that column weighs (IGVA: the group means ``G_1..G_K``).
 
     Raises:
-        ValueError: a column below ``plan.num_columns`` that no entry uses.
+        ValueError: the plan has no column, or one below ``plan.num_columns`` that no entry uses.
     """
     entries = [entry for block in plan.blocks for entry in block if entry.column is not None]
     blocks = (
@@ -210,6 +211,9 @@ def column_summaries(
 
     Returns:
         ``[I, K, D]`` in the layers' dtype.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as in ``layer_mix`` and ``column_plan``.
     """
     columns = column_plan(plan.resolve(len(hidden_states)))
     tokens: list[Tensor | None] = [None] * len(hidden_states)

@@ -68,10 +68,10 @@ def hidden_acts() -> list[str]:
 
 
 def check_activation(name: str | None, *, optional: bool = True) -> None:
-    """The names of ``ACTIVATIONS`` pass, and None where there need not be one.
+    """Checks that ``name`` is a key of ``ACTIVATIONS``, or None where ``optional``.
 
     Raises:
-        ValueError: any other name.
+        ValueError: it is not.
     """
     if name not in ACTIVATIONS and not (optional and name is None):
         need = "None or one of" if optional else "one of"

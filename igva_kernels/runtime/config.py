@@ -1,9 +1,11 @@
-"""The configuration of a card: shipped as JSON, one file per architecture, or measured there by ``igva-kernels tune``.
+"""The configuration of a card: a JSON file, shipped with the package or measured on the card by ``igva-kernels tune``.
 
-A file holds the tile shapes of every Triton kernel, at most three each, the card's rates, from which ``cost`` chooses,
-and which backend is the fastest there, which ``impl="auto"`` takes. ``tune`` writes the same file under the device's
-name into ``$IGVA_KERNELS_CONFIG_DIR`` (``~/.cache/igva_kernels/triton``), which has precedence. Files are
-read once per process; nothing is timed or written outside ``tune``.
+A file holds the tile shapes of every Triton kernel, at most three per GEMM; the card's rates, from which ``cost``
+chooses; and the order of the backends by speed, of which ``impl="auto"`` takes the first that can serve. The package
+ships one file per architecture, and one under the name of each device that was tuned for it. ``tune`` writes such a
+file into ``$IGVA_KERNELS_CONFIG_DIR`` (``~/.cache/igva_kernels/triton`` by default). A file there comes before one of
+the same name in the package, and that before the architecture's. Files are read once per process; nothing is timed or
+written outside ``tune``.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ SHIPPED = Path(__file__).parent / "configs"
 
 
 class RowTile(NamedTuple):
-    """Tile of a kernel over rows."""
+    """The tile of a kernel over rows: ``block_p`` rows of ``block_d`` channels, and the warps of a program."""
 
     block_p: int
     block_d: int
@@ -146,7 +148,11 @@ def architecture(capability: tuple[int, int]) -> str:
 
 @cache
 def of_device(index: int | None) -> Config:
-    """The configuration of a CUDA device; None is the interpreter, which runs the shipped sm_90 tiles, made small."""
+    """The configuration of a CUDA device; None is the interpreter, which runs the shipped sm_90 tiles, made small.
+
+    Raises:
+        ValueError: the device's file was not written by this version.
+    """
     if index is None:
         return _small(shipped("sm_90"))
     name = file_name(torch.cuda.get_device_name(index))

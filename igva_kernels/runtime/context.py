@@ -78,7 +78,10 @@ def _has_tangent(values: Iterable[Any]) -> bool:
 
 
 def has_storage(tensor: Tensor) -> bool:
-    """Whether there is memory behind a tensor, real or pretended (a meta tensor's); torch.func's wrappers show none."""
+    """Whether there is memory behind a tensor, real or pretended (a meta tensor's).
+
+    True for torch.func's wrappers, which do not show theirs.
+    """
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.untyped_storage().size() > 0
 
 

@@ -35,7 +35,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Dense:
-    """Products and what belongs to them. All matrices are ``[M, ...]``; products accumulate in fp32."""
+    """Products and what belongs to them. All matrices are ``[M, ...]``; products accumulate in fp32 (fp64 for fp64)."""
 
     def linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, keep_z: bool

@@ -14,6 +14,7 @@ from typing import Any
 import torch  # noqa: F401  (brings the OpenMP runtime that the module's symbols resolve to)
 
 ISA_VARIABLE = "IGVA_KERNELS_CPU_ISA"
+"""The environment variable that names the instruction set of the CPU kernels."""
 
 
 @cache

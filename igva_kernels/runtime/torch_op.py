@@ -1,6 +1,6 @@
 """How an operator is registered with torch.library: arguments, what is saved for its backward, and gradients, by name.
 
-A dispatch mode, a profiler and torch.compile see each as ``torch.ops.igva_kernels.<name>``, in eager calls too.
+A dispatch mode, a profiler and torch.compile see an operator as ``torch.ops.igva_kernels.<name>``, in eager calls too.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def define(
     arguments = [argument.name for argument in getattr(OPS, name).default._schema.arguments]
     given = type("Arguments", (SimpleNamespace,), dict(left_out or {}))  # class attributes, which cost a call nothing
     _LIBRARY.impl(name, _without_autocast(_by_name(kernel, arguments, given)), "CompositeExplicitAutograd")
-    # Where torch.func and autograd's vmap enter: further down, jvp would drop tangents, and the others give no reason.
+    # torch.func and autograd's vmap enter at these keys. Further down, jvp would silently drop the tangents, and the
+    # other transforms would fail without a reason.
     for key in ("FuncTorchDynamicLayerFrontMode", "Batched"):
         if torch._C._parse_dispatch_key(key) is not None:  # if this torch has the key
             _LIBRARY.impl(name, _refuse_transform, key)
@@ -111,7 +112,10 @@ def _saved(ctx: Any) -> dict[str, Any]:
 
 
 def _without_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel with autocast off, which must not change products whose dtypes the public functions have settled."""
+    """The kernel with autocast off, which must not change products whose dtypes the public functions have settled.
+
+    It refuses tensors with a tangent, which it would drop.
+    """
 
     @wraps(kernel)
     def run(first: Any, *args: Any) -> Any:

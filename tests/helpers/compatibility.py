@@ -2,7 +2,7 @@
 
     python tests/helpers/compatibility.py .venv-test/bin/python .venv-oldest/bin/python .venv-transformers4/bin/python
 
-Each interpreter runs the tests; a cell of the table is what all its tests say.
+Each interpreter runs the tests; a cell of the table sums up all tests of that model and check.
 """
 
 import argparse

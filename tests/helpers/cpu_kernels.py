@@ -53,7 +53,7 @@ needs_onednn = pytest.mark.skipif(not this_cpu().onednn, reason="this torch has 
 
 
 class Near:
-    """The judge of fp64, where plain torch is the oracle itself: all results agree to within a few roundings."""
+    """The judge for fp64, in which plain torch is the oracle itself: results must agree to within a few roundings."""
 
     def add(self, actual, oracle, plain, name="result", rounded_once=False):
         assert relative_error(actual, oracle) <= 1e-13, name

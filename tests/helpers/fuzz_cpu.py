@@ -2,9 +2,9 @@
 
     python tests/helpers/fuzz_cpu.py --calls 1000 --seed 0 [--processes 2] [--verbose]
 
-A seed, of which every process has its own, draws the same calls on every machine (but for its instruction sets):
-``--verbose``, which prints a call before it runs, names the one that a sanitizer has ended. A wrong result is shrunk
-to a small call and printed.
+Every process has a seed of its own, which draws the same calls on every machine; each call runs on every instruction
+set of the machine. ``--verbose`` prints a call before it runs, and so names the call in which a sanitizer ended the
+process. A wrong result is shrunk to a small call and printed.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def features(model, inputs):
 
 
 def matrices(out):
-    """The matrices in the output of ``get_image_features`` of any version; of a batch of them, each."""
+    """The matrices in the output of ``get_image_features`` of any version; a batch of matrices is split."""
     out = getattr(out, "pooler_output", out)
     if isinstance(out, torch.Tensor):
         yield from [out] if out.dim() == 2 else out if out.dim() == 3 else []

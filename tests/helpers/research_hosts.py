@@ -162,7 +162,7 @@ class IGVA(Host):
         return self.encode_images(images, sentence_embeds)
 
     def encode_several(self, images, sentence_embeds=None):
-        aggregate_layers = self.get_model().aggregate_layers  # which nothing sets, in the repository as here
+        aggregate_layers = self.get_model().aggregate_layers  # nothing sets it, in the repository as here
         return self.encode_images(images, aggregate_layers, sentence_embeds)
 
     def prepare_inputs_labels_for_multimodal(

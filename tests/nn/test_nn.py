@@ -1,4 +1,4 @@
-"""The modules: what the allocator computes, which road the projector takes, and what the balance loss counts."""
+"""The modules: what the allocator computes, which path the projector takes, and what the balance loss counts."""
 
 import math
 
@@ -160,7 +160,7 @@ def run(module, hidden, weights, **kwargs):
 
 
 class LowRank(nn.Module):
-    """A stand-in for a Linear, in the way of LoRA: it wants a tensor."""
+    """A module in place of a Linear, as LoRA puts one there: it needs a tensor."""
 
     def __init__(self, base):
         super().__init__()

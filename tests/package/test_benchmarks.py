@@ -121,7 +121,7 @@ def test_what_was_refused_is_not_in_the_csv_and_shows_in_the_exit_status(tmp_pat
     assert [row.provider for row in results.read(path)] == ["plain"]
     assert "WRONG" in capsys.readouterr().out
     listed["wrong"] = replace(listed["wrong"], name="plain-compiled")
-    assert bench.main(["--device", "cpu", "--output", str(tmp_path / "other.csv")]) == 0  # not ours to mend
+    assert bench.main(["--device", "cpu", "--output", str(tmp_path / "other.csv")]) == 0  # not our failure
     assert [row.provider for row in results.read(tmp_path / "other.csv")] == ["plain"]
     del listed["wrong"]
     assert bench.main(["--device", "cpu", "--output", str(path)]) == 0
@@ -200,7 +200,7 @@ def test_where_a_dtype_is_slow_every_workload_stays_and_says_what_was_changed():
 
 
 def test_products_and_bytes_of_the_paper_shapes():
-    """GEMM1 9.66 and GEMM2 19.33 GFLOP an image; a backward without the base half of dA."""
+    """GEMM1 9.66 and GEMM2 19.33 GFLOP per image; a backward without the base half of dA."""
     forward, backward, both = (workloads.igva(1, "bf16", mode) for mode in workloads.MODES)
     assert forward.products() == [(576, 4096, 2048), (576, 4096, 4096)]
     gemms = sum(2 * m * n * k for m, n, k in backward.products()) / 1e9
@@ -402,7 +402,7 @@ def test_errors_and_what_does_not_apply(rows):
 
 def test_comparison_with_an_earlier_revision(rows):
     def times(row, factor, speedup=1.0):
-        """What another run found: so many times the time, and so many times the speed-up over plain torch."""
+        """The row of another run: its time times ``factor``, its speed-up over plain torch times ``speedup``."""
         scaled = {f"ms{q}": getattr(row, f"ms{q}") * factor for q in ("", "_p20", "_p80")}
         scaled |= {f"speedup{q}": getattr(row, f"speedup{q}") * speedup for q in ("", "_p20", "_p80")}
         return replace(row, date="2026-02-01T00:00:00Z", revision="0123456789", **scaled)
@@ -628,11 +628,12 @@ def test_the_time_is_shared_out_and_what_is_left_goes_on(monkeypatch, capsys):
     costs = [bench.Cost(5, 25), bench.Cost(10, 50), bench.Cost(50, 50), bench.Cost(15, 15)]
     listed, spent = [tiny(b) for b in (1, 2, 3, 4)], [15.0, 65.0, 0.0]
     bench.run(listed, [], "cpu", 0.01, 100.0, ENV, None, Console(width=200), costs)
-    # 20 s beyond what all need at least, for two that want 20 and 40 more; then 10 s beyond; then too little for both.
+    # First 20 s are left beyond the least of all, and two workloads want 20 and 40 s more; then 10 s are left beyond
+    # it; then there is too little for both that remain.
     assert shares == pytest.approx([5 + 20 / 3, 10 + 10, 20])
     told = capsys.readouterr().out
     assert "2 of 4, 1:25 left: igva-2 forward fp32 B 2" in told
-    assert "out of time, left out: igva-2 forward fp32 B 3\n" in told  # what costs less goes on
+    assert "out of time, left out: igva-2 forward fp32 B 3\n" in told  # a cheaper one still runs
 
 
 def test_a_workload_that_breaks_does_not_end_the_run(monkeypatch, capsys):
@@ -676,7 +677,7 @@ def test_the_gpu_suite_without_a_gpu_says_so(capsys):
 
 
 def test_a_check_that_takes_too_long_ends_with_all_it_started(tmp_path):
-    """What it leaves behind would be measured with."""
+    """Whatever it left running would disturb the measurement."""
     late = tmp_path / "late"
     child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(late)!r}).touch()"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"

@@ -126,7 +126,7 @@ def run_with(fault):
 def touched(case, seed, dtype, fault):
     """The results that the fault changes, by how much."""
     inputs = case.draw(seed, dtype, "cpu")
-    # What is lost in 16 bits or TF32 would be lost on fp64 too.
+    # The fault is planted before the inputs become fp64, so that rounding to 16 bits or TF32 is a change in fp64 too.
     changed_case, changed = fault(case, inputs)
     exact = RUN(case, inputs.double(), "reference")
     wrong = RUN(changed_case, changed.double(), "reference")

@@ -83,7 +83,7 @@ def test_low_precision_sums_are_accumulated_in_fp32_and_rounded_once(pixels, mod
 
 @pytest.fixture
 def quick_collections():
-    """What is alive already is left out of collections, which takes most of their time."""
+    """Leaves what is alive already out of garbage collections, which would spend most of their time on it."""
     gc.freeze()
     yield
     gc.unfreeze()
@@ -142,7 +142,7 @@ def test_a_trainable_tower_gets_every_gradient_also_with_checkpointing(tower, pi
         row.square().sum().backward()
         grads.append({name: p.grad.clone() for name, p in tower.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
-    # Some, as those of the keys' biases, are zero but for rounding: that of what cancels in them.
+    # Some gradients, such as those of the key biases, are sums that cancel to zero: only rounding is left of them.
     largest = max(grad.abs().max().item() for grad in grads[0].values())
     for name in grads[0]:
         torch.testing.assert_close(grads[1][name], grads[0][name], rtol=1e-3, atol=5e-6 * largest)

@@ -35,7 +35,7 @@ BUDGET = {
 """Registers of the 16-byte kernels in fp32 and 16 bits; with 256 threads, 80 leave three blocks on a multiprocessor."""
 
 HOPPER = {"gemm_sm90_kernel": 168, "mix_weights_grad_sm90_kernel": 168}
-"""Exactly: what setmaxnreg hands round is the registers of the launch, 384 threads of a multiprocessor's 65536."""
+"""Registers, exactly: 65536 of a multiprocessor for 384 threads, in steps of 8. setmaxnreg moves them between warps."""
 
 COLD = r"kernelId|Li1E"
 """fp64, and the scalar path of odd sizes: they serve tests and rare layouts."""
@@ -92,7 +92,7 @@ def test_the_hopper_gemms_are_made_of_hoppers_instructions_and_spill_nothing(sou
     ):
         assert instruction in code, instruction
     assert "STL" not in code and "LDL" not in code
-    # Products accumulate in place, four a step, and only the last of a step is waited for.
+    # Products accumulate in place, four per step, and only the last one of a step is waited for.
     products = re.findall(r"HGMMA\S* (R\d+), gdesc\[UR\d+\], (\S+?)(, gsb0)? ;", code)
     assert all(to == also for to, also, _ in products)
     assert [bool(waited) for *_, waited in products] == [False, False, False, True] * (len(products) // 4)

@@ -26,7 +26,7 @@ pytestmark = needs_module
 
 
 def run_python(code, environment=None):
-    """A process of its own, with these variables and none that concern OpenMP but them."""
+    """A process of its own, with these variables and no others that concern OpenMP."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("OMP_")}
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=inherited | (environment or {})
@@ -148,7 +148,7 @@ def test_every_kernel_is_right_where_openmp_grants_fewer_threads_than_asked_for(
     ],
 )
 def test_fewer_threads_than_torch_asks_for_change_no_answer(variable, value, granted):
-    """oneDNN leaves parts of a product undone there, so that it must not be asked."""
+    """oneDNN leaves parts of a product undone there, so it must not be used."""
     done = run_python(
         "import torch, igva_kernels as ik\n"
         "from igva_kernels.runtime import native\n"

@@ -49,7 +49,7 @@ def card(monkeypatch, tmp_path):
 
 @pytest.fixture
 def timed(card, monkeypatch):
-    """Two small tiles a kernel, on a made-up clock; a third has more stages than the card has memory for."""
+    """Two small tiles per kernel, on a made-up clock; a third has more stages than the card has memory for."""
     rates = replace(config.shipped("sm_90").rates, sms=4, matmul_tflops=1.0)
     monkeypatch.setattr(tune, "_rates", lambda index, given: rates)
     tiles = [config.GemmConfig(32, 32, 32, 4, stages, 1, True, 1.0) for stages in (2, 3, 99)]
@@ -145,10 +145,10 @@ def test_choices_follow_the_rates():
         assert (dense_cost.linear_grad_input(model, rows, 4096, 4096, dtype, True, True) is not None) == fused
         assert (cost.mix_weights_grad_of_linear(model, rows, 1024, 4096, dtype) is not None) == fused
         assert (cost.mix_linear(model, taps, 1024, rows, 4096, dtype, True, False) is not None) == fused
-    # A product without an activation is cuBLAS's, fp32 too, and a GEMM over 24 layers nobody's.
+    # cuBLAS computes products without an activation and products in fp32; no GEMM reads 24 layers itself.
     assert dense_cost.linear(fast, rows, 4096, 2048, dtype, False) is None
     assert dense_cost.linear(fast, rows, 4096, 2048, torch.float32, True) is None
     assert cost.mix_linear(fast, MixPlan.igva(), 1024, rows, 4096, dtype, True, False) is None
-    # Layers that every column of tiles reads again pay where there are few columns.
+    # Every column of tiles reads the layers again, which pays only if there are few columns.
     assert cost.mix_linear(fast, reduced, 1024, rows, 4096, dtype, True, False) is None
     assert cost.mix_linear(fast, reduced, 1024, rows, 256, dtype, True, False) is not None

@@ -7,7 +7,8 @@ namespace {
 
 using igva::Activation;
 
-// erfc(t) / 2 for t >= 0. In fp32: two minimax polynomials, with which erf is accurate to 1 ulp.
+// erfc(t) / 2 for t >= 0. In fp32: the two minimax polynomials of N. Juffa (stackoverflow.com/a/35148199), with which
+// erf is accurate to 1 ulp.
 template <class V>
 inline V half_erfc(V t) {
   const V s = t * t;

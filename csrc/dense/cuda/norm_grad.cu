@@ -3,8 +3,8 @@
 //   g = dA' * weight, n = (A - mean) * rstd:   dA = rstd * (g - mean(g) - n * mean(g * n))
 //   dweight = sum over rows of dA' * n,  dbias = sum over rows of dA'   (fixed chunks, added by the caller in order)
 //
-// Modelled floor: 2 reads and 1 write of [M, G*D]; the second read of a row comes from a cache. Column sums do not:
-// they take 2 more reads where parameters are trained.
+// Modelled floor: 2 reads and 1 write of [M, G*D]; the second pass over a row reads it from a cache. If parameters are
+// trained, the column sums read both matrices once more from memory.
 #include "cuda/common.cuh"
 #include "dense/cuda/params.h"
 

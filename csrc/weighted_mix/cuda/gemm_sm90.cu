@@ -8,8 +8,8 @@
 // that neither copy nor multiply: 8 rows at a time, claimed from a ticket in the order of the rows. Taps are multiplied
 // first, since they need no mix.
 //
-// A block of 128 rows of F has a flag that counts its mixed groups of 8. The copy warp waits for it before the first
-// box of F. Mixers never wait, and a group is only claimed by one that runs, so no launch depends on how many blocks
+// Every tile of 128 rows of F has a flag that counts its mixed groups of 8 rows. The copy warp waits for it before the
+// first box of F. Mixers never wait, and only a running mixer claims a group, so no launch depends on how many blocks
 // are resident. F is written by ordinary stores and read by the copy engine: a proxy fence stands on both sides of the
 // flag. Ticket and flags are zero at launch; the caller clears them on the same stream, which a graph captures.
 //

@@ -91,7 +91,11 @@ class LlavaIgvaConfig(LlavaConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Raises ValueError for another model's config: its fields would be ignored, and the weights would be new."""
+        """The config that ``to_dict`` wrote.
+
+        Raises:
+            ValueError: it is another model's, whose fields would be ignored and whose weights would be new.
+        """
         kind = config_dict.get("model_type", cls.model_type)
         if kind != cls.model_type:
             raise ValueError(

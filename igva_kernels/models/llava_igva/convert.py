@@ -9,7 +9,7 @@ They differ from transformers in three ways:
 * The vision tower is a checkpoint of its own, named by the config's ``mm_vision_tower``. They load the tower from there
   even if their checkpoint contains it too.
 * No token stands for an image (the input ids hold -200 in its place). One is added. Its rows in the embeddings and in
-  the head are the means of the other rows: the first is never read, and the second's logit is never the largest.
+  the head are the means of the other rows: the embedding is never read, and the logit is never the largest.
 * The sentence encoder is a module of the model. As it is frozen, only its name is kept.
 """
 

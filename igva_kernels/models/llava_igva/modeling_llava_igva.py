@@ -74,7 +74,7 @@ class LlavaIgvaCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
 
 
 class _FrozenTowerMixin:
-    """Freezes the tower again after loading, which makes every parameter trainable, if the config says so."""
+    """Freezes the tower again after loading, if the config says so: loading makes every parameter trainable."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -117,7 +117,11 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         return any(p.requires_grad for p in self.vision_tower.parameters())
 
     def encode_sentences(self, instructions: Sequence[str]) -> Tensor:
-        """Embeddings ``[B, E]`` of instructions given as text, by the config's encoder and without gradients."""
+        """Embeddings ``[B, E]`` of instructions given as text, by the config's encoder and without gradients.
+
+        Raises:
+            ValueError, TypeError, ImportError: as in ``sentence_encoder.encode_sentences``.
+        """
         return encode_sentences(self.config.sentence_encoder, instructions, self.device)
 
     @torch.no_grad()
@@ -129,6 +133,9 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
 
         Returns:
             The reduced sources of the plan (IGVA: 5 states per image, not 25), in the tower's dtype, without gradients.
+
+        Raises:
+            ValueError: ``pixel_values`` has another shape.
         """
         _check_pixels(pixel_values)
         return self._streamed_states(pixel_values)
@@ -426,7 +433,7 @@ class LlavaIgvaForConditionalGeneration(_FrozenTowerMixin, LlavaForConditionalGe
     ) -> LlavaIgvaCausalLMOutputWithPast:
         """Logits, layer weights, and with ``labels`` the training loss.
 
-        The loss is ``1/N * sum over the N supervised tokens t of CE_t - lambda * entropy(w of the sample of t)``: the
+        The loss is ``1/N * sum over the N supervised tokens t of (CE_t - lambda * entropy(w of the sample of t))``: the
         balance term is charged per token, as the cross-entropy is, and normalised with it, by the tokens of the
         micro-batch or by ``num_items_in_batch`` if the Trainer gives it. So a step has the same loss and gradient
         however it is split into micro-batches or over ranks. A sample with several images has their mean entropy, one
@@ -492,6 +499,7 @@ _IMAGE_ARGUMENTS = (
     "instructions",
     "mm_encoder_outputs",
 )
+"""The arguments of ``forward`` that ``generate`` turns into embeddings of the prompt."""
 
 
 def _allocator(config: LlavaIgvaConfig) -> WeightAllocator | TextAllocator | LearnedWeights | None:

@@ -62,6 +62,7 @@ class LlavaIgvaProcessor(LlavaProcessor):
 
         Raises:
             ValueError: there are instructions, but the processor has no ``sentence_encoder``.
+            ImportError: there are instructions, but sentence-transformers is not installed.
         """
         inputs = super().__call__(images=images, text=text, **kwargs)
         if instructions is not None:

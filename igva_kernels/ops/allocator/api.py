@@ -1,4 +1,4 @@
-"""The public face of the operator, which ``nn.WeightAllocator`` calls where its modules are plain."""
+"""The operator as a function, and what ``nn.WeightAllocator`` asks before kernels stand in for its modules."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def allocate(
 
     Args:
         sentences: ``[B, E]`` in the dtype of the parameters.
-        summaries: ``[B, K, D]``, likewise.
-        parameters: in the order of ``nn.WeightAllocator.parameters()``; one that is shared stands there each time.
-        num_heads: of every block.
-        eps: of every block's two norms.
+        summaries: ``[B, K, D]``, in the same dtype.
+        parameters: in the order of ``nn.WeightAllocator.parameters()``; one that is shared appears once per use.
+        num_heads: attention heads of every block.
+        eps: two numbers per block, the eps of its norms.
         impl: "auto", "reference" or "triton", which serves inference only.
 
     Raises:

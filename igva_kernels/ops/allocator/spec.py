@@ -18,10 +18,10 @@ def allocate(
 
     Args:
         sentences: ``[B, E]`` in the dtype of the weights.
-        summaries: ``[B, K, D]``, likewise.
-        weights: of at least one block.
-        num_heads: of every block.
-        eps: of every block's two norms.
+        summaries: ``[B, K, D]``, in the same dtype.
+        weights: those of an allocator with at least one block.
+        num_heads: attention heads of every block.
+        eps: two numbers per block, the eps of its norms.
     """
     query = F.linear(sentences, weights.sentence_weight, weights.sentence_bias)  # [B, C]
     keys = F.linear(summaries, weights.cls_weight, weights.cls_bias)  # [B, K, C]

@@ -30,19 +30,22 @@ class AllocatorWeights(NamedTuple):
     """Weights of ``nn.WeightAllocator``."""
 
     sentence_weight: Tensor
+    """``[C, E]``."""
     sentence_bias: Tensor
     cls_weight: Tensor
+    """``[C, D]``."""
     cls_bias: Tensor
     blocks: tuple[AllocatorBlockWeights, ...]
     head_weight: Tensor
+    """``[K, C]``."""
     head_bias: Tensor
 
     @classmethod
     def of(cls, parameters: Sequence[Tensor]) -> AllocatorWeights:
-        """From a flat list in the order of ``parameters()``, those that are shared each time.
+        """From a flat list in the order of ``parameters()``, in which a shared one appears once per use.
 
         Raises:
-            ValueError: so many are not the parameters of an allocator.
+            ValueError: an allocator does not have this number of parameters.
         """
         size = len(AllocatorBlockWeights._fields)
         if len(parameters) < 6 + size or (len(parameters) - 6) % size:

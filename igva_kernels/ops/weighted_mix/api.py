@@ -41,7 +41,8 @@ def layer_mix(
             where the plan has no columns.
         skip_tokens: tokens left out at the start of every state (1 for CLIP's CLS); P = T - skip_tokens.
         image_index: int64 ``[B]``, the image that each row of the batch reads; None where row b reads image b. An
-            index out of range raises a ValueError on a CPU and makes NaN rows on a GPU.
+            index out of range raises a ValueError on a CPU. On a GPU the kernels return NaN rows for it; "reference"
+            does what torch's indexing does.
         impl: "auto", "reference", "cpu", "triton" or "cuda".
 
     Returns:
@@ -75,7 +76,7 @@ def layer_mix_linear(
     image_index: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """``act(norm?(A) @ weight.T + bias)``, A and what is not described here as in ``layer_mix``.
+    """``act(norm?(A) @ weight.T + bias)``; A, and the arguments not described here, are those of ``layer_mix``.
 
     Args:
         weight: ``[H, G*D]``; A is rounded once to its dtype (or to autocast's).

@@ -22,10 +22,12 @@ LINEARS = {
     "layer_mix_linear": ("weight1", "bias1"),
     "layer_mix_mlp": ("weight1", "bias1", "weight2", "bias2"),
 }
+"""The weights and biases that each public function takes, in the order of its arguments."""
 OUTPUT, MIX_WEIGHTS_GRAD = "output", "grad mix_weights"
 
 KINK = 2.0**-17
-"""Where z is nearer to zero than this, two correct kernels may be on different sides of a ReLU's kink."""
+"""Where z is nearer to zero than this (64 rounding units of fp32 at 1), two correct kernels may be on different sides
+of a ReLU's kink."""
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,7 @@ def check_projector(mix: Mix, projector: Projector, names: Sequence[str]) -> Pro
 
 
 def check_layers(hidden_states: Sequence[Tensor | None], used: tuple[int, ...]) -> list[Tensor]:
+    """The layers in use, checked to have one shape, dtype and device."""
     layers: list[Tensor] = []
     for index in used:
         layer = hidden_states[index]
@@ -139,6 +140,7 @@ def check_layers(hidden_states: Sequence[Tensor | None], used: tuple[int, ...]) 
 
 
 def check_image_index(image_index: Tensor, device: torch.device, num_images: int) -> None:
+    """Checks everything but the values, which ``check_image_range`` and the kernels check."""
     if not isinstance(image_index, Tensor) or image_index.dtype != torch.int64:
         given = image_index.dtype if isinstance(image_index, Tensor) else type(image_index).__name__
         raise TypeError(f"image_index: need an int64 tensor [B], got {given}")

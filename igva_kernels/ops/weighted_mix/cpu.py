@@ -95,8 +95,8 @@ class CpuWeightedMix(CpuDense, WeightedMix):
         # Where products are emulated, inference keeps a block of rows in fp32 from the mix to the output.
         block_dtype = torch.float32 if products.is_emulated(dtype) and keep == Keep.NOTHING and not keep_z else dtype
         size, own = block_dtype.itemsize, kept_rows is None or norm is not None
-        # Mixed rows that are not kept borrow the memory of their block's output, if it is large enough: when the output
-        # is written they have been read, and every page of fresh memory takes time.
+        # Mixed rows that are not kept borrow the memory of their block's output, if it is large enough: they have been
+        # read by the time the output is written, and every page of fresh memory takes time.
         lent = own and weight2 is not None and row_width * size <= width * dtype.itemsize
         row_bytes = size * (hidden + (0 if lent else row_width))
         step = products.block_rows(total, max(16, SCRATCH_BYTES // max(1, row_bytes)))

@@ -33,17 +33,17 @@ OPERATOR = Operator("weighted_mix", __package__)
 
 
 class Kept(NamedTuple):
-    """The tensors that a forward keeps, in the order in which it returns them; those that are None it leaves out."""
+    """The tensors that a forward keeps, in the order in which it returns them; it leaves out those that are None."""
 
     rows: Tensor | None
     """Keep.ROWS: the mixed row before the norm ``[B, P, G*D]``."""
     sums: Sequence[Tensor]
     """Keep.SOURCES: those sources of the plan that are not taps."""
     mean: Tensor | None
-    """The mean of every row, where there is a norm: ``[B, P]``."""
+    """The mean of every row ``[B, P]``, where there is a norm and anything is kept."""
     rstd: Tensor | None
     z: Tensor | None
-    """``[M, H]``."""
+    """The result of the first product, before the activation: ``[M, N]``."""
 
     def flat(self) -> list[Tensor]:
         """The tensors that are kept."""
@@ -77,7 +77,7 @@ def _projector(given: SimpleNamespace) -> Projector:
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
-    """The tensor made contiguous, for kernels that take no strides of it; ``MixArgs`` does so for the index."""
+    """The tensor made contiguous, for kernels that take no strides for it; ``MixArgs`` does so for the index."""
     return None if tensor is None else tensor.contiguous()
 
 
@@ -106,7 +106,8 @@ def _save(given: SimpleNamespace, output: tuple[Tensor, list[Tensor]]) -> dict[s
 
 
 def _backward(given: SimpleNamespace, implementation: WeightedMix) -> list[Tensor]:
-    """``needs`` has a flag per name in ``_fields`` and per layer; the result is what they ask for, in that order."""
+    """``given.needs`` has one flag per name in ``_fields``, then one per layer; the result has the gradients asked for,
+    in the order of the names."""
     args, grad_out, fields = _args(given, []), given.grad_out.contiguous(), _fields(given)
     needs = Needs(**dict(zip(fields, given.needs, strict=False)))
     sources = args.over_sources(given.sources) if given.sources else None
@@ -128,7 +129,7 @@ def _backward(given: SimpleNamespace, implementation: WeightedMix) -> list[Tenso
 
 
 def _check_storages(given: SimpleNamespace) -> None:
-    """Refuses weights freed before the backward reads them again; names are those of the public functions."""
+    """Refuses weights freed before the backward reads them again; names are those of ``layer_mix_mlp``."""
     names = {"weight1": "weight1", "norm_weight": "norm[0]", "norm_bias": "norm[1]", "weight2": "weight2"}
     for argument, name in names.items():
         if getattr(given, argument) is not None:
@@ -159,7 +160,7 @@ def _fields(given: SimpleNamespace) -> tuple[str, ...]:
 
 
 def _register(forward: str, backward: str) -> None:
-    """A forward and its backward, by their schemas."""
+    """Registers a forward and its backward from their schemas."""
 
     def run_backward(given: SimpleNamespace) -> list[Tensor]:
         _check_storages(given)

@@ -68,7 +68,7 @@ class MixPlan:
             negative layers are resolved at once and a list of another length is refused.
 
     Raises:
-        ValueError: no block, an empty block, or a layer outside ``num_states``.
+        ValueError: no block, an empty block, a negative column, or a layer outside ``num_states``.
         TypeError: an entry that is not ``(int, int or None, float)``.
     """
 
@@ -92,7 +92,7 @@ class MixPlan:
         return self._hash  # type: ignore[attr-defined]
 
     def __str__(self) -> str:
-        """The formula: ``[h23 | w_0·mean(h1..h6) + w_1·mean(h7..h12)]``, blocks apart by bars."""
+        """The formula: ``[h23 | w_0·mean(h1..h6) + w_1·mean(h7..h12)]``; bars separate the blocks."""
         return f"[{' | '.join(map(_formula, self.blocks))}]"
 
     @property
@@ -187,7 +187,7 @@ class MixPlan:
             base: the layer of the first block.
 
         Raises:
-            ValueError: ``groups`` does not divide ``num_layers``.
+            ValueError: ``groups`` does not divide ``num_layers``, a group is empty, or the tower lacks a layer.
         """
         members = _groups(num_layers, groups)
         mixed = [Entry(layer, k, 1.0 / len(group)) for k, group in enumerate(members) for layer in group]
@@ -229,7 +229,9 @@ class MixPlan:
         """External direct fusion of Layer_Select_Fuse (arXiv 2503.06063), base last, as its code has it.
 
         Args:
-            strategy: "18", "3-18-23", "former", "latter" or "all".
+            strategy: "18" ``[h18] [base]``, "3-18-23" ``[h3] [h18] [base]`` ("siglip": ``[h3] [h20] [base]``), "former"
+                ``[mean of h1..h12] [base]``, "latter" ``[mean of h13..h24] [base]`` ("siglip": h15..h26) or "all"
+                ``[mean of h1..h12] [mean of h13..h24] [base]``.
             tower: "clip" (base 23) or "siglip" (base 25).
 
         Raises:

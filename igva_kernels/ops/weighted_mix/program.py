@@ -123,7 +123,7 @@ def dots(plan: MixPlan, blocks: tuple[int, ...]) -> Dots:
 
 @cache
 def shares(plan: MixPlan, needs: tuple[bool, ...]) -> tuple[Shares, tuple[int | None, ...]]:
-    """The different gradients of the layers that need one, and for each layer which of them is its own."""
+    """The different gradients of the layers that need one, and for each layer the index of its own, or None."""
     found: dict[tuple[tuple[int, int, float], ...], int] = {}
     own: list[int | None] = []
     for layer, need in enumerate(needs):

@@ -5,7 +5,7 @@ the steps for which it has kernels, or a whole composition where it fuses more. 
 autograd: ``op`` registers the pairs ``mix`` / ``mix_backward`` and ``project`` / ``project_backward``.
 
 Symbols: B rows of the batch, I images, T tokens, P = T - skip patches, D width of a layer, C weight columns, G blocks,
-H language-model width, M = B * P.
+N width of the first Linear's output, H of the last one's (the language model's), M = B * P.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Mixed(NamedTuple):
     """What the mix returns."""
 
     rows: Tensor | None
-    """``[B, P, G*D]``, normalised where a norm was given; None where ``project`` never held them whole."""
+    """``[B, P, G*D]``, normalised where a norm was given; None where they were never whole, or have been freed."""
     raw_rows: Tensor | None = None
     """Keep.ROWS with a norm: the rows before it."""
     sums: Sequence[Tensor] = ()
@@ -179,7 +179,7 @@ class Saved(NamedTuple):
     """``[B, P]``, with a norm."""
     rstd: Tensor | None
     z: Tensor | None
-    """``[M, H]``, where the activation or ``weight2`` needs it."""
+    """``[M, N]``, where the activation or ``weight2`` needs it."""
 
 
 class WeightedMix(Dense, Implementation):
@@ -224,7 +224,7 @@ class WeightedMix(Dense, Implementation):
     def mix_linear(
         self, args: MixArgs, projector: Projector, keep: Keep, keep_z: bool
     ) -> tuple[Tensor, Tensor | None, Mixed]:
-        """The first Linear of the mixed rows ``(y [M, N], z, mixed)``; rows that are not kept may be None."""
+        """The first Linear of the mixed rows: ``(y [M, N], z [M, N] or None, mixed)``; rows not kept may be None."""
         mixed = self.mix(args, projector.weight1.dtype, projector.norm, keep)
         assert mixed.rows is not None
         rows = mixed.rows.flatten(0, 1)
@@ -244,7 +244,7 @@ class WeightedMix(Dense, Implementation):
     def project(
         self, args: MixArgs, projector: Projector, keep: Keep, keep_z: bool
     ) -> tuple[Tensor, Mixed, Tensor | None]:
-        """``(out [B, P, H], mixed, z [M, H] if kept)``."""
+        """``(out [B, P, H], mixed, z [M, N] if kept)``."""
         y, z, mixed = self.mix_linear(args, projector, keep, keep_z)
         if keep != Keep.ROWS or projector.norm is not None:
             # The rows are freed here, before the second product allocates its result.
@@ -280,7 +280,7 @@ class WeightedMix(Dense, Implementation):
     def _second_linear_backward(
         self, grad: Tensor, z: Tensor | None, projector: Projector, needs: Needs
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
-        """The gradient of z ``[M, H]``, if it is needed, and those of "weight2" and "bias1"."""
+        """The gradient of z ``[M, N]``, if it is needed, and those of "weight2" and "bias1"."""
         grads: dict[str, Tensor | None] = {}
         grad_z, y = grad, z
         if needs.z:

@@ -26,7 +26,7 @@ class CpuDense(Dense):
         return y, z
 
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        """``a @ b`` in the dtype of both, accumulated in fp32; either may be a transposed view."""
+        """``a @ b`` in the dtype of both, accumulated in fp32 or fp64; either may be a transposed view."""
         product = b.new_empty((a.shape[0], b.shape[1]))
         linear_into(a, b.t(), None, None, product)
         return product
@@ -63,6 +63,7 @@ def linear_into(
 
 
 def epilogue(x: Tensor, activation: str | None, y: Tensor, z: Tensor | None) -> None:
+    """``act(x)`` into ``y`` and, where it is given, ``x`` into ``z``; all ``[rows, columns]``."""
     compiled = module()
     compiled.epilogue(
         matrix(compiled, x), activation_of(compiled, activation), matrix(compiled, y), matrix(compiled, z),
@@ -71,6 +72,7 @@ def epilogue(x: Tensor, activation: str | None, y: Tensor, z: Tensor | None) -> 
 
 
 def activation_grad(grad_y: Tensor, z: Tensor, activation: str, grad_z: Tensor, y: Tensor | None) -> None:
+    """``grad_y * act'(z)`` into ``grad_z`` and, where it is given, ``act(z)`` into ``y``; all ``[rows, columns]``."""
     compiled = module()
     compiled.activation_grad(
         matrix(compiled, grad_y), matrix(compiled, z), activation_of(compiled, activation),

@@ -29,8 +29,8 @@ products wait for one another when other work shares the CPU."""
 
 ONEDNN_DEPTH = 512
 """The longest inner dimension that one oneDNN product sums. oneDNN adds it up in one chain, whose relative error grows
-with the root of its length: a chain of 512 is 4.1e-7 away from fp64 (measured), where MKL's products are 2.4e-7 to
-2.6e-7 away. That keeps the whole operator at 1.4 times plain torch's error; the rule allows 2."""
+with the square root of its length: a chain of 512 is 4.1e-7 away from fp64 (measured), where MKL's products are 2.4e-7
+to 2.6e-7 away. That keeps the whole operator at 1.4 times plain torch's error; the rule allows 2."""
 
 _INSTRUCTIONS = {
     torch.bfloat16: ("avx512bf16", "amxbf16", "bf16"),
@@ -43,7 +43,7 @@ class Route(NamedTuple):
     """How products of a dtype are computed."""
 
     library: str
-    """"torch": its public product, by the BLAS that it was built with; or "oneDNN"."""
+    """"torch": its public product, by whichever library it calls; or "oneDNN", called directly."""
     dtype: torch.dtype
     """Of the operands and the result: fp32 where the CPU has no instructions for the dtype itself."""
     depth: int | None
@@ -111,8 +111,8 @@ def products(
         out: ``[M, N]``, where the products may be written if it has their dtype.
 
     Yields:
-        Blocks in the dtype of the products: parts of ``out``, or memory that the caller may overwrite and the next
-        block will.
+        Blocks in the dtype of the products: parts of ``out``, or scratch memory that the next block may reuse. The
+        caller may overwrite either.
     """
     chosen = route(weight.dtype)
     bias = None if bias is None else bias.to(chosen.dtype)
@@ -155,10 +155,10 @@ def _torch_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) 
 
 
 def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None, depth: int, tile: Tensor) -> Tensor:
-    """``x @ weight.T + bias`` in parts of the inner dimension, each of which is added as the next one is written.
+    """``x @ weight.T + bias`` in parts of the inner dimension; each product adds the sum of those before it.
 
-    The operator is private, because no public one hands fp32 to oneDNN. For a slice of a matrix it has only a reference
-    loop, and it reads the bias as if it were dense.
+    torch's operator is a private one, because no public one hands fp32 to oneDNN. For a weight that is a slice of a
+    matrix it has only a slow reference loop, and it reads the bias as if it were dense.
     """
     bias = None if bias is None else bias.contiguous()
     total = torch.ops.mkldnn._linear_pointwise(x[:, :depth], _copy(weight[:, :depth], tile), bias, "none", [], "")
@@ -169,7 +169,7 @@ def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None, depth: int, 
 
 
 def _copy(source: Tensor, tile: Tensor) -> Tensor:
-    """A dense copy in the order in which the source lies in memory: libraries take both, and transposing takes time."""
+    """A dense copy in the memory order of the source: libraries take both orders, and transposing takes time."""
     n, k = source.shape
     flat = tile[: n * k]
     return (flat.view(k, n).t() if source.stride(0) == 1 else flat.view(n, k)).copy_(source)

@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 
 # The interpreter's own bf16 is wrong in two ways (up to Triton 3.9): tl.dot multiplies bit patterns, and fp32 -> bf16
-# truncates. Under the interpreter the two functions below compute what the hardware computes.
+# truncates. Under the interpreter ``cast`` and ``dot`` compute what the hardware computes.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 # ``@kernel``: triton.jit for what is launched. Triton compiles anew for an integer that is 1 or a multiple of 16. For
-# these that gains nothing, since no load depends on their alignment, and some change from batch to batch.
+# the arguments below that gains nothing, since no load depends on their alignment, and some change with every batch.
 kernel = triton.jit(
     do_not_specialize=[
         "num_rows", "num_images", "num_patches", "num_tokens", "skip", "slot", "slots", "stride_wb", "stride_wc"

@@ -4,8 +4,8 @@ A matrix product takes waves of tiles; a pass over memory takes its bytes; a sma
 
     product = ceil(tiles / slots) * slots * tile FLOPs / (rate * efficiency)        pass = bytes / copy bandwidth
 
-The rates and efficiencies are a card's (``config``): modelled in the shipped files, measured in those that ``tune``
-writes. Only differences between choices matter, so what all of them pay is left out. A choice is a pure function of
+The rates and efficiencies come from the card's configuration (``config``), which says whether they were modelled or
+measured. Only differences between choices matter, so what all of them pay is left out. A choice is a pure function of
 shapes, remembered, and takes no time inside a step.
 """
 
@@ -20,10 +20,10 @@ from igva_kernels.runtime.config import Config, GemmConfig
 
 
 def product_us(config: Config, rows: int, columns: int, length: int, gemm: GemmConfig) -> float:
-    """A Triton GEMM ``[rows, length] @ [length, columns]``."""
+    """The microseconds of a Triton GEMM ``[rows, length] @ [length, columns]``."""
     area = gemm.block_m * gemm.block_n
     tiles = -(-rows // gemm.block_m) * -(-columns // gemm.block_n)
-    # Of tiles of 128 x 128 and smaller an SM runs two at once: one computes while the other stores.
+    # An SM runs two tiles of 128 x 128 or less at once: one computes while the other stores.
     slots = config.rates.sms * (2 if area <= 128 * 128 else 1)
     waves = -(-tiles // slots)
     return waves * slots * 2.0 * area * length / (config.rates.matmul_tflops * gemm.efficiency * 1e6)
@@ -37,7 +37,7 @@ def cublas_us(config: Config, rows: int, columns: int, length: int) -> float:
 
 
 def pass_us(config: Config, elements: float, dtype: torch.dtype) -> float:
-    """An elementwise kernel that moves ``elements``."""
+    """The microseconds of an elementwise kernel that reads and writes ``elements`` in all."""
     return elements * dtype.itemsize / (config.rates.copy_gbps * 1e3) + config.rates.launch_us
 
 

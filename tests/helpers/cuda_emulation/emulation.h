@@ -1,8 +1,8 @@
 // Runs CUDA kernels on a CPU, compiled as plain C++: every thread is a fiber, barriers and shuffles switch to the next
 // one. Blocks run one after the other; those of a kernel with clusters, which wait for each other, all at once.
 //
-// Environment: IGVA_EMULATION_SEED runs threads and copies of the engine in a random order instead of their own, and
-// IGVA_EMULATION_RESIDENT no more clusters at a time, as on a card that others use too.
+// Environment: with IGVA_EMULATION_SEED, threads and the copies of the copy engine run in a random order;
+// IGVA_EMULATION_RESIDENT is the most clusters that run at a time, as on a card that others use too.
 #pragma once
 
 #define IGVA_EMULATION

@@ -105,7 +105,7 @@ def test_four_blocks_are_16_launches(monkeypatch):
     )
     make(width=16, blocks=4)(*draw(1))
     block = ["attend_kernel", "linear_kernel", "linear_kernel"]
-    # What comes before the first attention depends on the image, and on the sentence by one projection only.
+    # Before the first attention, everything depends on the image alone, except one projection of the sentence.
     assert launched == ["linear_kernel", "linear_kernel", "fold_kernel", *4 * block, "head_kernel"]
 
 

@@ -40,7 +40,7 @@ def test_gradcheck_in_fp64(impl, norm, layers_grad):
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 @pytest.mark.parametrize("bias", [True, False])
 def test_activations_and_missing_biases(impl, activation, bias):
-    # In fp32 two right kernels may, rarely, see the two sides of a ReLU's kink.
+    # In fp32, two correct kernels may in rare cases see different sides of a ReLU's kink.
     dtype = torch.float64 if activation == "relu" else torch.float32
     harness.require(impl, dtype)
     states, weights, params = make(grad=True, dtype=dtype)

@@ -64,7 +64,7 @@ def test_mix_rounds_to_another_dtype(isa, dtype, out):
     args, exact = make(PLANS["igva"], dtype, width=20)
     actual = CPU.mix(args, out).rows
     assert actual.dtype == out
-    # Sums in fp32 are off by a few of its roundings, where terms cancel by more than the result's own.
+    # Sums in fp32 are off by a few roundings of their terms; where terms cancel, that is more than the result's own.
     summed = torch.finfo(torch.float64 if dtype == out == torch.float64 else torch.float32).eps
     torch.testing.assert_close(actual.double(), plain_mix(exact), rtol=0.51 * torch.finfo(out).eps, atol=16 * summed)
 

@@ -30,7 +30,7 @@ QUICK = ("odd sizes", "several instructions an image", "concat + LayerNorm", "mi
 
 
 def forget():
-    """What was remembered with another module: the backend of a call, and its plan."""
+    """Clears what was cached with another module: the backend of a call, and its plan."""
     registry.choose.cache_clear()
     program.mix_program.cache_clear()
 
@@ -283,7 +283,7 @@ def any_order(request, monkeypatch):
 
 
 def test_the_fused_gemm_is_exact_in_any_order_of_threads_and_copies(any_order):
-    """Four pairs of tiles over three clusters, six steps a tile, half of them of F."""
+    """Four pairs of tiles over three clusters, six steps per tile, half of them of F."""
     states = [torch.randint(-2, 3, (2, 150, 192)).bfloat16() for _ in range(5)]
     plan = MixPlan((((4, None, 1.0),), ((0, 0, 0.5), (1, 0, 0.5), (2, 1, 2.0), (3, None, 1.0))), 5)
     weights = torch.tensor([[2.0, 1.0], [4.0, 3.0]])
@@ -301,7 +301,7 @@ def test_what_the_copy_engine_cannot_read_is_an_error_that_names_it():
 
 
 def test_flags_are_complete_and_every_launch_starts_from_zero(monkeypatch):
-    """Each flag counts the 16 groups of its rows; tickets end beyond the groups by one a mixer warp."""
+    """Each flag counts the 16 groups of its rows; tickets end beyond the groups by one per mixer warp."""
     made = []
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *args, **kw: made.append(zeros(*args, **kw)) or made[-1])

@@ -1,5 +1,5 @@
 """The CUDA kernels on a GPU, beyond what every implementation must do there: sizes, and on Hopper the fused GEMMs,
-whose flags and ticket are hammered.
+whose flags and ticket go through thousands of launches.
 
 `python tests/ops/weighted_mix/test_cuda_gpu.py` is a small run of every kernel for compute-sanitizer (memcheck,
 racecheck, synccheck).
@@ -61,7 +61,7 @@ def test_more_elements_than_32_bits_count():
 
 @pytest.mark.parametrize("layers", [1, 11, 12, 24])
 def test_a_row_with_norm_of_every_size_that_fits_a_multiprocessor(layers):
-    """12 layers are 48 KB, for which a kernel must ask, and 24 the 96 KB beyond which memory holds the row."""
+    """12 layers take 48 KB of shared memory, which needs an opt-in; 24 take 96 KB, the most that a row may take."""
     states = [torch.randn(1, 3, 1024, device="cuda") for _ in range(layers)]
     weight = torch.randn(64, layers * 1024, device="cuda") / 100
     args = (states, MixPlan.concat(range(layers), layers), None, weight)
@@ -102,7 +102,7 @@ def test_the_fused_gemm_writes_more_elements_than_32_bits_count(fused):
 
 @pytest.mark.plain_memory
 def test_ten_thousand_launches_back_to_back(fused):
-    """A flag that is seen too early, or left set, shows in some of them; a ticket that is lost never ends."""
+    """A flag that is seen too early, or left set, shows in some of them; a launch that loses a ticket never ends."""
     states = [torch.randn(3, 65, 128, device="cuda").bfloat16() for _ in range(24)]
     sets = [torch.rand(3, 4, device="cuda") for _ in range(8)]
     calls = [MixArgs(states, PLAN.compact()[1], weights, None, 1) for weights in sets]

@@ -20,7 +20,7 @@ VARIANTS = [
 
 @pytest.fixture(params=VARIANTS)
 def impl(request, monkeypatch):
-    """Each of them, and again where a switch makes it another one."""
+    """Each implementation, and once more with its fused GEMMs switched on if it has any."""
     impl, switch = request.param
     monkeypatch.setenv(gemm.SWITCH, switch)
     if switch == FUSED:
@@ -115,7 +115,7 @@ def test_offsets_beyond_32_bits(impl):
 
 @pytest.mark.plain_memory
 def test_memory_of_the_real_block(impl):
-    """Beyond its inputs: 10 MB an image at inference, output included; 10.7 MB an image saved for backward."""
+    """Beyond its inputs: 10 MB per image at inference, output included; 10.7 MB per image saved for the backward."""
     batch = 16
     block = Block(impl, batch, 577, 1024, 4096, grad=False)
     block()

@@ -36,7 +36,7 @@ def test_what_the_kernels_can_read_is_never_copied(layout):
 
 @pytest.mark.parametrize("layout", ["column of a matrix", "two last swapped", "expanded last"])
 def test_a_layer_without_adjacent_channels_gets_its_gradient(impl, layout):
-    """The copy that the kernels read is none that autograd sees."""
+    """Autograd does not see the copy that the kernels read."""
     layer = strides.LAYOUTS[layout](torch.randn(2, 4, 6)).requires_grad_()
     plan = MixPlan.weighted_sum([0], num_states=1)
     out = ik.layer_mix([layer], plan, torch.full((2, 1), 3.0), impl=impl)

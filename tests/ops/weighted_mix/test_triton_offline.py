@@ -112,7 +112,7 @@ def test_gemm(capability, name, i, monkeypatch):
     assert MATRIX_INSTRUCTION[capability] in built.ptx
     assert ("cp.async.bulk.tensor" in built.ptx) == (capability >= 90)
     if name != "mix_weights_grad_of_linear":
-        # Results leave 16 bytes at a time, and nothing narrower does but the bias partials: one store a slice.
+        # Results are stored 16 bytes at a time. Only the bias partials are narrower: one store per slice.
         partials = tile.slices if name == "linear_grad_input" else 0
         assert built.ptx.count("st.global.v4.b32") == built.ptx.count("st.global") - partials > 0
 
@@ -126,7 +126,7 @@ def test_rows(capability, name, monkeypatch):
         check(built, capability)
         assert "ld.global.v4.b32" in built.ptx
         if name == "mix":
-            # Every layer once, and nothing of it narrower than 16 bytes; the other four loads are the weights.
+            # Every layer is loaded once, 16 bytes at a time; the other four loads are the weights.
             assert built.ptx.count("ld.global.v4.b32") == 24
             assert built.ptx.count("ld.global") == 28
 

@@ -62,7 +62,7 @@ def run_plain(inputs, name, *more, **options):
 
 
 def both_connectors(inputs, name, *more, **options):
-    """Runs of the native and of the patched connector on a rank: four micro-batches of one sample a step."""
+    """Runs of the native and of the patched connector: per rank and step, four micro-batches of one sample."""
     split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
     return [
         {
@@ -112,7 +112,7 @@ def plain_tower(inputs):
 
 @pytest.mark.parametrize("engine", engines(slow=ENGINES))
 def test_bf16_checkpointing_a_trained_tower_and_resumption(inputs, plain, plain_tower, engine):
-    """What an engine is asked beside the plain run; starting it is slow, so one launch does it all."""
+    """Everything else that is tested of an engine, in one launch, because starting it is slow."""
     name, options = engine, ENGINES[engine]
     saving = {**options, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
     saving["per_device_train_batch_size"] = 4

@@ -1,7 +1,7 @@
 """Losses of models under ZeRO-3, untouched and patched, in the processes of one launch.
 
-The command line names a family, ``transformers`` or ``research``, and a file, which gets ``{model: {how: losses}}``,
-first of all those that the others must equal.
+The command line names a family, ``transformers`` or ``research``, and a file, which gets ``{model: {how: losses}}``.
+The first losses of a model are those that its others must equal.
 """
 
 import json

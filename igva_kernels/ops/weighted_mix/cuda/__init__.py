@@ -34,7 +34,7 @@ class CudaWeightedMix(CudaDense, WeightedMix):
         """The mixed rows, rounded once to ``dtype``; ``norm`` is applied to the unrounded rows."""
         first = args.layers[0]
         if not serves_pair(first.dtype, dtype):
-            return self.mix(args, first.dtype, norm, keep).to(dtype)
+            return self.mix(args, accumulation_dtype(first.dtype), norm, keep).to(dtype)
         if norm is not None and not norm_row_fits(args.plan.num_blocks * args.width, first.dtype):
             return self._mix_wide_norm(args, dtype, norm, keep)
         sums = args.new_sums() if keep == Keep.SOURCES else []
@@ -50,7 +50,7 @@ class CudaWeightedMix(CudaDense, WeightedMix):
         return Mixed(rows, raw_rows, sums, mean, rstd)
 
     def _mix_wide_norm(self, args: MixArgs, dtype: torch.dtype, norm: Norm, keep: Keep) -> Mixed:
-        """``mix`` where a row is too wide for a multiprocessor: stored unrounded, then torch's LayerNorm."""
+        """``mix`` for a row too wide for a multiprocessor's shared memory: stored unrounded, then torch's LayerNorm."""
         wide = accumulation_dtype(args.layers[0].dtype)
         mixed = self.mix(args, wide, None, keep)
         assert mixed.rows is not None

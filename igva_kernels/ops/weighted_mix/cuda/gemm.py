@@ -23,7 +23,8 @@ from igva_kernels.runtime.cuda.dense import allows_vectors, chunks
 from igva_kernels.runtime.operands import activation_of, address, dtype_of, matrix
 
 TILE_M, TILE_N, TILE_K, CLUSTER, MAX_TAPS = 128, 256, 64, 2, 8
-"""Rows, columns and depth of a tile in elements, blocks of a cluster, and the most taps: as gemm_sm90.h has them."""
+"""Rows, columns and depth of a tile in elements, and blocks per cluster, as csrc/gemm/hopper.h has them; the most taps,
+as gemm_sm90.h has them."""
 
 SWITCH = "IGVA_KERNELS_FUSED_GEMM"
 """The environment variable that switches the fused GEMMs on. They are off, because the mix kernel and cuBLAS were
@@ -146,7 +147,7 @@ def multiprocessors(device: torch.device) -> int:
 def run(
     args: MixArgs, weight: Tensor, bias: Tensor | None, activation: str | None, keep_z: bool, sums: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor | None]:
-    """``(y, z if kept)``, each ``[M, H]``; the sums of ``plan.reduced()`` are written on the way."""
+    """``(y, z if kept)``, each ``[M, N]``; the sums of ``plan.reduced()`` are written into ``sums``."""
     plan, first = lower(args.plan), args.layers[0]
     (images, tokens, width), columns = first.shape, weight.shape[0]
     rows = images * tokens

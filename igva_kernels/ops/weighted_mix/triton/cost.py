@@ -51,6 +51,6 @@ def mix_linear(
         rival += cublas_us(config, rows, columns, length)
         rival += pass_us(config, 2 * rows * columns, dtype) if activation else 0.0
     if norm:
-        # The GEMM needs one pass for the statistics and one that scales the weight.
+        # The GEMM also needs one pass for the statistics and one that scales the weight.
         rival -= pass_us(config, rows * reads, dtype) + pass_us(config, 2 * columns * length, dtype)
     return choose(config, "mix_linear_mixed" if mixed else "mix_linear", dtype, prologue_us, rival)

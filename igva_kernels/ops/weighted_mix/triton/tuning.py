@@ -18,8 +18,11 @@ from igva_kernels.runtime.triton import norm
 
 DEVICE = "cuda"
 PATCHES, WIDTH, HIDDEN = 576, 1024, 4096
+"""Patches per image and channels per layer of CLIP-L/336, and the width of the language model."""
 TAPS = MixPlan.concat(range(5), 5)
+"""A plan of five taps."""
 REDUCED = MixPlan.igva(groups=4).reduced()[1]
+"""IGVA's plan over its five sources: one tap, one mixed block."""
 
 Job = Callable[[], object]
 

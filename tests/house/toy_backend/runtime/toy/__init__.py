@@ -1,4 +1,4 @@
-"""A backend as a newcomer would add it: plain torch on the CPU, in fp32 and fp64."""
+"""A backend as a newcomer would add it: plain torch on the CPU, in fp32."""
 
 import torch
 
