@@ -57,10 +57,17 @@ class Operator:
     Args:
         name: as ``igva-kernels info`` prints it.
         package: the package with its implementations and cases.
+
+    Raises:
+        ValueError: an operator of another package has this name.
     """
 
     def __init__(self, name: str, package: str) -> None:
         self.name, self.package = name, package
+        # What was chosen is remembered by name, so a second operator would get the backends of the first.
+        known = _OPERATORS.get(name, self)
+        if known.package != package:
+            raise ValueError(f"operator {name!r}: both {known.package} and {package} define it; rename one of them")
         _OPERATORS[name] = self
 
     def implementation(self, backend: str) -> Any:

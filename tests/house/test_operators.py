@@ -35,6 +35,14 @@ def test_it_lives_outside_the_package_and_the_package_does_not_name_it():
     assert registry.operators() == {"layer_max": OPERATOR}
 
 
+def test_a_name_belongs_to_one_package():
+    with pytest.raises(ValueError, match="'layer_max': both layer_max and another define it"):
+        registry.Operator("layer_max", "another")
+    assert registry.operators() == {"layer_max": OPERATOR}
+    again = registry.Operator("layer_max", "layer_max")  # as when its module is loaded anew
+    assert registry.operators()["layer_max"] is again
+
+
 def test_impl_is_resolved_by_the_registry():
     h = layers()
     expected = layer_max(h, impl="reference")
