@@ -158,7 +158,9 @@ class _Fold:
     """One source while it is being computed."""
 
     def __init__(self, block: Block, mode: str, impl: str) -> None:
-        self.scales = {entry.layer: entry.scale for entry in block}
+        self.scales: dict[int, float] = {}
+        for entry in block:  # a layer may have several, which add up
+            self.scales[entry.layer] = self.scales.get(entry.layer, 0.0) + entry.scale
         self.layers, self.plan = MixPlan((block,)).compact()
         self.is_tap = is_tap(block)
         self.mode, self.impl = mode, impl

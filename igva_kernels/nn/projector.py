@@ -157,7 +157,7 @@ def widen(weight: Tensor, layers: Sequence[int], plan: MixPlan) -> Tensor:
         block = taps.get(layer if layer >= 0 or plan.num_states is None else layer + plan.num_states)
         if block is None:
             raise ValueError(f"plan: the model reads layer {layer}, need a block of that layer alone, got {plan}")
-        wide[:, block * width : (block + 1) * width] = weight[:, i * width : (i + 1) * width]
+        wide[:, block * width : (block + 1) * width] += weight[:, i * width : (i + 1) * width]  # a layer may come twice
     return wide
 
 

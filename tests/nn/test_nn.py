@@ -19,6 +19,7 @@ from igva_kernels.nn import (
     column_summaries,
     is_plain,
     negative_entropy,
+    widen,
 )
 
 IMPLS = ["reference", *harness.quick_impls("weighted_mix")]
@@ -257,6 +258,16 @@ def test_a_linear_is_plain_until_something_would_happen_in_its_forward():
         nn.Bilinear(2, 2, 2),
     ):
         assert not is_plain(module)
+
+
+@pytest.mark.parametrize("layers", [[3], [-2, 0], [3, 0, -2]])
+def test_a_widened_linear_computes_the_same_also_of_a_layer_that_comes_twice(layers):
+    hidden, weight = states(), torch.randn(12, 8 * len(layers))
+    plan = MixPlan((*MixPlan.concat([0, 3]).blocks, *MixPlan.igva_uniform(4, 2).blocks[1:]), 5)
+    row, wide_row = (plain_torch.layer_mix(hidden, p) for p in (MixPlan.concat(layers, 5), plan))
+    close(wide_row @ widen(weight, layers, plan).T, row @ weight.T)
+    with pytest.raises(ValueError, match="the model reads layer 2, need a block of that layer alone"):
+        widen(weight, [2] * len(layers), plan)
 
 
 def test_the_keys_of_the_projector_are_those_of_transformers():

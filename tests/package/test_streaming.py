@@ -23,6 +23,9 @@ PLANS = {
     "uniform": MixPlan.igva_uniform(6, 2),
     "means from the embeddings": MixPlan((((6, None, 1.0),), tuple((i, None, 1 / 3) for i in range(3))), 7),
     "uneven scales": MixPlan((((1, 0, 0.5), (2, 0, 0.25), (4, 1, 2.0)),), 7),
+    "repeated layers": MixPlan(
+        (((1, 0, 0.5), (2, 0, 1.0), (1, 0, 0.25), (1, 1, 2.0)), ((3, None, 0.5), (3, None, 0.5)), ((3, None, 1.0),)), 7
+    ),
 }
 
 
