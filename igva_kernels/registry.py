@@ -160,14 +160,16 @@ def all_backends() -> dict[str, Backend]:
 
 def backends() -> list[BackendStatus]:
     """What can run here and, for each backend that cannot, why."""
-    present = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    statuses = [BackendStatus(REFERENCE, True, tuple(present), "")]
-    for name, backend in all_backends().items():
-        asked = {*present, *backend.devices}
-        reasons = {device: backend.why_not(torch.device(device), torch.float32) for device in asked}
-        devices = tuple(device for device in present if reasons[device] is None)
-        reason = "" if devices else reasons[backend.devices[0]] or f"no {backend.devices[0]} device"
-        statuses.append(BackendStatus(name, bool(devices), devices, reason))
+    known = all_backends().values()
+    types = dict.fromkeys(["cpu", *(device for backend in known for device in backend.devices)])
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    present = {"cpu", accelerator.type if accelerator else ""}
+    statuses = [BackendStatus(REFERENCE, True, tuple(device for device in types if device in present), "")]
+    for backend in known:
+        reasons = {device: backend.why_not(torch.device(device), torch.float32) for device in types}
+        devices = tuple(device for device, reason in reasons.items() if reason is None)
+        reason = None if devices else reasons[backend.devices[0]]
+        statuses.append(BackendStatus(backend.name, bool(devices), devices, reason or ""))
     return statuses
 
 

@@ -62,7 +62,7 @@ def verify(chosen: Sequence[str] = (), dtypes: Sequence[str] = (), quick: bool =
         if not statuses[name].available:
             raise NotImplementedError(f"backend {name!r} cannot run here: {statuses[name].reason}")
     names = [name for name in chosen or all_backends() if statuses[name].available]
-    for device in ("cuda", "cpu"):
+    for device in dict.fromkeys(device for name in names for device in statuses[name].devices):
         here = [name for name in names if device in statuses[name].devices]
         # Triton on a CPU is its interpreter: correct, but real shapes would take it hours.
         large = [name for name in here if name == REFERENCE or device in all_backends()[name].devices]

@@ -18,4 +18,5 @@ class Backend:
     devices: tuple[str, ...]
     """Device types on which ``impl="auto"`` may choose it."""
     why_not: Callable[[torch.device, torch.dtype], str | None]
-    """None if it can run here on tensors of this device and dtype, otherwise the reason why not."""
+    """None if it can run here on tensors of this device and dtype, otherwise the reason why not. It is asked about any
+    type of device that a backend names, whether or not this machine has one."""

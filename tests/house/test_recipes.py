@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import igva_kernels as ik
-from igva_kernels import integrations, registry
+from igva_kernels import integrations, registry, verify
 from igva_kernels.nn import LayerMixProjector
 from igva_kernels.runtime.activations import ACTIVATIONS, Activation
 from igva_kernels.runtime.backend import Backend
@@ -138,7 +138,20 @@ def test_an_activation_that_is_not_in_the_table_is_an_error_wherever_it_is_given
             LayerMixProjector(PLAN, 8, 12, activation=wrong)
 
 
-def test_a_backend_may_serve_another_kind_of_device(monkeypatch):
-    backend = Backend("sycl", 9, ("xpu",), lambda device, dtype: f"no driver for {device.type}")
-    monkeypatch.setattr(registry, "all_backends", lambda: {"sycl": backend})
-    assert registry.backends()[1] == registry.BackendStatus("sycl", False, (), "no driver for xpu")
+def test_a_backend_may_serve_another_type_of_device(monkeypatch):
+    """It is asked about the types that it names, ``verify`` judges it there."""
+
+    def why_not(device, dtype):
+        return None if device.type == "meta" else f"it serves meta tensors, not {device.type!r}"
+
+    there = Backend("there", 8, ("meta",), why_not)
+    nowhere = Backend("nowhere", 9, ("xpu",), lambda device, dtype: f"no driver for {device.type}")
+    monkeypatch.setattr(registry, "all_backends", lambda: {"there": there, "nowhere": nowhere})
+    assert registry.backends()[1:] == [
+        registry.BackendStatus("there", True, ("meta",), ""),
+        registry.BackendStatus("nowhere", False, (), "no driver for xpu"),
+    ]
+    monkeypatch.setattr(verify, "all_backends", registry.all_backends)
+    monkeypatch.setattr(registry.Operator, "why_not", lambda *_: None)
+    monkeypatch.setattr(verify, "judge", lambda case, dtype, names, device, seed: [(device, *names)])
+    assert {*verify.verify(dtypes=["fp32"])} == {("meta", "there")}
