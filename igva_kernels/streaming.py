@@ -40,23 +40,28 @@ _HOOKS = threading.Lock()
 
 
 def encoder_layers(vision_tower: nn.Module) -> nn.ModuleList:
-    """The layers of the tower's encoder: its longest ModuleList of modules of one class.
+    """The layers of the tower's encoder: the longest ModuleList that lies in no other.
 
-    They are found in the modules and not in a config, because some repositories cut the last layer.
+    They are found in the modules and not in a config, because some repositories cut the last layer. What a layer holds
+    is a part of it, however long a list: experts, heads, the blocks of a stage.
 
     Raises:
         ValueError: the tower has no such list.
     """
-    lists = [
-        module
-        for module in vision_tower.modules()
-        if isinstance(module, nn.ModuleList) and len({type(layer) for layer in module}) == 1
-    ]
+    lists = [found for found in _outermost_lists(vision_tower) if len(found)]
     if not lists:
         raise ValueError(
             f"vision_tower: need a module whose encoder layers are one ModuleList, got {type(vision_tower).__name__}"
         )
     return max(lists, key=len)
+
+
+def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from _outermost_lists(child)
 
 
 class _Here(PerThread):
@@ -120,7 +125,8 @@ class HiddenStateStream:
         state = args[0] if args else kwargs["hidden_states"]
         # transformers' SigLIP starts with transposed patches, and every residual sum after them keeps that layout: one
         # copy here saves one per layer in the mix.
-        state = state.contiguous()
+        if isinstance(state, Tensor):
+            state = state.contiguous()
         self._see(0, state)
         return ((state, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": state})
 
@@ -128,11 +134,15 @@ class HiddenStateStream:
         if self._here.is_open:
             self._see(index, output[0] if isinstance(output, tuple) else output)
 
-    def _see(self, index: int, state: Tensor) -> None:
+    def _see(self, index: int, state: Any) -> None:
         # A layer that checkpointing runs again in the backward is not part of a run of the tower.
-        if self._running:
-            for fold in self._folds:
-                fold.see(index, state)
+        if not self._running:
+            return
+        if not isinstance(state, Tensor) or state.dim() != 3:
+            given = f"a tensor of shape {list(state.shape)}" if isinstance(state, Tensor) else type(state).__name__
+            raise NotImplementedError(f"vision_tower: {_name(index)} is {given}, need a tensor [I, T, D]")
+        for fold in self._folds:
+            fold.see(index, state)
 
     def _finish(self, *_: Any) -> None:
         if not self._here.is_open:
@@ -154,6 +164,10 @@ class HiddenStateStream:
                 fold.start(False)
 
 
+def _name(index: int) -> str:
+    return f"the output of layer {index}" if index else "the input of layer 1"
+
+
 class _Fold:
     """One source while it is being computed."""
 
@@ -170,24 +184,32 @@ class _Fold:
         self.differentiates = differentiates
         self.held: dict[int, Tensor] = {}
         self.total: Tensor | None = None
-        self.seen = 0
+        self.missing = set(self.layers)
+        self.shape: torch.Size | None = None
 
     def see(self, index: int, state: Tensor) -> None:
         if index not in self.scales:
             return
-        self.seen += 1
+        if index not in self.missing:
+            raise RuntimeError(f"vision_tower: {_name(index)} came twice in one run, need it once")
+        if self.shape not in (None, state.shape):
+            raise NotImplementedError(
+                f"vision_tower: {_name(index)} has shape {list(state.shape)}, need {list(self.shape)} as the states "
+                f"that it is summed with"
+            )
+        self.missing.remove(index)
+        self.shape = state.shape
         if self.mode == "layer" and not self.is_tap and not self.differentiates:
             self._add(index, state)
             return
         self.held[index] = state
-        if self.seen == len(self.layers) and not self.differentiates:
+        if not self.missing and not self.differentiates:
             self._fold()
 
     def finish(self) -> Tensor:
-        if self.seen != len(self.layers):
+        if self.missing:
             raise RuntimeError(
-                f"vision_tower: a run has to pass each of the plan's layers {list(self.layers)} once, got {self.seen} "
-                f"states of them"
+                f"vision_tower: a run left out layers {sorted(self.missing)}, need each of the plan's once"
             )
         if self.total is None:
             self._fold()
@@ -205,7 +227,7 @@ class _Fold:
         if self.total is None:
             self.total = torch.zeros_like(state, dtype=accumulation_dtype(state.dtype))
         self.total = self.total.to(state.device).add_(state, alpha=self.scales[index])
-        if self.seen == len(self.layers):
+        if not self.missing:
             self.total = self.total.to(state.dtype)
 
 
@@ -228,16 +250,17 @@ def stream_hidden_states(
     outside the compiled function: a tower that was compiled without hooks is compiled once more.
 
     Args:
-        vision_tower: any module whose encoder layers are one ModuleList (transformers' CLIP and SigLIP, and others);
-            a layer returns its state ``[I, T, D]`` or a tuple that starts with it.
+        vision_tower: any module whose encoder layers are one ModuleList (transformers' CLIP and SigLIP, and others),
+            see ``encoder_layers``; a layer returns its state ``[I, T, D]`` or a tuple that starts with it.
         plan: which layers go where; ``hidden_states[0]`` is the input of the first layer.
         mode: "group" or "layer", see above.
         impl: which backend folds, as in ``layer_mix``.
 
     Raises:
         ValueError: an unknown mode, a tower without a list of layers, or a plan for another number of states.
-        NotImplementedError: while the tower runs, if its first layer is called without its input state.
-        RuntimeError: when a run ends that has not passed each layer of the plan once.
+        NotImplementedError: while the tower runs, if its first layer is called without its input state, or a state has
+            another shape.
+        RuntimeError: a run does not pass each layer of the plan once.
     """
     layers = encoder_layers(vision_tower)
     stream = HiddenStateStream(layers, plan, mode, impl)

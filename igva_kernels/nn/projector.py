@@ -130,7 +130,7 @@ class LayerMixProjector(nn.Module):
             ValueError, TypeError, NotImplementedError: as in ``layer_mix_mlp``.
         """
         mixed = MixInput(
-            tuple(hidden_states), mix_weights, image_index, None, self.plan if plan is None else plan,
+            _as_tuple(hidden_states), mix_weights, image_index, None, self.plan if plan is None else plan,
             self.skip_tokens, self.activation, self.impl,
         )  # fmt: skip
         return connect(mixed, self.projector_layernorm, self.linear_1, self.linear_2)
@@ -215,10 +215,21 @@ def column_summaries(
     Raises:
         ValueError, TypeError, NotImplementedError: as in ``layer_mix`` and ``column_plan``.
     """
-    columns = column_plan(plan.resolve(len(hidden_states)))
-    tokens: list[Tensor | None] = [None] * len(hidden_states)
+    states = _as_tuple(hidden_states)
+    columns = column_plan(plan.resolve(len(states)))
+    tokens: list[Tensor | None] = [None] * len(states)
     for layer in columns.layers:
-        state = hidden_states[layer]
+        state = states[layer]
         if state is not None:
             tokens[layer] = state[:, :1] if has_cls else state.mean(dim=1, keepdim=True)
     return layer_mix(tokens, columns, impl=impl).squeeze(1).unflatten(-1, (columns.num_blocks, -1))
+
+
+def _as_tuple(hidden_states: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    # Any object with __getitem__ can be iterated, and for ever if no index is out of its range.
+    if not isinstance(hidden_states, Sequence):
+        raise TypeError(
+            f"hidden_states: need a sequence of tensors [I, T, D], got {type(hidden_states).__name__}; "
+            f"pass the states as they are, not stacked"
+        )
+    return tuple(hidden_states)

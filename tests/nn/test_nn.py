@@ -227,6 +227,33 @@ def test_the_projector_reads_reduced_sources_and_many_rows_of_one_image(impl):
     close(out, projector()([h[index] for h in hidden], weights))
 
 
+class Endless:
+    """No index is out of its range, and Python's loop over it has no end."""
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        assert index < 100, "read for ever"
+        return torch.randn(2, 5, 8)
+
+
+@pytest.mark.parametrize("stacked", [Endless(), torch.randn(5, 2, 5, 8)], ids=["endless", "a tensor"])
+def test_what_is_no_sequence_of_states_is_refused_before_it_is_read(stacked):
+    for call in (lambda: projector()(stacked, torch.rand(2, 2)), lambda: column_summaries(stacked, PLAN)):
+        with pytest.raises(TypeError, match="hidden_states: need a sequence of tensors"):
+            call()
+
+
+@pytest.mark.parametrize("has_cls", [True, False])
+def test_states_without_their_batch_are_refused(has_cls):
+    lost = [state[0] for state in states()]
+    with pytest.raises(ValueError, match=r"hidden_states\[1\]: need shape \[I, T, D\]"):
+        column_summaries(lost, PLAN, has_cls)
+    with pytest.raises(ValueError, match=r"hidden_states\[1\]: need shape \[I, T, D\], got \[5, 8\]"):
+        projector()(lost, torch.rand(2, 2))
+
+
 def test_an_unknown_activation_is_refused():
     with pytest.raises(ValueError, match="activation"):
         projector(activation="tanh")

@@ -8,6 +8,7 @@ import plain_torch
 import pytest
 import torch
 from threads import in_threads
+from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 import igva_kernels as ik
@@ -308,7 +309,7 @@ def test_wrong_arguments_are_named(tower):
         pass
     with (
         pytest.raises(ValueError, match="vision_tower: need a module whose encoder layers"),
-        ik.stream_hidden_states(torch.nn.Linear(2, 2), PLANS["igva"]),
+        ik.stream_hidden_states(nn.Linear(2, 2), PLANS["igva"]),
     ):
         pass
     with (
@@ -324,3 +325,80 @@ def test_a_tower_that_was_cut_is_counted_from_its_layers(pixels):
     with ik.stream_hidden_states(tower, MixPlan.concat([-1])) as stream:
         output = tower(pixels)
     torch.testing.assert_close(stream.sources[0], output.last_hidden_state)
+
+
+# ---- towers of other kinds ----
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, state):
+        return state + self.linear(state).tanh()
+
+
+class ExpertLayer(nn.Module):
+    """Holds more experts than the tower has layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(Layer() for _ in range(9))
+
+    def forward(self, state):
+        return torch.stack([expert(state) for expert in self.experts]).mean(0)
+
+
+class Tower(nn.Module):
+    """Returns all of its states; runs its layers in ``order``."""
+
+    def __init__(self, kinds=(Layer,) * 4, order=range(4)):
+        super().__init__()
+        self.encoder = nn.Module()
+        self.encoder.layers = nn.ModuleList(kind() for kind in kinds)
+        self.order = order
+
+    def forward(self, state):
+        states = [state]
+        for index in self.order:
+            states.append(self.encoder.layers[index](states[-1]))
+        return states
+
+
+@pytest.mark.parametrize("mode", ["group", "layer"])
+@pytest.mark.parametrize("kinds", [[ExpertLayer] * 4, [Layer, ExpertLayer] * 2], ids=["all", "every other"])
+def test_a_list_inside_a_layer_is_no_list_of_layers_however_long(kinds, mode):
+    tower, plan, state = Tower(kinds).requires_grad_(False), MixPlan.igva_uniform(4, 2), torch.randn(2, 5, 8)
+    assert encoder_layers(tower) is tower.encoder.layers
+    with ik.stream_hidden_states(tower, plan, mode=mode) as stream:
+        states = tower(state)
+    torch.testing.assert_close(ik.layer_mix(stream.sources, stream.plan), plain_torch.layer_mix(states, plan))
+
+
+WRONG_STATES = {
+    "no batch": (lambda state: state[0], r"the output of layer 2 is a tensor of shape \[5, 8\], need a tensor"),
+    "no tensor": (lambda state: {"state": state}, r"the output of layer 2 is dict, need a tensor \[I, T, D\]"),
+    "one image": (lambda state: state[:1], r"the output of layer 2 has shape \[1, 5, 8\], need \[2, 5, 8\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["group", "layer"])
+@pytest.mark.parametrize(("change", "said"), WRONG_STATES.values(), ids=WRONG_STATES)
+def test_a_layer_that_gives_no_state_is_named(change, said, mode):
+    tower, plan = Tower().requires_grad_(False), MixPlan.igva_uniform(4, 1)
+    forward = tower.encoder.layers[1].forward
+    tower.encoder.layers[1].forward = lambda state: change(forward(state))
+    with pytest.raises(NotImplementedError, match=said), ik.stream_hidden_states(tower, plan, mode=mode):
+        tower(torch.randn(2, 5, 8))
+
+
+@pytest.mark.parametrize("mode", ["group", "layer"])
+@pytest.mark.parametrize(
+    ("order", "said"),
+    [((0, 1, 1, 3), "the output of layer 2 came twice"), ((0, 1, 3), r"a run left out layers \[3\], need each")],
+)
+def test_a_run_that_repeats_or_leaves_out_a_layer_is_refused(order, said, mode):
+    tower = Tower(order=order).requires_grad_(False)
+    with pytest.raises(RuntimeError, match=said), ik.stream_hidden_states(tower, MixPlan.igva_uniform(4, 1), mode=mode):
+        tower(torch.randn(2, 5, 8))
