@@ -1,5 +1,6 @@
 """Inputs beside pixels and embeddings: encoded images, instructions as text, the processor."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 pytest.importorskip("transformers")
 
 from recording import Dispatched
+from safetensors.torch import save_file
 from threads import in_threads
-from tiny import EMBED, FUSED, IMAGE, PATCHES, batch, igva_config, igva_model
+from tiny import EMBED, FUSED, IMAGE, PATCHES, batch, igva_config, igva_model, vision_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoProcessor, CLIPImageProcessor, PreTrainedTokenizerFast
 
@@ -73,11 +75,22 @@ def test_the_connector_learns_from_encoded_images():
     assert model.model.weight_allocator.sentence_proj.weight.grad.any()
 
 
+OTHER_PLANS = {
+    "another number of blocks": {"mix_plan": MixPlan.concat([0, 1, 2])},
+    "another base layer": {"vision_feature_layer": -4},
+    "other groups": {"mix_groups": [[1, 3], [2, 4]]},
+    "another tower": {"vision_config": vision_config(num_hidden_layers=6), "vision_feature_layer": 3,
+                      "mix_groups": [[1, 2], [3, 4]]},
+}  # fmt: skip
+"""Models whose features are not those of ``igva_model()``; the plan over the sources is another in the first alone."""
+
+
 def test_encoded_images_can_be_indexed_joined_converted_and_saved(tmp_path):
     features = igva_model().encode_images(torch.randn(3, 3, 28, 28))
 
     def same(a, b):
-        return a.plan == b.plan and all(torch.equal(x, y) for x, y in zip(a.sources, b.sources, strict=True))
+        plans = (a.made_of, a.plan) == (b.made_of, b.plan)
+        return plans and all(torch.equal(x, y) for x, y in zip(a.sources, b.sources, strict=True))
 
     assert same(ImageFeatures.cat([features[0], features[1:]]), features)
     assert same(features[-1], features[2:])
@@ -90,16 +103,19 @@ def test_encoded_images_can_be_indexed_joined_converted_and_saved(tmp_path):
 
 def test_what_cannot_be_joined_or_loaded_is_refused(tmp_path):
     features = igva_model().encode_images(torch.randn(1, 3, 28, 28))
-    other = igva_model(mix_plan=MixPlan.concat([0, 1, 2])).encode_images(torch.randn(1, 3, 28, 28))
-    with pytest.raises(ValueError, match="features"):
-        ImageFeatures.cat([features, other])
+    for fields in OTHER_PLANS.values():
+        other = igva_model(**fields).encode_images(torch.randn(1, 3, 28, 28))
+        with pytest.raises(ValueError, match="features"):
+            ImageFeatures.cat([features, other])
     with pytest.raises(ValueError, match="features"):
         ImageFeatures.cat([])
-    from safetensors.torch import save_file
-
-    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="path"):
-        ImageFeatures.load(tmp_path / "x.safetensors")
+    file, older = tmp_path / "x.safetensors", tmp_path / "older.safetensors"
+    save_file({"x": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match=r"path: .*x\.safetensors' holds no image features"):
+        ImageFeatures.load(file)
+    save_file({"0": torch.zeros(1, 5, 16)}, older, metadata={"plan": json.dumps(MixPlan.concat([0], 1).to_dict())})
+    with pytest.raises(ValueError, match=r"path: .*older\.safetensors' is of an older version"):
+        ImageFeatures.load(older)
 
 
 def test_pixels_and_encoded_images_together_are_refused():
@@ -108,11 +124,15 @@ def test_pixels_and_encoded_images_together_are_refused():
         model(**inputs, image_features=model.encode_images(inputs["pixel_values"]))
 
 
-def test_features_of_another_plan_are_refused():
-    inputs = batch()
-    other = igva_model(mix_plan=MixPlan.concat([0, 1, 2])).encode_images(inputs.pop("pixel_values"))
-    with pytest.raises(ValueError, match="image_features"):
-        igva_model()(**inputs, image_features=other)
+@pytest.mark.parametrize("fields", OTHER_PLANS.values(), ids=OTHER_PLANS)
+def test_features_of_another_plan_are_refused(fields, tmp_path):
+    inputs, other = batch(), igva_model(**fields)
+    features = other.encode_images(inputs.pop("pixel_values"))
+    other(**inputs, image_features=features)
+    features.save(tmp_path / "images.safetensors")
+    for given in (features, ImageFeatures.load(tmp_path / "images.safetensors")):
+        with pytest.raises(ValueError, match=r"image_features: got the sources \[.*\] of .* states.*; need \[h3 \|.*"):
+            igva_model()(**inputs, image_features=given)
 
 
 # ---- instructions as text ----
@@ -214,6 +234,8 @@ def test_the_processor_survives_saving(tmp_path):
 
 # ---- streaming and the cache ----
 
+ONE_TAP = MixPlan.concat([0])
+
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
@@ -286,7 +308,7 @@ def test_the_cache_keeps_its_limit_and_drops_what_was_used_least_recently():
 
 def test_threads_share_a_cache():
     def encode_alone(pixels):
-        return ImageFeatures((pixels.flatten(2) * 2,), MixPlan.concat([0]))
+        return ImageFeatures((pixels.flatten(2) * 2,), ONE_TAP, ONE_TAP)
 
     pixels = torch.randn(6, 3, 4, 4)
     encode = ImageFeatureCache(encode_alone, max_bytes=3 * encode_alone(pixels[:1]).nbytes)
@@ -304,7 +326,9 @@ def test_threads_share_a_cache():
 
 def test_the_cache_tells_apart_the_same_bytes_of_another_dtype_or_shape():
     seen = []
-    encode = ImageFeatureCache(lambda x: seen.append(x) or ImageFeatures((x.flatten(2),), MixPlan.concat([0])), 1 << 20)
+    encode = ImageFeatureCache(
+        lambda x: seen.append(x) or ImageFeatures((x.flatten(2),), MixPlan.concat([0]), MixPlan.concat([0])), 1 << 20
+    )
     encode(torch.zeros(1, 3, 4, 4))
     encode(torch.zeros(1, 3, 4, 4, dtype=torch.int32))
     encode(torch.zeros(1, 3, 2, 8))

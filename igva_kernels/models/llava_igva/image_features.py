@@ -8,7 +8,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,9 @@ class ImageFeatures:
 
     sources: tuple[Tensor, ...]
     """S states ``[I, T, D]``, CLS included, in the order in which ``plan`` numbers them."""
+    made_of: MixPlan
+    """What each source is made of: one block per source, over the states of the tower. Connectors that read different
+    layers can have the same ``plan``, so this tells their features apart."""
     plan: MixPlan
     """The connector's plan over the sources."""
 
@@ -42,11 +45,11 @@ class ImageFeatures:
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> ImageFeatures:
         """The images at an index, a slice, or a sequence of indices; always as a batch."""
         at = slice(index, index + 1 or None) if isinstance(index, int) else index
-        return ImageFeatures(tuple(source[at] for source in self.sources), self.plan)
+        return replace(self, sources=tuple(source[at] for source in self.sources))
 
     def to(self, *args: Any, **kwargs: Any) -> ImageFeatures:
         """The same features on another device or in another dtype; arguments as in ``Tensor.to``."""
-        return ImageFeatures(tuple(source.to(*args, **kwargs) for source in self.sources), self.plan)
+        return replace(self, sources=tuple(source.to(*args, **kwargs) for source in self.sources))
 
     @property
     def nbytes(self) -> int:
@@ -58,26 +61,27 @@ class ImageFeatures:
         """All images, in order.
 
         Raises:
-            ValueError: there is nothing to join, or the plans differ.
+            ValueError: there is nothing to join, or the sources are made or mixed by different plans.
         """
-        if not features or any(f.plan != features[0].plan for f in features):
+        if len({(f.made_of, f.plan) for f in features}) != 1:
             raise ValueError("features: need at least one ImageFeatures, all of one plan")
         joined = (torch.cat(column) for column in zip(*(f.sources for f in features), strict=True))
-        return ImageFeatures(tuple(joined), features[0].plan)
+        return replace(features[0], sources=tuple(joined))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; ``ImageFeatures.load`` reads it back."""
         from safetensors.torch import save_file
 
         tensors = {str(i): source.contiguous() for i, source in enumerate(self.sources)}
-        save_file(tensors, path, metadata={"plan": json.dumps(self.plan.to_dict())})
+        plans = {"made_of": self.made_of, "plan": self.plan}
+        save_file(tensors, path, metadata={name: json.dumps(plan.to_dict()) for name, plan in plans.items()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str = "cpu") -> ImageFeatures:
         """The features that ``save`` wrote.
 
         Raises:
-            ValueError: the file holds something else.
+            ValueError: the file holds something else, or was written before files said what sources are made of.
         """
         from safetensors import safe_open
 
@@ -85,8 +89,13 @@ class ImageFeatures:
             metadata = file.metadata() or {}
             if "plan" not in metadata:
                 raise ValueError(f"path: {os.fspath(path)!r} holds no image features")
-            plan = MixPlan.from_dict(json.loads(metadata["plan"]))
-            return cls(tuple(file.get_tensor(str(i)) for i in range(len(file.keys()))), plan)
+            if "made_of" not in metadata:
+                raise ValueError(
+                    f"path: {os.fspath(path)!r} is of an older version and does not say which layers its sources are "
+                    f"made of, need a file that does; encode the images again"
+                )
+            made_of, plan = (MixPlan.from_dict(json.loads(metadata[name])) for name in ("made_of", "plan"))
+            return cls(tuple(file.get_tensor(str(i)) for i in range(made_of.num_blocks)), made_of, plan)
 
 
 class ImageFeatureCache:
@@ -157,7 +166,7 @@ class ImageFeatureCache:
         if features.nbytes > self.max_bytes:
             return
         # A copy, because a view would keep the whole batch alive that the image was encoded in.
-        self._images[key] = ImageFeatures(tuple(source.clone() for source in features.sources), features.plan)
+        self._images[key] = replace(features, sources=tuple(source.clone() for source in features.sources))
         self.nbytes += features.nbytes
         while self.nbytes > self.max_bytes:
             self.nbytes -= self._images.popitem(last=False)[1].nbytes

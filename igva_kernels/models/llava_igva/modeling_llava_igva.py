@@ -41,6 +41,7 @@ from igva_kernels.nn import (
     balance_loss,
     column_summaries,
 )
+from igva_kernels.ops.weighted_mix import MixPlan
 from igva_kernels.runtime.context import has_values
 from igva_kernels.streaming import stream_hidden_states
 
@@ -159,7 +160,8 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
             kwargs: for the vision tower.
 
         Raises:
-            ValueError: both pixels and features or neither; sentence embeddings missing or of the wrong shape.
+            ValueError: both pixels and features or neither; features of another plan; sentence embeddings missing or of
+                the wrong shape.
         """
         features = self._image_states(pixel_values, image_features, **kwargs)
         tokens, weights = self._connect(features, sentence_embeds, image_index)
@@ -289,13 +291,14 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
             states = self.vision_tower(
                 pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True}
             ).hidden_states
-        return ImageFeatures(states, self.multi_modal_projector.plan.resolve(len(states)))
+        plan = self.multi_modal_projector.plan.resolve(len(states))
+        return ImageFeatures(states, MixPlan.concat(range(len(states)), len(states)), plan)
 
     def _streamed_states(self, pixel_values: Tensor, **kwargs: Any) -> ImageFeatures:
         plan, impl = self.multi_modal_projector.plan, self.multi_modal_projector.impl
         with stream_hidden_states(self.vision_tower, plan, impl=impl) as stream:
             self.vision_tower(pixel_values, **{**kwargs, "output_hidden_states": False})
-        return ImageFeatures(tuple(stream.sources), stream.plan)
+        return ImageFeatures(tuple(stream.sources), *plan.reduced())
 
     def _image_states(
         self, pixel_values: Tensor | None, image_features: ImageFeatures | None = None, **kwargs: Any
@@ -304,9 +307,13 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
             raise ValueError("pixel_values, image_features: need exactly one of the two")
         if image_features is None:
             return self._hidden_states(pixel_values, **kwargs)
-        plan = self.multi_modal_projector.plan.reduced()[1]
-        if image_features.plan != plan:
-            raise ValueError(f"image_features: got the sources of {image_features.plan}, need those of {plan}")
+        made_of, plan = self.multi_modal_projector.plan.reduced()
+        got = image_features
+        if (got.made_of, got.plan) != (made_of, plan):
+            raise ValueError(
+                f"image_features: got the sources {got.made_of} of {got.made_of.num_states} states, to be mixed as "
+                f"{got.plan}; need {made_of} of {made_of.num_states} states, to be mixed as {plan}"
+            )
         return image_features
 
     def _connect(
