@@ -23,6 +23,7 @@ import igva_kernels as ik
 from benchmarks.workloads import Connector, Model, Operation, Workload
 from igva_kernels.ops.weighted_mix.cases import LINEARS, Case, Inputs
 from igva_kernels.ops.weighted_mix.cuda import gemm as cuda_gemm
+from igva_kernels.ops.weighted_mix.op import OPERATOR
 from igva_kernels.ops.weighted_mix.plan import terms
 from igva_kernels.registry import REFERENCE, all_backends, operators
 from igva_kernels.runtime.activations import ACTIVATIONS
@@ -80,8 +81,8 @@ def providers(workload: Workload, device: str) -> dict[str, Provider]:
 
 
 def kernels(device: str, dtype: torch.dtype) -> list[str]:
-    """The backends that can serve here."""
-    return operators()["weighted_mix"].candidates(torch.device(device), dtype)
+    """The backends that can serve the connectors here."""
+    return OPERATOR.candidates(torch.device(device), dtype)
 
 
 def _of_operation(workload: Operation, device: str) -> list[Provider]:

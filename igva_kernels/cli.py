@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from igva_kernels.registry import all_backends
+from igva_kernels.verify import DTYPES, is_slow
 from igva_kernels.version import __version__
 
 
@@ -40,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = commands.add_parser("verify", help="judge every backend that can run here against fp64")
     verify.add_argument("--backend", action="append", choices=tuple(all_backends()), help="only this one (repeatable)")
-    verify.add_argument("--dtype", action="append", choices=("fp32", "bf16", "fp16"), help="only this one (repeatable)")
+    verify.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="only this one (repeatable)")
     verify.add_argument("--quick", action="store_true", help="leave out the shapes of real models")
     verify.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the inputs (default: %(default)s)")
     verify.add_argument("--verbose", action="store_true", help="print every result, not only the worst of each case")
@@ -85,7 +86,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from igva_kernels.verify import DTYPES, is_slow, verify
+    from igva_kernels.verify import verify
 
     line = "{:34} {:5} {:14} {:22} {:>9} {:>9} {:>9}  {}"
     print("relative error against fp64; a result is right up to its budget, 2 x plain torch's error + eps/2\n")

@@ -12,7 +12,6 @@ import torch
 from igva_kernels.registry import REFERENCE, BackendStatus, Operator, all_backends, backends, operators
 from igva_kernels.runtime import native
 from igva_kernels.runtime.cpu.products import describe
-from igva_kernels.runtime.cuda import launch
 from igva_kernels.verify import DTYPES
 from igva_kernels.version import __version__
 
@@ -27,6 +26,9 @@ PACKAGES = (
     "numpy",
 )
 
+SERVED = DTYPES | {"fp64": torch.float64}
+"""The dtypes in which a backend is asked; ``verify`` judges none in fp64, which it measures the others by."""
+
 # The features that decide which CPU kernels and which GEMMs run; all other flags would only be noise.
 CPU_FEATURES = ("avx2", "fma3", "f16c", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16")
 
@@ -40,16 +42,15 @@ def collect() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": _cpu(),
         "gpus": _gpus(),
-        "native": _native(),
-        "cuda": _cuda(),
-        "backends": [status._asdict() | {"dtypes": _dtypes(status)} for status in backends()],
+        "build": native.build_info(),
+        "backends": [_backend(status) for status in backends()],
         "operators": {name: _implementations(operator) for name, operator in operators().items()},
     }
 
 
 def render(report: dict[str, Any]) -> str:
     """The report as lines of text."""
-    cpu, built = report["cpu"], report["native"]
+    cpu = report["cpu"]
     lines = [
         ("igva_kernels", report["igva_kernels"]),
         ("python", f"{report['python']} on {report['platform']}"),
@@ -59,8 +60,6 @@ def render(report: dict[str, Any]) -> str:
         *((f"gpu {i}", gpu) for i, gpu in enumerate(report["gpus"])),
         *([] if report["gpus"] else [("gpu", "none")]),
         *((f"products in {name}", text) for name, text in cpu["products"].items()),
-        ("compiled module", _describe(built)),
-        ("CUDA module", _describe_cuda(report["cuda"])),
     ]
     text = [f"{name:22}{value}" for name, value in lines]
     text += ["", "backends"]
@@ -68,6 +67,7 @@ def render(report: dict[str, Any]) -> str:
         dtypes = f", in {', '.join(backend['dtypes'])}" if backend["dtypes"] else ""
         answer = f"yes, on {', '.join(backend['devices'])}" if backend["available"] else f"no: {backend['reason']}"
         text.append(f"  {backend['name']:20}{answer}{dtypes}")
+        text += [f"    {note}" for note in backend["notes"]]
     text += ["", "operators"]
     for name, implementations in report["operators"].items():
         text.append(f"  {name:20}{', '.join(implementations)}")
@@ -75,36 +75,14 @@ def render(report: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
-def _describe(built: dict[str, Any]) -> str:
-    if not built["loaded"]:
-        return f"no: {built['reason']}"
-    build = built["build"]
-    forced = f", as {native.ISA_VARIABLE} says" if native.forced_isa() else ""
-    return (
-        f"built by {build.get('compiler', 'an unknown compiler')} for {', '.join(build.get('cpu_isas', []))}, "
-        f"OpenMP {build.get('openmp', 'unknown')}; uses {built['isa']}{forced}"
-    )
-
-
-def _describe_cuda(built: dict[str, Any]) -> str:
-    if not built["loaded"]:
-        return f"no: {built['reason']}"
-    build = built["build"]
-    left_out = f"; left out: {', '.join(build['left_out'])}" if build.get("left_out") else ""
-    archs = ", ".join(build.get("archs", []))
-    return f"built by nvcc {build.get('nvcc', 'unknown')} for {archs} and PTX for {build.get('ptx')}{left_out}"
-
-
-def _dtypes(status: BackendStatus) -> list[str]:
-    """The dtypes that a backend serves here; empty for plain torch, which is not asked."""
+def _backend(status: BackendStatus) -> dict[str, Any]:
+    """What is said of a backend; of plain torch, which is not asked, neither dtypes nor notes."""
     backend = all_backends().get(status.name)
     if backend is None:
-        return []
-    return [
-        name
-        for name, dtype in DTYPES.items()
-        if any(backend.why_not(torch.device(device), dtype) is None for device in status.devices)
-    ]
+        return status._asdict() | {"dtypes": [], "notes": []}
+    devices = [torch.device(device) for device in status.devices]
+    dtypes = [n for n, dtype in SERVED.items() if any(backend.why_not(device, dtype) is None for device in devices)]
+    return status._asdict() | {"dtypes": dtypes, "notes": backend.notes()}
 
 
 def _implementations(operator: Operator) -> dict[str, list[str]]:
@@ -133,17 +111,6 @@ def _cpu() -> dict[str, Any]:
         "features": [name for name in CPU_FEATURES if known.get(name)],
         "products": {name: describe(dtype) for name, dtype in DTYPES.items()},
     }
-
-
-def _native() -> dict[str, Any]:
-    module, reason = native.load()
-    isa = None if module is None else module.isa()
-    return {"loaded": module is not None, "reason": reason, "isa": isa, "build": native.build_info()}
-
-
-def _cuda() -> dict[str, Any]:
-    module, reason = launch.load()
-    return {"loaded": module is not None, "reason": reason, "build": native.build_info().get("cuda", {})}
 
 
 def _gpus() -> list[str]:

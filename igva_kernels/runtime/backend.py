@@ -20,3 +20,5 @@ class Backend:
     why_not: Callable[[torch.device, torch.dtype], str | None]
     """None if it can run here on tensors of this device and dtype, otherwise the reason why not. It is asked about any
     type of device that a backend names, whether or not this machine has one."""
+    notes: Callable[[], list[str]] = list
+    """What ``igva-kernels info`` should say about it on this machine, such as what it was built by."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import igva_kernels
 
 ROOT = Path(igva_kernels.__file__).parent
+CHECKOUT = ROOT.parent
 FLOORS = (
     ("runtime", "testing", "version"),
     ("registry",),
@@ -76,21 +77,34 @@ def test_an_operator_imports_no_other():
     assert not mixed
 
 
+def operators():
+    """The names of the operators, which are those of their folders."""
+    found = [path.name for path in (ROOT / "ops").iterdir() if (path / "op.py").exists()]
+    assert len(found) >= 2
+    return found
+
+
 def test_what_is_shared_names_no_operator():
-    operators = [path.name for path in (ROOT / "ops").iterdir() if (path / "op.py").exists()]
-    assert len(operators) >= 2
     shared = [
-        ROOT / "registry.py",
-        ROOT / "verify.py",
-        ROOT / "tune.py",
-        ROOT / "info.py",
-        ROOT / "testing.py",
+        *(ROOT / f"{name}.py" for name in ("registry", "verify", "tune", "info", "testing", "cli")),
         *ROOT.glob("runtime/**/*.py"),
+        CHECKOUT / "tests" / "helpers" / "harness.py",
     ]
     named = [
-        f"{path.relative_to(ROOT)}: {name}"
+        f"{path.relative_to(CHECKOUT)}: {name}"
         for path in shared
-        for name in operators
+        for name in operators()
         if any(form in path.read_text() for form in (f"ops.{name}", f"ops/{name}", f'"{name}"'))
     ]
     assert not named
+
+
+def test_the_benchmarks_look_no_operator_up():
+    """A module that is about one operator imports it; what is true of all of them asks for its name."""
+    looked_up = [
+        f"{path.name}: {name}"
+        for path in (CHECKOUT / "benchmarks").glob("*.py")
+        for name in operators()
+        if f'operators()["{name}"]' in path.read_text()
+    ]
+    assert not looked_up

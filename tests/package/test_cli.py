@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from igva_kernels import cli, info, registry, verify
+from igva_kernels.runtime import native
+from igva_kernels.runtime.backend import Backend
 from igva_kernels.testing import Verdict
 from igva_kernels.version import __version__
 
@@ -27,8 +29,40 @@ def test_info_as_json(capsys):
     assert cli.main(["info", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["packages"]["torch"] == version("torch")
-    assert {"reference", "cpu"} <= set(report["operators"]["weighted_mix"]) or not report["native"]["loaded"]
-    assert [backend["name"] for backend in report["backends"]] == ["reference", *registry.all_backends()]
+    backends = {backend["name"]: backend for backend in report["backends"]}
+    assert [*backends] == ["reference", *registry.all_backends()]
+    assert {"reference", "cpu"} <= set(report["operators"]["weighted_mix"]) or not backends["cpu"]["available"]
+    assert report["build"] == native.build_info()
+
+
+def test_info_says_what_a_backend_says_of_itself(monkeypatch, capsys):
+    """Its dtypes, fp64 too, and its notes, whether or not it can run."""
+    takes = (torch.float64, torch.bfloat16)
+    toy = Backend("toy", 0, ("cpu",), lambda _, dtype: None if dtype in takes else "", lambda: ["built by hand"])
+    away = Backend("away", 1, ("xpu",), lambda *_: "it is elsewhere", lambda: ["built by them"])
+    monkeypatch.setattr(info, "all_backends", lambda: {"toy": toy, "away": away})
+    statuses = [
+        registry.BackendStatus("toy", True, ("cpu",), ""),
+        registry.BackendStatus("away", False, (), "it is elsewhere"),
+    ]
+    monkeypatch.setattr(info, "backends", lambda: statuses)
+    assert cli.main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[lines.index("backends") + 1 :][:4] == [
+        "  toy                 yes, on cpu, in bf16, fp64", "    built by hand",
+        "  away                no: it is elsewhere", "    built by them",
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(native.load()[0] is None, reason=native.load()[1])
+def test_info_says_by_what_the_cpu_kernels_were_built_and_which_they_use(monkeypatch, capsys):
+    monkeypatch.setenv(native.ISA_VARIABLE, native.load()[0].isa())
+    cli.main(["info"])
+    lines = capsys.readouterr().out.splitlines()
+    cpu = next(i for i, line in enumerate(lines) if line.startswith("  cpu "))
+    assert lines[cpu].endswith("in fp32, bf16, fp16, fp64")
+    assert native.build_info()["compiler"] in lines[cpu + 1]
+    assert lines[cpu + 1].endswith(f"; uses {native.load()[0].isa()}, as {native.ISA_VARIABLE} says")
 
 
 def test_info_says_what_is_not_installed(monkeypatch, capsys):

@@ -18,4 +18,16 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return native.load()[1] or None
 
 
-BACKEND = Backend("cpu", 2, ("cpu",), why_not)
+def notes() -> list[str]:
+    """See ``Backend.notes``."""
+    module, build = native.load()[0], native.build_info()
+    if module is None:
+        return []
+    forced = f", as {native.ISA_VARIABLE} says" if native.forced_isa() else ""
+    return [
+        f"built by {build.get('compiler', 'an unknown compiler')} for {', '.join(build.get('cpu_isas', []))}, "
+        f"OpenMP {build.get('openmp', 'unknown')}; uses {module.isa()}{forced}"
+    ]
+
+
+BACKEND = Backend("cpu", 2, ("cpu",), why_not, notes)

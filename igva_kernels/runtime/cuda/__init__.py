@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from igva_kernels.runtime import native
 from igva_kernels.runtime.backend import Backend
 from igva_kernels.runtime.cuda import launch
 from igva_kernels.runtime.operands import DTYPES
@@ -18,4 +19,14 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return launch.load()[1] or launch.why_not_device(device)
 
 
-BACKEND = Backend("cuda", 1, ("cuda",), why_not)
+def notes() -> list[str]:
+    """See ``Backend.notes``."""
+    build = native.build_info().get("cuda", {})
+    if launch.load()[0] is None:
+        return []
+    left_out = f"; left out: {', '.join(build['left_out'])}" if build.get("left_out") else ""
+    archs = ", ".join(build.get("archs", []))
+    return [f"built by nvcc {build.get('nvcc', 'unknown')} for {archs} and PTX for {build.get('ptx')}{left_out}"]
+
+
+BACKEND = Backend("cuda", 1, ("cuda",), why_not, notes)
