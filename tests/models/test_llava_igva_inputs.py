@@ -324,6 +324,21 @@ def test_threads_share_a_cache():
     assert encode.hits + encode.misses == 4 * 100 * 2
 
 
+def test_what_was_encoded_before_the_cache_was_cleared_is_not_remembered_after():
+    def encode_alone(pixels):
+        events.pop()()
+        return ImageFeatures((pixels.flatten(2),), ONE_TAP, ONE_TAP)
+
+    encode, pixels = ImageFeatureCache(encode_alone, max_bytes=1 << 20), torch.randn(2, 3, 4, 4)
+    events = [encode.clear, lambda: None]  # the last one first
+    encode(pixels[:1])
+    assert len(encode(pixels)) == 2
+    assert (len(encode), encode.nbytes, encode.hits, encode.misses) == (0, 0, 1, 2)
+    events = [lambda: None]
+    encode(pixels)
+    assert (len(encode), encode.hits, encode.misses) == (2, 1, 4)
+
+
 def test_the_cache_tells_apart_the_same_bytes_of_another_dtype_or_shape():
     seen = []
     encode = ImageFeatureCache(

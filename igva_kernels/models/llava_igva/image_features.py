@@ -129,6 +129,7 @@ class ImageFeatureCache:
         """Images that were encoded."""
         self._encode = encode
         self._images: OrderedDict[bytes, ImageFeatures] = OrderedDict()
+        self._generation = 0  # how often it was cleared
         self._lock = threading.Lock()
 
     def __call__(self, pixel_values: Tensor) -> ImageFeatures:
@@ -137,6 +138,7 @@ class ImageFeatureCache:
         if not keys:
             return self._encode(pixel_values)
         with self._lock:
+            generation = self._generation
             known = {key: self._images[key] for key in keys if key in self._images}
         new = {key: at for at, key in enumerate(keys) if key not in known}
         if new:
@@ -145,8 +147,9 @@ class ImageFeatureCache:
         with self._lock:
             self.misses += len(new)
             self.hits += len(keys) - len(new)
-            for key in dict.fromkeys(keys):
-                self._remember(key, known[key])
+            if generation == self._generation:  # or the weights have changed since
+                for key in dict.fromkeys(keys):
+                    self._remember(key, known[key])
         return ImageFeatures.cat([known[key] for key in keys])
 
     def __len__(self) -> int:
@@ -154,10 +157,11 @@ class ImageFeatureCache:
         return len(self._images)
 
     def clear(self) -> None:
-        """Forget every image."""
+        """Forget every image; those that another thread is encoding at the moment are not remembered either."""
         with self._lock:
             self._images.clear()
             self.nbytes = 0
+            self._generation += 1
 
     def _remember(self, key: bytes, features: ImageFeatures) -> None:
         if key in self._images:
