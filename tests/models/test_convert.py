@@ -218,7 +218,7 @@ def test_the_command_says_what_is_missing(tmp_path, capsys):
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "file").touch()
     assert cli.main(command) == 1
-    assert "not empty" in capsys.readouterr().err
+    assert "which is not empty, need a new or an empty directory" in capsys.readouterr().err
 
 
 def test_a_llava_that_was_patched_with_a_plan_becomes_the_reference_model(tmp_path):

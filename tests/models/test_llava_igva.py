@@ -469,8 +469,8 @@ BAD_INPUTS = {
     "an image too many": (change(pixel_values=torch.zeros(3, 3, 28, 28)), "3 images"),
     "an image too few": (change(pixel_values=torch.zeros(1, 3, 28, 28)), "1 images"),
     "pixels in five dimensions": (change(pixel_values=torch.zeros(2, 1, 3, 28, 28)), "pixel_values"),
-    "ids and embeddings": (change(inputs_embeds=torch.zeros(2, 11, 32)), "inputs_embeds"),
-    "neither": (change(input_ids=None), "inputs_embeds"),
+    "ids and embeddings": (change(inputs_embeds=torch.zeros(2, 11, 32)), "input_ids, inputs_embeds: got both, need"),
+    "neither": (change(input_ids=None), "input_ids, inputs_embeds: got neither, need"),
 }
 
 

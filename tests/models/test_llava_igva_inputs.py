@@ -105,9 +105,9 @@ def test_what_cannot_be_joined_or_loaded_is_refused(tmp_path):
     features = igva_model().encode_images(torch.randn(1, 3, 28, 28))
     for fields in OTHER_PLANS.values():
         other = igva_model(**fields).encode_images(torch.randn(1, 3, 28, 28))
-        with pytest.raises(ValueError, match="features"):
+        with pytest.raises(ValueError, match="features: got 2 ImageFeatures of 2 plans, need"):
             ImageFeatures.cat([features, other])
-    with pytest.raises(ValueError, match="features"):
+    with pytest.raises(ValueError, match="features: got 0 ImageFeatures of 0 plans, need"):
         ImageFeatures.cat([])
     file, older = tmp_path / "x.safetensors", tmp_path / "older.safetensors"
     save_file({"x": torch.zeros(1)}, file)
@@ -118,10 +118,12 @@ def test_what_cannot_be_joined_or_loaded_is_refused(tmp_path):
         ImageFeatures.load(older)
 
 
-def test_pixels_and_encoded_images_together_are_refused():
+def test_pixels_and_encoded_images_together_and_neither_are_refused():
     model, inputs = igva_model(), batch()
-    with pytest.raises(ValueError, match="image_features"):
+    with pytest.raises(ValueError, match="pixel_values, image_features: got both, need"):
         model(**inputs, image_features=model.encode_images(inputs["pixel_values"]))
+    with pytest.raises(ValueError, match="pixel_values, image_features: got neither, need"):
+        model.get_image_features(sentence_embeds=inputs["sentence_embeds"])
 
 
 @pytest.mark.parametrize("fields", OTHER_PLANS.values(), ids=OTHER_PLANS)

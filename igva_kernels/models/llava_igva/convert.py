@@ -89,7 +89,7 @@ def convert(
     """
     source, target = Path(source), Path(target)
     if target.exists() and any(target.iterdir()):
-        raise ValueError(f"target: {target} is not empty")
+        raise ValueError(f"target: got {target}, which is not empty, need a new or an empty directory")
     kind = _read_config(source)["model_type"]
     tokenizer = None
     if (source / "tokenizer_config.json").exists():

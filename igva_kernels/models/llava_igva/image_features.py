@@ -63,8 +63,11 @@ class ImageFeatures:
         Raises:
             ValueError: there is nothing to join, or the sources are made or mixed by different plans.
         """
-        if len({(f.made_of, f.plan) for f in features}) != 1:
-            raise ValueError("features: need at least one ImageFeatures, all of one plan")
+        plans = {(f.made_of, f.plan) for f in features}
+        if len(plans) != 1:
+            raise ValueError(
+                f"features: got {len(features)} ImageFeatures of {len(plans)} plans, need at least one, all of one plan"
+            )
         joined = (torch.cat(column) for column in zip(*(f.sources for f in features), strict=True))
         return replace(features[0], sources=tuple(joined))
 

@@ -189,8 +189,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         Raises:
             ValueError: arguments that contradict each other, or image places that do not fit the images.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("input_ids, inputs_embeds: need exactly one of the two")
+        _check_one_is_given(input_ids=input_ids, inputs_embeds=inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         places = self._image_places(input_ids, inputs_embeds)
@@ -303,8 +302,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
     def _image_states(
         self, pixel_values: Tensor | None, image_features: ImageFeatures | None = None, **kwargs: Any
     ) -> ImageFeatures:
-        if (pixel_values is None) == (image_features is None):
-            raise ValueError("pixel_values, image_features: need exactly one of the two")
+        _check_one_is_given(pixel_values=pixel_values, image_features=image_features)
         if image_features is None:
             return self._hidden_states(pixel_values, **kwargs)
         made_of, plan = self.multi_modal_projector.plan.reduced()
@@ -526,6 +524,13 @@ def _allocator(config: LlavaIgvaConfig) -> WeightAllocator | TextAllocator | Lea
 def _check_pixels(pixel_values: Tensor) -> None:
     if pixel_values.ndim != 4:
         raise ValueError(f"pixel_values: got shape {tuple(pixel_values.shape)}, need [images, 3, height, width]")
+
+
+def _check_one_is_given(**arguments: Any) -> None:
+    given = [value is not None for value in arguments.values()]
+    if sum(given) != 1:
+        got = "both" if all(given) else "neither"
+        raise ValueError(f"{', '.join(arguments)}: got {got}, need exactly one of the two")
 
 
 def _share_of_loss(
