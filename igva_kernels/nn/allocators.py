@@ -6,10 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from igva_kernels.nn.sharding import is_untouched
-from igva_kernels.ops.allocator import refused, select, why_not
-from igva_kernels.registry import REFERENCE
+from igva_kernels.ops.allocator import AllocatorWeights, Parts, fused
 from igva_kernels.runtime.context import saveable
-from igva_kernels.runtime.torch_op import OPS
 
 
 class WeightAllocator(nn.Module):
@@ -75,9 +73,10 @@ class WeightAllocator(nn.Module):
             raise ValueError(f"summaries: got shape {tuple(summaries.shape)}, need {(batch, columns, dim)}")
         sentence_embeds = sentence_embeds.to(self.sentence_proj.weight.dtype)
         summaries = summaries.to(self.cls_proj.weight.dtype)
-        fused = self._fused(self.impl if impl is None else impl, sentence_embeds, summaries)
-        if fused is not None:
-            return fused
+        sizes = (self.head.in_features, columns)
+        weights = fused(self.impl if impl is None else impl, sentence_embeds, summaries, sizes, self._find_parts)
+        if weights is not None:
+            return weights
         if torch.is_grad_enabled():
             sentence_embeds, summaries = saveable(sentence_embeds), saveable(summaries)
         query = self.sentence_proj(sentence_embeds).unsqueeze(1)
@@ -90,23 +89,14 @@ class WeightAllocator(nn.Module):
     def extra_repr(self) -> str:
         return f"impl={self.impl!r}"
 
-    def _fused(self, impl: str, sentence_embeds: Tensor, summaries: Tensor) -> Tensor | None:
-        """The weights by a backend's kernels; None where the modules compute them."""
-        backend = select(impl, sentence_embeds, summaries, (self.head.in_features, self.head.out_features))
-        if backend == REFERENCE:
-            return None
+    def _find_parts(self) -> Parts | str:
+        """The modules as kernels take them, or why they cannot be taken."""
         modules = list(self.modules())[1:]
         parameters = [p for module in modules for p in module._parameters.values() if p is not None]
-        reason = why_not(sentence_embeds, summaries, parameters)
-        if reason is None and not self._is_plain(modules, len(parameters)):
-            reason = "a submodule is hooked, sharded, quantised or replaced"
-        if reason is None:
-            heads = self.blocks[0].cross_attention.num_heads
-            eps = [norm.eps for block in self.blocks for norm in (block.norm1, block.norm2)]
-            return OPS.allocate(sentence_embeds, summaries, parameters, heads, eps, backend)
-        if impl != "auto":
-            raise refused(impl, reason)
-        return None
+        if not self._is_plain(modules, len(parameters)):
+            return "a submodule is hooked, sharded, quantised or replaced"
+        eps = [norm.eps for block in self.blocks for norm in (block.norm1, block.norm2)]
+        return Parts(parameters, self.blocks[0].cross_attention.num_heads, eps)
 
     def _is_plain(self, modules: list[nn.Module], num_parameters: int) -> bool:
         """Whether the modules are as the constructor made them, and their forwards run nothing but their own code."""
@@ -115,7 +105,7 @@ class WeightAllocator(nn.Module):
         options = {(a.num_heads, a.dropout, a.add_zero_attn) for a in attentions}
         return (
             [type(module) for module in modules] == kinds
-            and num_parameters == 6 + 12 * len(attentions)
+            and num_parameters == AllocatorWeights.num_parameters(len(attentions))
             and len(options) == 1
             and options.pop()[1:] == (0.0, False)
             and all(map(is_untouched, modules))

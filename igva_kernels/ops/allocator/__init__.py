@@ -16,7 +16,7 @@ In training, ``torch.cuda.make_graphed_callables(allocator, (sentence, summaries
 forward and one backward; the connector stays eager.
 """
 
-from igva_kernels.ops.allocator.api import allocate, refused, select, why_not
+from igva_kernels.ops.allocator.api import Parts, allocate, fused
 from igva_kernels.ops.allocator.weights import AllocatorBlockWeights, AllocatorWeights
 
-__all__ = ["AllocatorBlockWeights", "AllocatorWeights", "allocate", "refused", "select", "why_not"]
+__all__ = ["AllocatorBlockWeights", "AllocatorWeights", "Parts", "allocate", "fused"]

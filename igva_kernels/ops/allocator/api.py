@@ -1,8 +1,9 @@
-"""The operator as a function, and what ``nn.WeightAllocator`` asks before kernels stand in for its modules."""
+"""The operator as a function, and the one place that decides whether kernels serve it or ``nn.WeightAllocator``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,18 +16,47 @@ from igva_kernels.runtime.context import autocast_dtype, saveable, why_only_torc
 from igva_kernels.runtime.torch_op import OPS
 
 
-def select(impl: str, sentences: Tensor, summaries: Tensor, sizes: tuple[int, int]) -> str:
-    """The backend that serves ``impl`` for an allocator of these ``(hidden width, K)``, or "reference".
+class Parts(NamedTuple):
+    """An allocator as kernels take it: arguments of ``allocate``."""
+
+    parameters: list[Tensor]
+    num_heads: int
+    eps: list[float]
+
+
+def fused(
+    impl: str, sentences: Tensor, summaries: Tensor, sizes: tuple[int, int], find_parts: Callable[[], Parts | str]
+) -> Tensor | None:
+    """The weights ``[B, K]`` by kernels; None where plain torch computes them.
+
+    Args:
+        impl: as in ``allocate``.
+        sentences: ``[B, E]``.
+        summaries: ``[B, K, D]``.
+        sizes: of the allocator: its hidden width and K.
+        find_parts: returns the allocator, or the reason why kernels cannot take it. It is called only where a backend
+            would serve the sizes, because a module has to look through all of its submodules for it.
 
     Raises:
         ValueError: no such ``impl``.
         NotImplementedError: an explicit ``impl`` that cannot serve the call.
     """
-    return OPERATOR.select(impl, summaries.device, summaries.dtype, (sentences, summaries), *sizes)
+    backend = OPERATOR.select(impl, summaries.device, summaries.dtype, (sentences, summaries), *sizes)
+    if backend == REFERENCE:
+        return None
+    parts = find_parts()
+    if isinstance(parts, str):
+        reason: str | None = parts
+    else:
+        reason = _why_not(sentences, summaries, parts.parameters)
+        if reason is None:
+            return OPS.allocate(sentences, summaries, *parts, backend)
+    if impl != "auto":
+        raise NotImplementedError(f"impl={impl!r} cannot serve this call of the allocator: {reason}")
+    return None
 
 
-def why_not(sentences: Tensor, summaries: Tensor, parameters: Sequence[Tensor]) -> str | None:
-    """None if kernels can serve a call with these tensors, otherwise the reason why not."""
+def _why_not(sentences: Tensor, summaries: Tensor, parameters: Sequence[Tensor]) -> str | None:
     tensors = (sentences, summaries, *parameters)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "its kernels are for inference and a gradient is asked for"
@@ -39,11 +69,6 @@ def why_not(sentences: Tensor, summaries: Tensor, parameters: Sequence[Tensor]) 
     if any(tensor.device != device or tensor.dtype != dtype for tensor in tensors):
         return "its inputs and parameters are not all of one dtype on one device"
     return None
-
-
-def refused(impl: str, reason: str) -> NotImplementedError:
-    """What an explicit ``impl`` raises where it cannot serve a call."""
-    return NotImplementedError(f"impl={impl!r} cannot serve this call of the allocator: {reason}")
 
 
 def allocate(
@@ -76,12 +101,10 @@ def allocate(
             raise ValueError(f"{name}: got {given}, need {need}")
     if width % num_heads:
         raise ValueError(f"num_heads: got {num_heads}, need a divisor of the hidden width {width}")
-    backend = select(impl, sentences, summaries, (width, num_weights))
-    reason = None if backend == REFERENCE else why_not(sentences, summaries, parameters)
-    if reason is not None and impl != "auto":
-        raise refused(impl, reason)
-    if backend == REFERENCE or reason is not None:
-        if torch.is_grad_enabled():
-            sentences, summaries = saveable(sentences), saveable(summaries)
-        return spec.allocate(sentences, summaries, weights, num_heads, eps)
-    return OPS.allocate(sentences, summaries, list(parameters), num_heads, list(eps), backend)
+    parts = Parts(list(parameters), num_heads, list(eps))
+    out = fused(impl, sentences, summaries, (width, num_weights), lambda: parts)
+    if out is not None:
+        return out
+    if torch.is_grad_enabled():
+        sentences, summaries = saveable(sentences), saveable(summaries)
+    return spec.allocate(sentences, summaries, weights, num_heads, eps)

@@ -40,6 +40,11 @@ class AllocatorWeights(NamedTuple):
     """``[K, C]``."""
     head_bias: Tensor
 
+    @staticmethod
+    def num_parameters(num_blocks: int) -> int:
+        """How many parameters an allocator of this many blocks has, a shared one counted once per use."""
+        return len(AllocatorWeights._fields) - 1 + num_blocks * len(AllocatorBlockWeights._fields)
+
     @classmethod
     def of(cls, parameters: Sequence[Tensor]) -> AllocatorWeights:
         """From a flat list in the order of ``parameters()``, in which a shared one appears once per use.
@@ -47,9 +52,9 @@ class AllocatorWeights(NamedTuple):
         Raises:
             ValueError: an allocator does not have this number of parameters.
         """
-        size = len(AllocatorBlockWeights._fields)
-        if len(parameters) < 6 + size or (len(parameters) - 6) % size:
-            raise ValueError(f"parameters: got {len(parameters)}, need 6 and {size} per block")
+        size, others = len(AllocatorBlockWeights._fields), cls.num_parameters(0)
+        if len(parameters) < others + size or (len(parameters) - others) % size:
+            raise ValueError(f"parameters: got {len(parameters)}, need {others} and {size} per block")
         starts = range(4, len(parameters) - 2, size)
         blocks = tuple(AllocatorBlockWeights(*parameters[start : start + size]) for start in starts)
         sentence_weight, sentence_bias, cls_weight, cls_bias = parameters[:4]

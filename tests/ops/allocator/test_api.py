@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from igva_kernels.nn import WeightAllocator
-from igva_kernels.ops.allocator import allocate
+from igva_kernels.ops.allocator import AllocatorWeights, allocate
 
 EPS = [1e-5] * 4
 
@@ -17,6 +17,13 @@ def test_the_specification_is_what_the_modules_compute():
     module, sentences, summaries = make()
     actual = allocate(sentences, summaries, [*module.parameters()], 2, EPS, "reference")
     torch.testing.assert_close(actual, module(sentences, summaries, impl="reference"), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_the_parameters_of_a_module_are_counted_and_named_in_their_order(blocks):
+    parameters = [*WeightAllocator(20, 24, 4, 32, blocks, 2).parameters()]
+    assert len(parameters) == AllocatorWeights.num_parameters(blocks)
+    assert len(AllocatorWeights.of(parameters).blocks) == blocks
 
 
 def test_inputs_made_under_inference_mode_train_the_parameters():

@@ -13,6 +13,7 @@ from igva_kernels.testing import within_rule
 
 pytest.importorskip("triton")
 
+from igva_kernels.ops.allocator import allocate, api
 from igva_kernels.ops.allocator import triton as kernels
 
 pytestmark = pytest.mark.interpreted
@@ -170,14 +171,38 @@ def test_what_it_cannot_serve_is_refused_by_name(name):
         module(*draw(1))
 
 
-def test_autocast_wide_rows_and_fp64_are_refused_by_name():
-    sentences, summaries = draw(1)
+def by_function(module, sentences, summaries):
+    """What ``module(sentences, summaries)`` computes, by the function that ``igva-kernels verify`` judges."""
+    block = module.blocks[0]
+    eps = [block.norm1.eps, block.norm2.eps] * len(module.blocks)
+    return allocate(
+        sentences, summaries, [*module.parameters()], block.cross_attention.num_heads, eps, impl=module.impl
+    )  # fmt: skip
+
+
+WAYS = {"module": lambda module, *inputs: module(*inputs), "function": by_function}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_autocast_wide_rows_fp64_and_gradients_are_refused_by_name(way):
+    call, inputs = WAYS[way], draw(1)
     with torch.autocast("cpu"), pytest.raises(NotImplementedError, match="autocast is on"):
-        make()(sentences, summaries)
+        call(make(), *inputs)
     with pytest.raises(NotImplementedError, match="5 keys of width 3000 are 32768 elements"):
-        make(5, 3000, 3, 1)(*draw(1, 5))
+        call(make(5, 3000, 3, 1), *draw(1, 5))
     with pytest.raises(NotImplementedError, match="float64"):
-        make().double()(sentences, summaries)
+        call(make().double(), *(x.double() for x in inputs))
+    with pytest.raises(NotImplementedError, match="a gradient is asked for"):
+        call(make().requires_grad_(), *inputs)
+
+
+def test_one_decision_serves_the_module_and_the_function(monkeypatch):
+    module, inputs = make(), draw(1)
+    assert torch.equal(by_function(module, *inputs), module(*inputs))
+    monkeypatch.setattr(api, "_why_not", lambda *_: "the test says so")
+    for call in WAYS.values():
+        with pytest.raises(NotImplementedError, match=r"impl='triton' cannot serve this call .*: the test says so"):
+            call(module, *inputs)
 
 
 def test_trainable_parameters_are_served_where_no_gradient_is_asked_for():
