@@ -9,8 +9,8 @@ per batch size and copy new inputs into the captured ones:
         out = layer_mix_mlp(states, plan, weights, ...)
 
 What does not depend on the weights can run before them: the sources of a streamed tower, while the tower runs; the
-group CLS; and the allocator's first three launches, which do not need the sentence. Both products of the connector need
-the weights and come after them.
+group CLS; and the allocator's first three launches, which read the image and, of the sentence, no more than the
+projection that the first of them makes. Both products of the connector need the weights and come after them.
 
 In training, ``torch.cuda.make_graphed_callables(allocator, (sentence, summaries))`` makes the allocator one launch
 forward and one backward; the connector stays eager.
