@@ -7,27 +7,23 @@ namespace {
 
 using igva::Activation;
 
-// erfc(t) / 2 for t >= 0. In fp32: the two minimax polynomials of N. Juffa (stackoverflow.com/a/35148199), with which
-// erf is accurate to 1 ulp.
+// erfc(t) / 2 for t >= 0. In fp32 it is exp(log(erfc(t) e^(t^2)) - t^2) / 2, where the logarithm is a polynomial in t up
+// to 4.25 and constant beyond, where erfc is below 2e-9. tools/fit_polynomials.py finds the coefficients. Up to t = 3
+// the relative error is below 8e-7, and a GELU made of it is within 2.6e-8 of the exact one.
 template <class V>
 inline V half_erfc(V t) {
-  const V s = t * t;
-  V r = fma(V::set(-1.72853470e-5f), t, V::set(3.83197126e-4f));
-  const V u = fma(V::set(-3.88396438e-3f), t, V::set(2.42546219e-2f));
-  r = fma(r, s, u);
-  r = fma(r, t, V::set(-1.06777877e-1f));
-  r = fma(r, t, V::set(-6.34846687e-1f));
-  r = fma(r, t, V::set(-1.28717512e-1f));
-  r = fma(r, t, V::set(0.0f) - t);
-  const V tail = V::set(0.5f) * exp(r);
-  V q = V::set(-5.96761703e-4f);
-  q = fma(q, s, V::set(4.99119423e-3f));
-  q = fma(q, s, V::set(-2.67681349e-2f));
-  q = fma(q, s, V::set(1.12819925e-1f));
-  q = fma(q, s, V::set(-3.76125336e-1f));
-  q = fma(q, s, V::set(1.28379166e-1f));
-  const V centre = fma(V::set(-0.5f), fma(q, t, t), V::set(0.5f));
-  return if_le(t, V::set(0.927734375f), centre, tail);
+  const V s = if_le(t, V::set(4.25f), t, V::set(4.25f));
+  V p = V::set(-8.03039995e-07f);
+  p = fma(p, s, V::set(1.56018305e-05f));
+  p = fma(p, s, V::set(-0.000132364308f));
+  p = fma(p, s, V::set(0.000624596491f));
+  p = fma(p, s, V::set(-0.00157191348f));
+  p = fma(p, s, V::set(-1.77416496e-05f));
+  p = fma(p, s, V::set(0.0193102974f));
+  p = fma(p, s, V::set(-0.102848098f));
+  p = fma(p, s, V::set(0.363395095f));
+  p = fma(p, s, V::set(-1.12838018f));
+  return V::set(0.5f) * exp(fma(V::set(0.0f) - t, t, p * s));
 }
 
 #ifdef IGVA_SCALAR
