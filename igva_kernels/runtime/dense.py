@@ -85,6 +85,19 @@ class Dense:
         return NormGrads(grad_rows, *norm_param_grads(param_grads if need_params else None, norm))
 
 
+def layer_norm(rows: Tensor, norm: Norm) -> Tensor:
+    """LayerNorm of rows ``[..., N]`` whose dtype its parameters need not have: autocast rounds rows, not parameters."""
+    weight, bias, eps = norm
+    if all(param is None or param.dtype == rows.dtype for param in (weight, bias)):
+        return F.layer_norm(rows, rows.shape[-1:], weight, bias, eps)
+    # CUDA's LayerNorm takes one dtype only. Some rows at a time, so that their wider copy stays small.
+    wide, normal = accumulation_dtype(rows.dtype), torch.empty_like(rows)
+    weight, bias = (None if param is None else param.to(wide) for param in (weight, bias))
+    for some, out in zip(rows.flatten(0, -2).split(NORM_ROWS), normal.flatten(0, -2).split(NORM_ROWS), strict=True):
+        out.copy_(F.layer_norm(some.to(wide), rows.shape[-1:], weight, bias, eps))
+    return normal
+
+
 def norm_param_grads(sums: Tensor | None, norm: Norm) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of a norm's weight and bias from their sums ``[2, N]``, each in its parameter's dtype."""
     if sums is None:

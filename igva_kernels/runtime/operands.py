@@ -46,14 +46,22 @@ def address(tensor: Tensor | None) -> int:
 
 def view(module: Any, tensor: Tensor) -> tuple:
     """A tensor ``[B, P, width]``, ``View``."""
-    return dtype_of(module, tensor.dtype), tensor.data_ptr(), tensor.stride()
+    return dtype_of(module, tensor.dtype), tensor.data_ptr(), _adjacent(tensor)
 
 
 def matrix(module: Any, tensor: Tensor | None) -> tuple | None:
     """A tensor ``[rows, columns]``, ``Matrix``; None where there is none."""
     if tensor is None:
         return None
-    return dtype_of(module, tensor.dtype), tensor.data_ptr(), tensor.shape, tensor.stride()
+    return dtype_of(module, tensor.dtype), tensor.data_ptr(), tensor.shape, _adjacent(tensor)
+
+
+def _adjacent(tensor: Tensor) -> tuple[int, ...]:
+    """The strides of a tensor whose last dimension lies together, which kernels take for granted."""
+    strides = tensor.stride()
+    if strides[-1] != 1 and tensor.shape[-1] > 1:
+        raise ValueError(f"kernels need the elements of a row side by side, got a tensor with strides {strides}")
+    return strides
 
 
 def norm(

@@ -100,12 +100,17 @@ def plain_sums(args):
     return rows.split(args.width, dim=-1)
 
 
+def over_sources(args, sources):
+    """The same mix from the sources of its reduced plan, as a backward has it."""
+    return MixArgs.over_sources(args.plan, sources, args.mix_weights, args.image_index, args.skip_tokens)
+
+
 def inputs_of_kernels():
     """Inputs of every kernel, large enough for several threads."""
     torch.manual_seed(0)
     args, _ = make(PLANS["igva"], torch.float32, images=2, tokens=40, width=256, index=[1, 0, 1])
     sources = [torch.randn(2, 40 if is_tap(block) else 39, 256) for block in args.plan.reduced()[0].blocks]
-    return args, args.over_sources(sources), torch.randn(3, 39, 512), torch.randn(50, 3000), torch.randn(50, 3000)
+    return args, over_sources(args, sources), torch.randn(3, 39, 512), torch.randn(50, 3000), torch.randn(50, 3000)
 
 
 def every_kernel(args, sources, grad_rows, z, grad_y):
@@ -115,9 +120,9 @@ def every_kernel(args, sources, grad_rows, z, grad_y):
     y, copy, grad_z, again = (torch.empty_like(z) for _ in range(4))
     dense.epilogue(z, "gelu", y, copy)
     dense.activation_grad(grad_y, z, "gelu", grad_z, again)
-    shape = LayerShape(2, 40, 256, torch.float32)
+    shape = LayerShape(2, 40, 256, torch.float32, args.skip_tokens)
     wanted = Shares((0, 1, 0), (-1, 0, -1), (1.0, 0.5, 2.0), (1, 0, 1))
-    layers = CPU.layer_grads(grad_rows, wanted, args, shape)
+    layers = CPU.layer_grads(grad_rows, wanted, args.mix_weights, args.image_index, shape)
     weights = CPU.mix_weights_grad(grad_rows[..., 256:], [1], sources)
     of_mixes = [mixed.rows, *mixed.sums, normal.rows, normal.raw_rows, normal.mean, normal.rstd]
     return [*of_mixes, y, copy, grad_z, again, weights, *layers]

@@ -74,6 +74,11 @@ def _size(case: Case) -> int:
     )
 
 
+def smallest(operator: Operator) -> Case:
+    """The smallest case of an operator: for tests of what no size changes."""
+    return min(operator.cases(), key=_size)
+
+
 def cases() -> list[Any]:
     """Params ``(case,)``: the small cases of every operator."""
     return [

@@ -7,7 +7,7 @@ import strides
 import torch
 from recording import registered_calls
 from seeds import seeded
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from igva_kernels import registry
 from igva_kernels.registry import REFERENCE
@@ -66,3 +66,28 @@ def test_any_argument_of_a_registered_operator_may_have_any_strides(subject, cas
 def test_opcheck_passes_for_every_operator_that_a_call_runs(subject, case, dtype):
     for operator, args in registered_calls(case, subject.impl, seeded()).items():
         torch.library.opcheck(operator, args)
+
+
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("subject", harness.subjects(device="cpu"))
+def test_torch_compile_takes_every_operator_that_a_call_runs_into_one_graph(subject):
+    calls = registered_calls(harness.smallest(subject.operator), subject.impl, seeded(), detached=True)
+    for operator, args in calls.items():
+        compiled = torch.compile(operator, fullgraph=True, backend="aot_eager")
+        for actual, expected in zip(tree_leaves(compiled(*args)), tree_leaves(operator(*args)), strict=True):
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("subject", harness.subjects(device="cuda"))
+def test_a_call_runs_on_the_stream_of_its_caller(subject):
+    case, results = harness.smallest(subject.operator), []
+    drawn = [case.draw(seeded(i), torch.bfloat16, "cuda") for i in range(2)]
+    expected = [case.run(inputs, subject.impl) for inputs in drawn]
+    torch.cuda.synchronize()
+    for inputs in drawn:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda._sleep(10_000_000)  # on another stream, a kernel would read the copies before they are made
+            results.append(case.run(tree_map_only(torch.Tensor, torch.clone, inputs), subject.impl))
+    torch.cuda.synchronize()
+    for result, right in zip(results, expected, strict=True):
+        assert all(torch.equal(result[name], value) for name, value in right.items())

@@ -9,6 +9,7 @@ from seeds import seeded
 import igva_kernels as ik
 from igva_kernels import registry, testing, verify
 from igva_kernels.ops.weighted_mix import cases
+from igva_kernels.runtime.activations import ACTIVATIONS
 from igva_kernels.testing import Judge, draws, measure_memory, relative_error, within_rule
 
 CASE = cases.SMALL_CASES[0]
@@ -134,8 +135,9 @@ def test_a_row_has_a_verdict_on_the_output_and_every_gradient_of_its_case():
         assert any(name.startswith("grad layer") for name in names) == case.trainable_tower
 
 
-def test_relu_has_no_gradient_from_its_kink():
-    case = next(case for case in cases.SMALL_CASES if case.activation == "relu")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_has_a_case_without_a_gradient_from_a_kink(activation):
+    case = next(case for case in cases.SMALL_CASES if case.activation == activation and case.op == "layer_mix_linear")
     inputs = case.draw(seeded(), torch.float16, "cpu")
     plain = replace(case, activation=None).forward(inputs.double(), "reference")
     near = plain.abs() < cases.KINK

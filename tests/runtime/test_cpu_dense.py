@@ -121,3 +121,10 @@ def test_any_strides_of_operands_and_bias(dtype, products):
             actual, z = CPU.linear(x, weight, bias, "relu", True)
             judge.add(z, F.linear(*wide), F.linear(x, weight, bias), f"x {i}, weight {j}, bias {k}")
             assert torch.equal(actual, z.relu())
+
+
+def test_rows_whose_elements_lie_apart_are_refused():
+    """A kernel would read them as if they lay side by side."""
+    apart = torch.zeros(3, 2).t()
+    with pytest.raises(ValueError, match="side by side"):
+        dense.epilogue(apart, "gelu", torch.empty(2, 3), None)

@@ -4,19 +4,18 @@ registered operator runs."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from igva_kernels.ops.weighted_mix import spec
+from igva_kernels.ops.weighted_mix import op, spec
 from igva_kernels.ops.weighted_mix.checks import Mix, check_image_range, check_mix, check_projector
-from igva_kernels.ops.weighted_mix.op import OPERATOR
 from igva_kernels.ops.weighted_mix.plan import MixPlan
 from igva_kernels.ops.weighted_mix.steps import Keep, Projector
 from igva_kernels.registry import REFERENCE
 from igva_kernels.runtime.context import autocast_dtype, saveable
 from igva_kernels.runtime.dense import Norm
-from igva_kernels.runtime.torch_op import OPS
 
 
 def layer_mix(
@@ -54,13 +53,11 @@ def layer_mix(
         NotImplementedError: an explicit ``impl`` that cannot serve the call.
     """
     mix = check_mix(hidden_states, plan, mix_weights, skip_tokens, image_index)
-    backend = _select(impl, mix, ())
+    backend = _select(impl, mix, (), None)
     if backend == REFERENCE:
         return _reference_rows(mix)
     keep = Keep.SOURCES if mix.weights_need_grad else Keep.NOTHING
-    return OPS.layer_mix(
-        mix.layers, mix.mix_weights, mix.image_index, mix.code, mix.skip_tokens, keep.value, backend
-    )[0]  # fmt: skip
+    return op.layer_mix(**_arguments(mix), keep=keep.value, impl=backend)[0]
 
 
 def layer_mix_linear(
@@ -139,12 +136,20 @@ def check_impl(impl: str, device: torch.device, dtype: torch.dtype, activation: 
         ValueError: no such ``impl``.
         NotImplementedError: an explicit ``impl`` cannot; the message says why.
     """
-    OPERATOR.select(impl, device, dtype, (), activation)
+    op.OPERATOR.select(impl, device, dtype, (), activation)
 
 
-def _select(impl: str, mix: Mix, tensors: tuple[object, ...], *demands: str | None) -> str:
-    first = mix.layers[0]
-    return OPERATOR.select(impl, first.device, first.dtype, (mix.layers, mix.mix_weights, *tensors), *demands)
+def _select(impl: str, mix: Mix, tensors: tuple[object, ...], activation: str | None) -> str:
+    first, tensors = mix.layers[0], (mix.layers, mix.mix_weights, *tensors)
+    return op.OPERATOR.select(impl, first.device, first.dtype, tensors, activation, mix.code)
+
+
+def _arguments(mix: Mix) -> dict[str, Any]:
+    """What every registered operator takes of a mix."""
+    return {
+        "layers": mix.layers, "mix_weights": mix.mix_weights, "image_index": mix.image_index, "plan": mix.code,
+        "skip_tokens": mix.skip_tokens,
+    }  # fmt: skip
 
 
 def _reference_rows(mix: Mix) -> Tensor:
@@ -173,9 +178,9 @@ def _project(impl: str, mix: Mix, projector: Projector) -> Tensor:
         weights = [None if weight is None else weight.to(dtype) for weight in weights]
     weight1, bias1, weight2, bias2 = weights
     keep, keep_z = _what_to_keep(mix, projector)
-    return OPS.projector(
-        mix.layers, mix.mix_weights, mix.image_index, weight1, bias1, norm_weight, norm_bias, weight2, bias2,
-        mix.code, mix.skip_tokens, norm_eps, activation, keep.value, keep_z, backend,
+    return op.projector(
+        **_arguments(mix), weight1=weight1, bias1=bias1, norm_weight=norm_weight, norm_bias=norm_bias, weight2=weight2,
+        bias2=bias2, norm_eps=norm_eps, activation=activation, keep=keep.value, keep_z=keep_z, impl=backend,
     )[0]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from igva_kernels.ops.weighted_mix import api, spec
 from igva_kernels.ops.weighted_mix.plan import MixPlan
+from igva_kernels.runtime.activations import ACTIVATIONS
 from igva_kernels.testing import SPECIFICATION
 
 LINEARS = {
@@ -54,9 +55,9 @@ class Case:
         return len(self.image_index) if self.image_index else self.images
 
     @property
-    def demands(self) -> tuple[str | None]:
+    def demands(self) -> tuple[str | None, str]:
         """See ``testing.Case``."""
-        return (self.activation,)
+        return self.activation, self.plan.compact()[1].code
 
     @property
     def is_large(self) -> bool:
@@ -92,11 +93,11 @@ class Case:
             params=params,
             grad_out=normal(rows, self.tokens - self.skip, self.hidden or row_width),
         )
-        if self.activation != "relu":
+        if self.op != "layer_mix_linear" or self.activation is None:
             return inputs
-        # In fp32 one entry of z that changes sides weighs more than all roundings together, and is too rare to even
-        # out over the draws. Entries near the kink therefore get no gradient.
-        assert self.op == "layer_mix_linear", "relu: only a gradient that meets it at once can be held from its kink"
+        # An activation may have a kink at zero, as ReLU has. In fp32 one entry of z that changes sides there weighs
+        # more than all roundings together, and is too rare to even out over the draws. Entries near zero therefore get
+        # no gradient; behind a second Linear nothing could hold a gradient from them.
         z = replace(self, activation=None).forward(inputs.double(), SPECIFICATION)
         return inputs._replace(grad_out=inputs.grad_out.masked_fill(z.abs() < KINK, 0.0))
 
@@ -178,9 +179,10 @@ SMALL_CASES = [
          skip=0, norm_eps=1e-5, trainable_tower=True),
     Case("igva + norm", "layer_mix_linear", MixPlan.igva(4, 2), 2, 18, 32, 40,
          activation="silu", norm_eps=1e-5, trainable_tower=True),
-    Case("gelu_tanh", "layer_mix_linear", MixPlan.igva_uniform(4, 2), 1, 18, 32, 40, activation="gelu_tanh"),
-    # Larger: a rounding near zero flips a whole gradient entry, which evens out over many entries.
-    Case("relu", "layer_mix_linear", MixPlan.igva(4, 2), 2, 66, 64, 160, activation="relu"),
+    Case("constant weights", "layer_mix_linear", MixPlan.igva_uniform(4, 2), 1, 18, 32, 40),
+    # Larger: a rounding near a kink flips a whole gradient entry, which evens out over many entries.
+    *(Case(f"activation {name}", "layer_mix_linear", MixPlan.igva(4, 2), 2, 66, 64, 160, activation=name)
+      for name in ACTIVATIONS),
     Case("mix alone", "layer_mix", MixPlan.igva(6, 3), 3, 17, 72, trainable_tower=True),
     Case("mix alone, DenseConnector dci", "layer_mix", MixPlan.dense_connector("dci"), 1, 17, 72, trainable_tower=True),
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,19 +102,21 @@ def check_mix(
 def check_projector(mix: Mix, projector: Projector, names: Sequence[str]) -> Projector:
     """The projector with its eps as a float; errors call its weights and biases by ``names``."""
     check_activation(projector.activation)
-    device, first, width = mix.layers[0].device, projector.weight1, mix.row_width
-    for i in range(0, len(names), 2):  # a weight and its bias
-        weight, bias = projector[i : i + 2]
-        check_weight(names[i], weight, device, first, (None, width))
-        width = weight.shape[0]  # type: ignore[union-attr]
-        check_weight(names[i + 1], bias, device, first, (width,))
+    device, width, dtype, hint = mix.layers[0].device, mix.row_width, None, " (G * D, the mixed row)"
+    linears = ((projector.weight1, projector.bias1), (projector.weight2, projector.bias2))
+    for i, (given, bias) in enumerate(linears[: len(names) // 2]):
+        weight = check_weight(names[2 * i], given, device, dtype, (None, width), hint)
+        width, dtype, hint = weight.shape[0], weight.dtype, ""
+        if bias is not None:
+            check_weight(names[2 * i + 1], bias, device, dtype, (width,))
     if projector.norm is None:
         return projector
     if not isinstance(projector.norm, (tuple, list)) or len(projector.norm) != 3:
         raise TypeError(f"norm: need None or (weight or None, bias or None, eps), got {projector.norm!r}")
     norm_weight, norm_bias, eps = projector.norm
-    check_weight("norm[0]", norm_weight, device, norm_weight, (mix.row_width,))
-    check_weight("norm[1]", norm_bias, device, norm_bias, (mix.row_width,))
+    for i, param in enumerate((norm_weight, norm_bias)):
+        if param is not None:
+            check_weight(f"norm[{i}]", param, device, None, (mix.row_width,))
     return projector._replace(norm=(norm_weight, norm_bias, float(eps)))
 
 
@@ -132,7 +134,10 @@ def check_layers(hidden_states: Sequence[Tensor | None], used: tuple[int, ...]) 
             expected = "[I, T, D]" if layer is first or first.dim() != 3 else f"{list(first.shape)} as the others"
             raise ValueError(f"hidden_states[{index}]: need shape {expected}, got {list(layer.shape)}")
         if not layer.is_floating_point() or layer.dtype != first.dtype:
-            raise TypeError(f"hidden_states[{index}]: need one floating dtype for all layers, got {layer.dtype}")
+            raise TypeError(
+                f"hidden_states[{index}]: need one floating dtype for all layers, got {layer.dtype} "
+                f"beside {first.dtype}"
+            )
         if layer.device != first.device:
             raise ValueError(f"hidden_states[{index}]: need all layers on {first.device}, got {layer.device}")
         layers.append(layer)
@@ -168,13 +173,18 @@ def check_mix_weights(mix_weights: Tensor | None, num_columns: int, num_rows: in
     """The weights as ``[B, C]`` in the accumulation dtype."""
     if mix_weights is None:
         if num_columns:
-            raise ValueError(f"mix_weights: the plan has {num_columns} weight columns, got None")
+            raise ValueError(
+                f"mix_weights: got None, need a tensor [B, {num_columns}] or [1, {num_columns}]: the plan has "
+                f"{num_columns} weight columns"
+            )
         return None
     if not isinstance(mix_weights, Tensor) or not mix_weights.is_floating_point():
         given = mix_weights.dtype if isinstance(mix_weights, Tensor) else type(mix_weights).__name__
         raise TypeError(f"mix_weights: need a floating tensor [B, C] or [1, C], got {given}")
     if not num_columns:
-        raise ValueError("mix_weights: the plan has no weight column, need None")
+        raise ValueError(
+            f"mix_weights: got a tensor of shape {list(mix_weights.shape)}, need None: the plan has no weight column"
+        )
     if mix_weights.dim() != 2 or mix_weights.shape[1] != num_columns or mix_weights.shape[0] not in (1, num_rows):
         raise ValueError(
             f"mix_weights: need shape [{num_rows}, {num_columns}] or [1, {num_columns}] "
@@ -186,15 +196,15 @@ def check_mix_weights(mix_weights: Tensor | None, num_columns: int, num_rows: in
 
 
 def check_weight(
-    name: str, weight: Tensor | None, device: torch.device, like: Tensor | None, shape: tuple[int | None, ...]
-) -> None:
-    """A weight of the projector: its shape (None for any size), its dtype like ``like``'s, its device, its storage."""
-    if weight is None:
-        if name.startswith("weight"):
-            raise TypeError(f"{name}: need a tensor, got None")
-        return
+    name: str, weight: Any, device: torch.device, dtype: torch.dtype | None, shape: tuple[int | None, ...],
+    hint: str = "",
+) -> Tensor:  # fmt: skip
+    """A weight of the projector, checked: its shape (None for any size), dtype (None for any), device and storage.
+
+    ``hint`` says of what the shape's last size is made.
+    """
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        given = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        given = weight.dtype if isinstance(weight, Tensor) else None if weight is None else type(weight).__name__
         raise TypeError(f"{name}: need a floating tensor, got {given}")
     if is_distributed(weight):
         raise TypeError(
@@ -202,13 +212,12 @@ def check_weight(
         )
     if weight.dim() != len(shape) or any(n is not None and n != m for n, m in zip(shape, weight.shape, strict=True)):
         wanted = ["any" if n is None else n for n in shape]
-        hint = " (G * D, the mixed row)" if name in ("weight", "weight1") else ""
         gathered = "; a sharded weight is empty outside its owner's forward" if weight.numel() == 0 else ""
         raise ValueError(f"{name}: need shape {wanted}{hint}, got {list(weight.shape)}{gathered}")
-    assert like is not None
-    if weight.dtype != like.dtype:
-        raise TypeError(f"{name}: need dtype {like.dtype} as the first weight, got {weight.dtype}")
+    if dtype not in (None, weight.dtype):
+        raise TypeError(f"{name}: need dtype {dtype} as the first weight, got {weight.dtype}")
     if weight.device != device:
         raise ValueError(f"{name}: need device {device} as the hidden states, got {weight.device}")
     if not torch.compiler.is_compiling():
         check_storage(name, weight)
+    return weight

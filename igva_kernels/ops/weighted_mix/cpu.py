@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igva_kernels.ops.weighted_mix.operands import batch, layers, serves_pair, weights
+from igva_kernels.ops.weighted_mix.operands import batch, layer_shape, layers, serves_pair, weights
 from igva_kernels.ops.weighted_mix.plan import MixPlan
 from igva_kernels.ops.weighted_mix.program import Shares, Steps, dots, lower
 from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Mixed, Projector, WeightedMix
@@ -42,7 +42,7 @@ class CpuWeightedMix(CpuDense, WeightedMix):
         rows = args.new_rows(dtype)
         raw_rows = torch.empty_like(rows) if keep == Keep.ROWS and norm is not None else None
         sums = args.new_sums() if keep == Keep.SOURCES else []
-        stats = _new_stats(args, norm)
+        stats = args.new_stats(norm)
         _mix_rows(args, slice(0, args.num_rows * args.num_patches), rows, sums, norm, raw_rows, stats)
         return Mixed(rows, raw_rows, sums, *stats)
 
@@ -60,17 +60,17 @@ class CpuWeightedMix(CpuDense, WeightedMix):
         )  # fmt: skip
         return grad
 
-    def layer_grads(self, grad_rows: Tensor, shares: Shares, args: MixArgs, shape: LayerShape) -> list[Tensor]:
+    def layer_grads(
+        self, grad_rows: Tensor, shares: Shares, mix_weights: Tensor | None, image_index: Tensor | None,
+        shape: LayerShape,
+    ) -> list[Tensor]:  # fmt: skip
         """One gradient ``[I, T, D]`` per signature; skipped tokens get zeros, rows of one image add in row order."""
         if not serves_pair(shape.dtype, grad_rows.dtype):
             grad_rows = grad_rows.to(shape.dtype)
-        size = (shape.num_images, shape.num_tokens, shape.width)
-        grads = [grad_rows.new_empty(size, dtype=shape.dtype) for _ in range(shares.num_grads)]
-        native = module()
+        grads, native = shape.new_grads(grad_rows, shares.num_grads), module()
         native.layer_grads(
-            view(native, grad_rows), shares, weights(args.mix_weights), batch(args.image_index, grad_rows.shape[0]),
-            (dtype_of(native, shape.dtype), size, args.skip_tokens), [grad.data_ptr() for grad in grads],
-            torch.get_num_threads(),
+            view(native, grad_rows), shares, weights(mix_weights), batch(image_index, grad_rows.shape[0]),
+            layer_shape(native, shape), [grad.data_ptr() for grad in grads], torch.get_num_threads(),
         )  # fmt: skip
         return grads
 
@@ -90,7 +90,7 @@ class CpuWeightedMix(CpuDense, WeightedMix):
         z = weight1.new_empty((total, hidden)) if keep_z else None
         kept_rows = weight1.new_empty((total, row_width)) if keep == Keep.ROWS else None
         sums = args.new_sums() if keep == Keep.SOURCES else []
-        stats = _new_stats(args, norm)
+        stats = args.new_stats(norm)
 
         # Where products are emulated, inference keeps a block of rows in fp32 from the mix to the output.
         block_dtype = torch.float32 if products.is_emulated(dtype) and keep == Keep.NOTHING and not keep_z else dtype
@@ -151,10 +151,6 @@ def _mix_rows(
         program, layers(dtype_of(native, first.dtype), args), weights(args.mix_weights),
         batch(args.image_index, args.num_rows), block, native_norm, address(scratch), threads,
     )  # fmt: skip
-
-
-def _new_stats(args: MixArgs, norm: Norm | None) -> Stats:
-    return (None, None) if norm is None else args.new_stats()
 
 
 @cache

@@ -64,11 +64,6 @@ def _program(given: SimpleNamespace) -> Program:
     return lower(MixPlan.from_code(given.plan))
 
 
-def _args(given: SimpleNamespace, layers: Sequence[Tensor]) -> MixArgs:
-    plan = MixPlan.from_code(given.plan)
-    return MixArgs(layers, plan, given.mix_weights, given.image_index, given.skip_tokens)
-
-
 def _projector(given: SimpleNamespace) -> Projector:
     norm = None
     if given.norm_eps is not None:
@@ -82,14 +77,14 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
 
 
 def _forward(given: SimpleNamespace, implementation: WeightedMix) -> tuple[Tensor, list[Tensor]]:
-    args, keep = _args(given, given.layers), Keep(given.keep)
+    plan, keep = MixPlan.from_code(given.plan), Keep(given.keep)
+    args = MixArgs(given.layers, plan, given.mix_weights, given.image_index, given.skip_tokens)
     if given.weight1 is None:
         mixed = implementation.mix(args, given.layers[0].dtype, None, keep)
         assert mixed.rows is not None
         return mixed.rows, list(mixed.sums)
-    projector = _projector(given)
-    out, mixed, z = implementation.project(args, projector, keep, given.keep_z)
-    rows = (mixed.rows if projector.norm is None else mixed.raw_rows) if keep == Keep.ROWS else None
+    out, mixed, z = implementation.project(args, _projector(given), keep, given.keep_z)
+    rows = (mixed.rows if given.norm_eps is None else mixed.raw_rows) if keep == Keep.ROWS else None
     mean, rstd = (mixed.mean, mixed.rstd) if keep != Keep.NOTHING else (None, None)
     return out, Kept(rows, mixed.sums, mean, rstd, z if given.keep_z else None).flat()
 
@@ -108,9 +103,12 @@ def _save(given: SimpleNamespace, output: tuple[Tensor, list[Tensor]]) -> dict[s
 def _backward(given: SimpleNamespace, implementation: WeightedMix) -> list[Tensor]:
     """``given.needs`` has one flag per name in ``_fields``, then one per layer; the result has the gradients asked for,
     in the order of the names."""
-    args, grad_out, fields = _args(given, []), given.grad_out.contiguous(), _fields(given)
+    plan, grad_out, fields = MixPlan.from_code(given.plan), given.grad_out.contiguous(), _fields(given)
     needs = Needs(**dict(zip(fields, given.needs, strict=False)))
-    sources = args.over_sources(given.sources) if given.sources else None
+    mix_weights, index = given.mix_weights, _dense(given.image_index)
+    sources = None
+    if given.sources:
+        sources = MixArgs.over_sources(plan, given.sources, mix_weights, index, given.skip_tokens)
     grads: dict[str, Any] = {}
     if given.weight1 is not None:
         mean, rstd = map(_dense, given.stats) if given.stats else (None, None)
@@ -119,11 +117,11 @@ def _backward(given: SimpleNamespace, implementation: WeightedMix) -> list[Tenso
     elif needs.mix_weights:
         assert sources is not None
         grads["mix_weights"] = implementation.mix_backward(grad_out, sources)
-    wanted, _ = shares(args.plan, tuple(given.needs[len(fields) :]))
+    wanted, _ = shares(plan, tuple(given.needs[len(fields) :]))
     grads["layers"] = []
     if wanted.num_grads:
-        shape = LayerShape._make([*given.layer_shape, given.layer_dtype])
-        grads["layers"] = implementation.layer_grads(grads.get("rows", grad_out), wanted, args, shape)
+        shape = LayerShape._make([*given.layer_shape, given.layer_dtype, given.skip_tokens])
+        grads["layers"] = implementation.layer_grads(grads.get("rows", grad_out), wanted, mix_weights, index, shape)
     found = [grads[name] for name in fields if getattr(needs, name)]
     return [grad for each in found for grad in (each if isinstance(each, list) else [each])]
 
@@ -159,8 +157,8 @@ def _fields(given: SimpleNamespace) -> tuple[str, ...]:
     return Needs._fields if given.weight1 is not None else ("mix_weights", "layers")
 
 
-def _register(forward: str, backward: str) -> None:
-    """Registers a forward and its backward from their schemas."""
+def _register(forward: str, backward: str) -> Callable[..., Any]:
+    """Registers a forward and its backward from their schemas; the forward as a function of its arguments by name."""
 
     def run_backward(given: SimpleNamespace) -> list[Tensor]:
         _check_storages(given)
@@ -169,7 +167,7 @@ def _register(forward: str, backward: str) -> None:
     differentiate = _differentiate(
         define(backward, run_backward, lambda given: _backward(given, Shapes()), None, no_second_derivative, _LEFT_OUT)
     )
-    define(
+    return define(
         forward, lambda given: _forward(given, OPERATOR.implementation(given.impl)),
         lambda given: _forward(given, Shapes()), _save, differentiate, _LEFT_OUT,
     )  # fmt: skip
@@ -185,11 +183,11 @@ _MIX = "Tensor? mix_weights, Tensor? image_index"
 _OPTIONS = "str plan, int skip_tokens, float? norm_eps, str? activation"
 _LAYERS = "SymInt[] layer_shape, ScalarType layer_dtype, bool[] needs, str impl"
 
-_register(
+layer_mix = _register(
     f"layer_mix(Tensor[] layers, {_MIX}, str plan, int skip_tokens, str keep, str impl) -> (Tensor, Tensor[])",
     f"layer_mix_backward(Tensor grad_out, Tensor[] sources, {_MIX}, str plan, int skip_tokens, {_LAYERS}) -> Tensor[]",
 )
-_register(
+projector = _register(
     f"projector(Tensor[] layers, {_MIX}, Tensor weight1, Tensor? bias1, Tensor? norm_weight, Tensor? norm_bias,"
     f" Tensor? weight2, Tensor? bias2, {_OPTIONS}, str keep, bool keep_z, str impl) -> (Tensor, Tensor[])",
     f"projector_backward(Tensor grad_out, Tensor[] sources, Tensor? rows, Tensor[] stats, Tensor? z, {_MIX},"

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igva_kernels.ops.weighted_mix.steps import MixArgs
+from igva_kernels.ops.weighted_mix.steps import LayerShape, MixArgs
+from igva_kernels.runtime.operands import dtype_of
 
 
 def layers(dtype: Any, args: MixArgs, chosen: Sequence[int] | None = None) -> tuple:
@@ -28,6 +29,11 @@ def weights(mix_weights: Tensor | None) -> tuple | None:
 def batch(image_index: Tensor | None, rows: int) -> tuple:
     """``Batch``: which image each row reads."""
     return 0 if image_index is None else image_index.data_ptr(), rows
+
+
+def layer_shape(module: Any, shape: LayerShape) -> tuple:
+    """``LayerShape``: of the gradients of the layers."""
+    return dtype_of(module, shape.dtype), shape[:3], shape.skip_tokens
 
 
 def serves_pair(layers: torch.dtype, rows: torch.dtype) -> bool:

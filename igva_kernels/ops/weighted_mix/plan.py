@@ -11,6 +11,7 @@ specialise on one, and plain data, so that a config file can hold one.
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -68,7 +69,8 @@ class MixPlan:
             negative layers are resolved at once and a list of another length is refused.
 
     Raises:
-        ValueError: no block, an empty block, a negative column, or a layer outside ``num_states``.
+        ValueError: no block, an empty block, a negative column, a scale that is not finite, or a layer
+            outside ``num_states``.
         TypeError: an entry that is not ``(int, int or None, float)``.
     """
 
@@ -119,11 +121,6 @@ class MixPlan:
     def weighted_blocks(self) -> tuple[int, ...]:
         """The blocks that have a weight column."""
         return tuple(g for g, block in enumerate(self.blocks) if any(e.column is not None for e in block))
-
-    @property
-    def is_resolved(self) -> bool:
-        """Whether every layer is a non-negative index."""
-        return all(layer >= 0 for layer in self.layers)
 
     def resolve(self, num_states: int) -> MixPlan:
         """The same plan for ``num_states`` hidden states: negative layers become indices.
@@ -271,6 +268,8 @@ def _entry(entry: Sequence[Any], num_states: int | None) -> Entry:
         layer, column, scale = int(layer), None if column is None else int(column), float(scale)
     except (TypeError, ValueError):
         raise TypeError(f"blocks: an entry is (layer: int, column: int or None, scale: float), got {entry!r}") from None
+    if not math.isfinite(scale):
+        raise ValueError(f"blocks: scales are finite numbers, got {scale} for layer {layer}")
     if column is not None and column < 0:
         raise ValueError(f"blocks: columns count from 0, got column {column} for layer {layer}")
     if num_states is not None:

@@ -78,9 +78,6 @@ class Run(NamedTuple):
 class Program:
     """A plan lowered once; ``lower`` makes it."""
 
-    plan: MixPlan
-    num_blocks: int
-    num_columns: int
     weighted_blocks: tuple[int, ...]
     steps: Steps
     """The steps of the mixed row."""
@@ -105,8 +102,7 @@ def lower(plan: MixPlan) -> Program:
     sources, reduced = plan.reduced()
     sums = tuple(block for block in sources.blocks if not is_tap(block))
     return Program(
-        plan, plan.num_blocks, plan.num_columns, plan.weighted_blocks,
-        _steps(plan.blocks, {block: i for i, block in enumerate(sums)}), _steps(sums, {}),
+        plan.weighted_blocks, _steps(plan.blocks, {block: i for i, block in enumerate(sums)}), _steps(sums, {}),
         tuple(block[0].layer if is_tap(block) else None for block in sources.blocks), len(sums), reduced,
         _runs(plan),
     )  # fmt: skip
@@ -127,12 +123,8 @@ def shares(plan: MixPlan, needs: tuple[bool, ...]) -> tuple[Shares, tuple[int | 
     found: dict[tuple[tuple[int, int, float], ...], int] = {}
     own: list[int | None] = []
     for layer, need in enumerate(needs):
-        signature = tuple(
-            (g, -1 if e.column is None else e.column, e.scale)
-            for g, block in enumerate(plan.blocks)
-            for e in block
-            if e.layer == layer
-        )
+        entries = [(g, e) for g, block in enumerate(plan.blocks) for e in block if e.layer == layer]
+        signature = tuple(sorted((g, -1 if e.column is None else e.column, e.scale) for g, e in entries))
         own.append(found.setdefault(signature, len(found)) if need and signature else None)
     rows = [(*share, int(i == len(signature) - 1)) for signature in found for i, share in enumerate(signature)]
     return Shares(*_columns(rows, len(Shares._fields))), tuple(own)

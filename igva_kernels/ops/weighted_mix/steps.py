@@ -17,14 +17,13 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from igva_kernels.ops.weighted_mix.plan import MixPlan
 from igva_kernels.ops.weighted_mix.program import Program, Shares, lower
 from igva_kernels.registry import Implementation
 from igva_kernels.runtime.activations import ACTIVATIONS
-from igva_kernels.runtime.dense import Dense, Norm, NormGrads, accumulation_dtype, norm_param_grads
+from igva_kernels.runtime.dense import Dense, Norm, NormGrads, accumulation_dtype, layer_norm, norm_param_grads
 
 
 class Keep(str, Enum):
@@ -90,19 +89,25 @@ class MixArgs:
         shape = (first.shape[0], self.num_patches, self.width)
         return [first.new_empty(shape) for _ in range(self.program.num_sums)]
 
-    def new_stats(self) -> tuple[Tensor, Tensor]:
-        """Memory for the mean and rstd of the rows, ``[B, P]`` each."""
+    def new_stats(self, norm: Norm | None) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Memory for the mean and rstd of the rows, ``[B, P]`` each; without a norm there are none."""
+        if norm is None:
+            return None, None
         shape, dtype = (self.num_rows, self.num_patches), accumulation_dtype(self.layers[0].dtype)
         return self.layers[0].new_empty(shape, dtype=dtype), self.layers[0].new_empty(shape, dtype=dtype)
 
-    def over_sources(self, sources: Sequence[Tensor]) -> MixArgs:
-        """The same mix over the sources of ``plan.reduced()``: taps with all T tokens, sums ``[I, P, D]``."""
-        program = self.program
+    @classmethod
+    def over_sources(
+        cls, plan: MixPlan, sources: Sequence[Tensor], mix_weights: Tensor | None, image_index: Tensor | None,
+        skip_tokens: int,
+    ) -> MixArgs:  # fmt: skip
+        """The mix of ``plan`` from the sources of ``plan.reduced()``: taps with all T tokens, sums ``[I, P, D]``."""
+        program = lower(plan)
         views = [
-            source if layer is None else source[:, self.skip_tokens :]
+            source if layer is None else source[:, skip_tokens:]
             for layer, source in zip(program.sources, sources, strict=True)
         ]
-        return MixArgs(views, program.reduced, self.mix_weights, self.image_index, 0)
+        return cls(views, program.reduced, mix_weights, image_index, 0)
 
 
 class LayerShape(NamedTuple):
@@ -112,6 +117,11 @@ class LayerShape(NamedTuple):
     num_tokens: int
     width: int
     dtype: torch.dtype
+    skip_tokens: int
+
+    def new_grads(self, like: Tensor, count: int) -> list[Tensor]:
+        """Memory for gradients ``[I, T, D]`` of layers, on the device of ``like``."""
+        return [like.new_empty(self[:3], dtype=self.dtype) for _ in range(count)]
 
 
 class Mixed(NamedTuple):
@@ -190,9 +200,15 @@ class WeightedMix(Dense, Implementation):
         return ACTIVATIONS
 
     def why_not(self, *demands: str | None) -> str | None:
-        """See ``Implementation.why_not``; the demand is the activation."""
-        unknown = [name for name in demands if name is not None and name not in self.activations()]
-        return f"its kernels have no activation {unknown[0]!r}" if unknown else None
+        """See ``Implementation.why_not``; the demands are the activation and, if it is known, the code of the plan."""
+        activation, *code = demands
+        if activation is not None and activation not in self.activations():
+            return f"its kernels have no activation {activation!r}"
+        return self.why_not_plan(MixPlan.from_code(code[0])) if code and code[0] is not None else None
+
+    def why_not_plan(self, plan: MixPlan) -> str | None:
+        """None if its kernels take such a plan, forward and backward, otherwise the reason why not."""
+        return None
 
     # ---- steps -----------------------------------------------------------------------------------------------------
 
@@ -213,11 +229,13 @@ class WeightedMix(Dense, Implementation):
         """
         raise NotImplementedError
 
-    def layer_grads(self, grad_rows: Tensor, shares: Shares, args: MixArgs, shape: LayerShape) -> list[Tensor]:
+    def layer_grads(
+        self, grad_rows: Tensor, shares: Shares, mix_weights: Tensor | None, image_index: Tensor | None,
+        shape: LayerShape,
+    ) -> list[Tensor]:  # fmt: skip
         """One gradient ``[I, T, D]`` in the layers' dtype per signature in ``shares``.
 
-        ``grad_rows`` is ``[B, P, G*D]``, and ``args`` no longer has its layers. Skipped tokens get zeros; rows that
-        share an image add in row order.
+        ``grad_rows`` is ``[B, P, G*D]``. Skipped tokens get zeros; rows that share an image add in row order.
         """
         raise NotImplementedError
 
@@ -298,14 +316,16 @@ class WeightedMix(Dense, Implementation):
         self, grad_z: Tensor, saved: Saved, projector: Projector, needs: Needs
     ) -> tuple[Tensor | None, dict[str, Tensor | None]]:
         """The mixed rows before the norm, where there is one, and the gradient of "weight1"."""
-        norm, rows, normal = projector.norm, saved.rows, saved.rows
-        if saved.sources is not None and (needs.weight1 or norm is not None):
-            mixed = self.mix(saved.sources, projector.weight1.dtype, norm, Keep.ROWS)
-            rows, normal = mixed.raw_rows, mixed.rows
-        elif norm is not None and rows is not None:
-            normal = F.layer_norm(rows, rows.shape[-1:], *norm)
+        norm, rows, dtype = projector.norm, saved.rows, projector.weight1.dtype
         if not needs.weight1:
+            if norm is not None and saved.sources is not None:
+                rows = self.mix(saved.sources, dtype).rows
             return rows, {}
+        if saved.sources is not None:
+            mixed = self.mix(saved.sources, dtype, norm, Keep.ROWS)
+            rows, normal = mixed.raw_rows, mixed.rows
+        else:
+            normal = rows if norm is None or rows is None else layer_norm(rows, norm)
         assert normal is not None
         return rows, {"weight1": self.matmul(grad_z.t(), normal.flatten(0, 1))}
 
@@ -338,14 +358,17 @@ class Shapes(WeightedMix):
     def mix(self, args: MixArgs, dtype: torch.dtype, norm: Norm | None = None, keep: Keep = Keep.NOTHING) -> Mixed:
         raw_rows = args.new_rows(dtype) if norm is not None and keep == Keep.ROWS else None
         sums = args.new_sums() if keep == Keep.SOURCES else []
-        return Mixed(args.new_rows(dtype), raw_rows, sums, *(args.new_stats() if norm is not None else (None, None)))
+        return Mixed(args.new_rows(dtype), raw_rows, sums, *args.new_stats(norm))
 
     def mix_weights_grad(self, grad_rows: Tensor, blocks: Sequence[int], args: MixArgs) -> Tensor:
         assert args.mix_weights is not None
         return args.mix_weights.new_empty(args.mix_weights.shape)
 
-    def layer_grads(self, grad_rows: Tensor, shares: Shares, args: MixArgs, shape: LayerShape) -> list[Tensor]:
-        return [grad_rows.new_empty(shape[:3], dtype=shape.dtype) for _ in range(shares.num_grads)]
+    def layer_grads(
+        self, grad_rows: Tensor, shares: Shares, mix_weights: Tensor | None, image_index: Tensor | None,
+        shape: LayerShape,
+    ) -> list[Tensor]:  # fmt: skip
+        return shape.new_grads(grad_rows, shares.num_grads)
 
     def norm_backward(
         self, grad_out: Tensor, rows: Tensor, norm: Norm, mean: Tensor, rstd: Tensor, need_params: bool

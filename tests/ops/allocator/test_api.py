@@ -37,11 +37,11 @@ def test_inputs_made_under_inference_mode_train_the_parameters():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sentences": torch.ones(3, 5)}, r"sentences: got \(3, 5\), need \(3, 20\)"),
-        ({"summaries": torch.ones(3, 3, 24)}, r"summaries: got \(3, 3, 24\), need \(3, 4, 24\)"),
-        ({"eps": [1e-5]}, "eps: got 1, need 4"),
+        ({"sentences": torch.ones(3, 5)}, r"sentences: got shape \(3, 5\), need \(3, 20\)"),
+        ({"summaries": torch.ones(3, 3, 24)}, r"summaries: got shape \(3, 3, 24\), need \(3, 4, 24\)"),
+        ({"eps": [1e-5]}, "eps: got 1 numbers, need 4, two per block"),
         ({"num_heads": 3}, "num_heads: got 3, need a divisor of the hidden width 32"),
-        ({"parameters": []}, "parameters: got 0, need 6 and 12 per block"),
+        ({"parameters": []}, "parameters: got 0 tensors, need 6 and 12 per block, of at least one block"),
     ],
 )
 def test_a_wrong_argument_is_named(change, message):

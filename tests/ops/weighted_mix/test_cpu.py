@@ -14,6 +14,7 @@ from cpu_kernels import (
     make,
     needs_module,
     needs_onednn,
+    over_sources,
     plain_mix,
     plain_sums,
     routes,
@@ -125,24 +126,23 @@ def test_an_image_out_of_range_is_refused_before_memory_is_touched(index):
         CPU.mix(args, torch.float32)
     with pytest.raises(ValueError, match="image_index"):
         CPU.mix_weights_grad(grad[..., 16:], [1], args)
-    shape = LayerShape(3, 6, 16, torch.float32)
+    shape = LayerShape(3, 6, 16, torch.float32, 1)
     with pytest.raises(ValueError, match="image_index"):
-        CPU.layer_grads(grad, TAP_SHARE, args, shape)
+        CPU.layer_grads(grad, TAP_SHARE, args.mix_weights, args.image_index, shape)
 
 
 def test_what_a_plan_names_must_have_been_handed_in():
     """Of direct calls of the registered operators: what the public ones have checked before."""
-    states, weights, shape = [torch.randn(1, 2, 8)], torch.rand(1, 1), LayerShape(1, 2, 8, torch.float32)
+    states, weights, shape = [torch.randn(1, 2, 8)], torch.rand(1, 1), LayerShape(1, 2, 8, torch.float32, 0)
     cases = {"layer 1, got 1": MixPlan.concat([0, 1]), "layer -1": MixPlan.concat([-1])}
     cases["weight column 1, got 1"] = MixPlan((((0, 1, 1.0),),))
     for message, plan in cases.items():
         with pytest.raises(ValueError, match=f"plan: it names {message}"):
             torch.ops.igva_kernels.layer_mix(states, weights, None, plan.code, 0, "nothing", "cpu")
-    args = MixArgs([], plan, weights, None, 0)
     with pytest.raises(ValueError, match="plan: it names weight column 1, got 1"):
-        CPU.layer_grads(torch.ones(1, 2, 8), Shares((0,), (1,), (1.0,), (1,)), args, shape)
+        CPU.layer_grads(torch.ones(1, 2, 8), Shares((0,), (1,), (1.0,), (1,)), weights, None, shape)
     with pytest.raises(ValueError, match="image_index: need one for 3 rows of 1 images, got None"):
-        CPU.layer_grads(torch.ones(3, 2, 8), TAP_SHARE, MixArgs([], plan, None, None, 0), shape)
+        CPU.layer_grads(torch.ones(3, 2, 8), TAP_SHARE, None, None, shape)
 
 
 # ---- gradients of the mix ------------------------------------------------------------------------------------------
@@ -169,15 +169,15 @@ def test_gradients_of_the_mix_obey_the_error_rule(isa, dtype, plan, index):
         exact_layers, exact_weights = autograd_of_mix(exact, grad_rows.double())
         plain_layers, plain_weights = autograd_of_mix(args, grad_rows)
         wanted, own = shares(plan, (True,) * len(args.layers))
-        shape = LayerShape(3, 40, 21, dtype)
-        grads = CPU.layer_grads(grad_rows, wanted, args, shape)
+        shape = LayerShape(3, 40, 21, dtype, args.skip_tokens)
+        grads = CPU.layer_grads(grad_rows, wanted, args.mix_weights, args.image_index, shape)
         actual_layers = [grads[i] for i in own]
         for layer, triple in enumerate(zip(actual_layers, exact_layers, plain_layers, strict=True)):
             judge.add(*triple, f"layer {layer}")
         sources = args.program.gather(args.layers, CPU.mix(args, dtype, None, Keep.SOURCES).sums)
         blocks = plan.weighted_blocks
         taken = torch.cat([grad_rows[..., g * 21 : (g + 1) * 21] for g in blocks], dim=-1)
-        actual_weights = CPU.mix_weights_grad(taken, blocks, args.over_sources(sources))
+        actual_weights = CPU.mix_weights_grad(taken, blocks, over_sources(args, sources))
         assert actual_weights.dtype == args.mix_weights.dtype
         judge.add(actual_weights, exact_weights, plain_weights, "mix_weights")
 
@@ -189,10 +189,10 @@ def test_gradients_cross_dtypes(isa, layer_dtype):
     _, exact_weights = autograd_of_mix(exact, grad_rows.double())
     sources = [*CPU.mix(args, layer_dtype, None, Keep.SOURCES).sums]
     sources.insert(0, args.layers[PLANS["igva"].blocks[0][0].layer])
-    actual = CPU.mix_weights_grad(grad_rows[..., 16:], [1], args.over_sources(sources))
+    actual = CPU.mix_weights_grad(grad_rows[..., 16:], [1], over_sources(args, sources))
     assert relative_error(actual, exact_weights) < 0.02
-    shape = LayerShape(3, 6, 16, layer_dtype)
-    (actual,) = CPU.layer_grads(grad_rows, TAP_SHARE, args, shape)
+    shape = LayerShape(3, 6, 16, layer_dtype, 0)
+    (actual,) = CPU.layer_grads(grad_rows, TAP_SHARE, args.mix_weights, args.image_index, shape)
     assert torch.equal(actual, grad_rows[..., :16].to(layer_dtype))
 
 

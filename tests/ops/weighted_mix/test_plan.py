@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pickle
 import subprocess
 import sys
@@ -93,7 +94,7 @@ def test_weighted_sum_has_a_column_a_layer_and_the_residual_without():
 def test_negative_layers_resolve_at_once_where_the_number_of_states_is_known():
     assert MixPlan.concat([-2, 0], num_states=5).blocks == taps(3, 0)
     unresolved = MixPlan.concat([-2, 0])
-    assert not unresolved.is_resolved
+    assert unresolved.layers == (-2, 0)
     assert unresolved.resolve(5) == MixPlan.concat([3, 0], num_states=5)
 
 
@@ -124,6 +125,13 @@ def test_a_malformed_entry_is_a_type_error(entry):
 def test_a_negative_column_is_refused():
     with pytest.raises(ValueError, match="columns count from 0"):
         MixPlan((((1, -1, 1.0),),))
+
+
+@pytest.mark.parametrize("scale", [math.inf, -math.inf, math.nan])
+def test_a_scale_that_is_not_finite_is_refused(scale):
+    """The code of a plan could not be read back."""
+    with pytest.raises(ValueError, match="scales are finite"):
+        MixPlan((((1, None, scale),),))
 
 
 def test_equal_plans_are_equal_hashable_and_picklable():

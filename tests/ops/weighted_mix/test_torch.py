@@ -8,6 +8,7 @@ import block
 import plain_torch
 import pytest
 import torch
+import torch.nn.functional as F
 from block import IGVA
 from torch.utils.checkpoint import checkpoint
 
@@ -116,6 +117,33 @@ def test_autocast_casts_weights_and_the_row_but_never_the_layers(impl):
         for name, leaf, *results in zip(names, leaves, grads, exact_grads, plain_grads, strict=True):
             assert results[0].dtype == leaf.dtype
             judge.add(*results, f"grad {name}")
+
+
+def test_autocast_rounds_the_rows_of_a_norm_but_not_its_parameters(impl, monkeypatch):
+    """Constant weights keep the rows in autocast's dtype. CUDA's LayerNorm takes no two dtypes; the CPU's would."""
+    plan, eps, layer_norm = MixPlan.igva_uniform(4, 2), 1e-5, F.layer_norm
+
+    def of_one_dtype(rows, shape, weight, bias, eps):
+        assert rows.dtype == weight.dtype == bias.dtype
+        return layer_norm(rows, shape, weight, bias, eps)
+
+    for judge in within_rule(torch.bfloat16):
+        states = [torch.randn(2, 33, 64) for _ in range(5)]
+        leaves = [torch.randn(48, 128) / 12, torch.randn(48), 1 + torch.randn(128) / 10, torch.randn(128) / 10]
+        results = []
+        for name in (impl, "reference"):
+            weight, bias, *norm = params = [leaf.clone().requires_grad_() for leaf in leaves]
+            monkeypatch.setattr(F, "layer_norm", layer_norm if name == "reference" else of_one_dtype)
+            with torch.autocast("cpu", torch.bfloat16):
+                out = ik.layer_mix_linear(states, plan, None, weight, bias, norm=(*norm, eps), impl=name)
+                results.append(torch.autograd.grad(out.float().square().sum(), params))
+        weight, bias, *norm = params = [leaf.double().requires_grad_() for leaf in leaves]
+        out = plain_torch.layer_mix_linear([h.double() for h in states], plan, None, weight, bias, norm=(*norm, eps))
+        exact = torch.autograd.grad(out.square().sum(), params)
+        for name, *triple in zip(
+            ("weight", "bias", "norm weight", "norm bias"), results[0], exact, results[1], strict=True
+        ):
+            judge.add(*triple, f"grad {name}")
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

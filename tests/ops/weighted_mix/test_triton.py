@@ -108,12 +108,13 @@ def test_an_image_that_does_not_exist_gives_nan_rows_and_nothing_else():
     assert rows[[1, 2]].isnan().all()
     grad = torch.randn(4, 3, 32)
     dw = KERNELS.mix_weights_grad(
-        grad[..., 16:], (1,), args.over_sources([layers[2], torch.randn(2, 3, 16), layers[1]])
-    )
+        grad[..., 16:], (1,),
+        MixArgs.over_sources(plan, [layers[2], torch.randn(2, 3, 16), layers[1]], weights, index, 1),
+    )  # fmt: skip
     assert dw[good].isfinite().all()
     assert dw[[1, 2]].isnan().all()
-    shape = LayerShape(2, 4, 16, torch.float32)
-    (grads,) = KERNELS.layer_grads(grad, shares(MixPlan.concat([0]), (True,))[0], args, shape)
+    shape = LayerShape(2, 4, 16, torch.float32, args.skip_tokens)
+    (grads,) = KERNELS.layer_grads(grad, shares(MixPlan.concat([0]), (True,))[0], weights, index, shape)
     torch.testing.assert_close(grads[:, 1:], grad[good, :, :16])
     weight = torch.randn(8, 32)
     taps = dataclasses.replace(args, plan=MixPlan.concat([0, 1], 3))

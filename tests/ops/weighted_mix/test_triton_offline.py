@@ -76,7 +76,7 @@ ROWS = {
     ),
     "layer_grads": lambda rows: mix.layer_grads(
         meta(2, T - 1, 2 * D), shares(IGVA, (True,) * 24)[0], stat(2, 4), meta(2, dtype=torch.int64), 1,
-        LayerShape(2, T, D, torch.bfloat16), rows["layer_grads"],
+        LayerShape(2, T, D, torch.bfloat16, 1), rows["layer_grads"],
     ),
     "norm_backward": lambda rows: norm.norm_backward(
         meta(M, 5 * D), meta(M, 5 * D), norm_of(5 * D), stat(M), stat(M), True, 264, rows["norm_backward"]
@@ -140,7 +140,7 @@ def test_one_build_serves_every_batch(monkeypatch):
         m, layers, sources = batch * (T - 1), args(IGVA, True, batch=batch), args(REDUCED, True, batch=batch)
         mix.mix(layers, torch.bfloat16, norm_of(2 * D), Keep.SOURCES, rows["mix"])
         mix.mix_weights_grad(meta(batch, T - 1, D), (1,), sources, rows["mix_weights_grad"])
-        shape, weights = LayerShape(batch, T, D, torch.bfloat16), layers.mix_weights
+        shape, weights = LayerShape(batch, T, D, torch.bfloat16, 1), layers.mix_weights
         signatures = shares(IGVA, (True,) * 24)[0]
         mix.layer_grads(
             meta(batch, T - 1, 2 * D), signatures, weights, layers.image_index, 1, shape, rows["layer_grads"]

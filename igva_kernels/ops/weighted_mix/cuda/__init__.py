@@ -10,8 +10,10 @@ from torch import Tensor
 
 from igva_kernels.ops.weighted_mix.cuda import gemm, grad_gemm
 from igva_kernels.ops.weighted_mix.cuda.program import DOT_CHUNK, mix_program, norm_row_fits
-from igva_kernels.ops.weighted_mix.operands import batch, layers, serves_pair, weights
-from igva_kernels.ops.weighted_mix.program import Shares, dots
+from igva_kernels.ops.weighted_mix.operands import batch, layer_shape, layers, serves_pair, weights
+from igva_kernels.ops.weighted_mix.plan import MixPlan
+from igva_kernels.ops.weighted_mix.program import TERM, Shares, dots, lower
+from igva_kernels.ops.weighted_mix.program import shares as shares_of
 from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Mixed, Projector, WeightedMix
 from igva_kernels.runtime import operands
 from igva_kernels.runtime.cuda import launch
@@ -25,6 +27,23 @@ class CudaWeightedMix(CudaDense, WeightedMix):
 
     def activations(self) -> Collection[str]:
         return activations(launch.module())
+
+    def why_not_plan(self, plan: MixPlan) -> str | None:
+        program, limits = lower(plan), launch.module().LIMITS
+        of_layers, _ = shares_of(plan, (True,) * (1 + max(plan.layers)))
+        counts = {
+            "layers": (1 + max(plan.layers), "layers"),
+            "entries": (len(program.steps.layers), "layers in all blocks together"),
+            "terms": (sum(end >= TERM for end in program.steps.ends), "sums of layers"),
+            "sums": (program.num_sums, "kept sums"),
+            "dots": (len(dots(program.reduced, program.weighted_blocks).layers), "weighted entries"),
+            "grads": (of_layers.num_grads, "different gradients of layers"),
+            "shares": (len(of_layers.blocks), "entries in all gradients of layers together"),
+        }
+        for name, (count, what) in counts.items():
+            if count > limits[name]:
+                return f"its kernels take at most {limits[name]} {what}, the plan has {count}"
+        return None
 
     def notes(self) -> list[str]:
         reason = gemm.why_not_device(torch.cuda.current_device())
@@ -45,7 +64,7 @@ class CudaWeightedMix(CudaDense, WeightedMix):
         if norm is None:
             _launch_mix(args, rows, along)
             return Mixed(rows, None, sums)
-        raw_rows, (mean, rstd) = torch.empty_like(rows) if keep == Keep.ROWS else None, args.new_stats()
+        raw_rows, (mean, rstd) = torch.empty_like(rows) if keep == Keep.ROWS else None, args.new_stats(norm)
         _launch_mix(args, rows, along, norm, raw_rows, mean, rstd)
         return Mixed(rows, raw_rows, sums, mean, rstd)
 
@@ -87,17 +106,18 @@ class CudaWeightedMix(CudaDense, WeightedMix):
             return super().mix_weights_grad_of_linear(grad_z, weight1, blocks, args)
         return grad_gemm.run(grad_z, weight1, blocks, args)
 
-    def layer_grads(self, grad_rows: Tensor, shares: Shares, args: MixArgs, shape: LayerShape) -> list[Tensor]:
+    def layer_grads(
+        self, grad_rows: Tensor, shares: Shares, mix_weights: Tensor | None, image_index: Tensor | None,
+        shape: LayerShape,
+    ) -> list[Tensor]:  # fmt: skip
         """One gradient ``[I, T, D]`` per signature; rows that share an image add in row order."""
         grad_rows = _readable(grad_rows, shape.dtype)
-        size = (shape.num_images, shape.num_tokens, shape.width)
-        grads = [grad_rows.new_empty(size, dtype=shape.dtype) for _ in range(shares.num_grads)]
-        native = launch.module()
+        grads, native = shape.new_grads(grad_rows, shares.num_grads), launch.module()
+        vector = allows_vectors(shape.width, [grad_rows, *grads])
         with launch.on_device_of(grad_rows) as stream:
             native.layer_grads(
-                view(native, grad_rows), shares, weights(args.mix_weights),
-                batch(args.image_index, grad_rows.shape[0]), (dtype_of(native, shape.dtype), size, args.skip_tokens),
-                [grad.data_ptr() for grad in grads], allows_vectors(shape.width, [grad_rows, *grads]), stream,
+                view(native, grad_rows), shares, weights(mix_weights), batch(image_index, grad_rows.shape[0]),
+                layer_shape(native, shape), [grad.data_ptr() for grad in grads], vector, stream,
             )  # fmt: skip
         return grads
 

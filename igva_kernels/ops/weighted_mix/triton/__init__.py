@@ -47,9 +47,12 @@ class TritonWeightedMix(TritonDense, WeightedMix):
             return gemm.mix_weights_grad_of_linear(grad_z, weight1, blocks, args, chosen)
         return super().mix_weights_grad_of_linear(grad_z, weight1, blocks, args)
 
-    def layer_grads(self, grad_rows: Tensor, shares: Shares, args: MixArgs, shape: LayerShape) -> list[Tensor]:
-        weights, index, rows = args.mix_weights, args.image_index, config_of(grad_rows).rows["layer_grads"]
-        return mix_kernels.layer_grads(grad_rows, shares, weights, index, args.skip_tokens, shape, rows)
+    def layer_grads(
+        self, grad_rows: Tensor, shares: Shares, mix_weights: Tensor | None, image_index: Tensor | None,
+        shape: LayerShape,
+    ) -> list[Tensor]:  # fmt: skip
+        rows = config_of(grad_rows).rows["layer_grads"]
+        return mix_kernels.layer_grads(grad_rows, shares, mix_weights, image_index, shape.skip_tokens, shape, rows)
 
     def mix_linear(
         self, args: MixArgs, projector: Projector, keep: Keep, keep_z: bool

@@ -229,7 +229,7 @@ def mix(
         _launch_mix(args, None, None, sums, None, None, config)
     rows = None if stats_only else args.new_rows(dtype)
     raw_rows = args.new_rows(dtype) if norm is not None and keep == Keep.ROWS else None
-    stats = None if norm is None else args.new_stats()
+    stats = None if norm is None else args.new_stats(norm)
     _launch_mix(args, rows, raw_rows, sums if args.image_index is None else [], norm, stats, config)
     return Mixed(rows, raw_rows, sums, *stats or (None, None))
 

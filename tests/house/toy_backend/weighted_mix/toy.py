@@ -33,15 +33,15 @@ class ToyWeightedMix(WeightedMix):
             grad[:, column] += scale * (grad_rows[..., block * args.width :][..., : args.width] * h).sum((1, 2))
         return grad
 
-    def layer_grads(self, grad_rows, shares, args, shape):
-        rows = torch.arange(shape.num_images) if args.image_index is None else args.image_index
+    def layer_grads(self, grad_rows, shares, mix_weights, image_index, shape):
+        rows = torch.arange(shape.num_images) if image_index is None else image_index
         grads, grad = [], 0.0
         for block, column, scale, end in zip(*shares, strict=True):
-            weight = 1.0 if column < 0 else args.mix_weights[:, column, None, None]
+            weight = 1.0 if column < 0 else mix_weights[:, column, None, None]
             grad = grad + scale * weight * grad_rows[..., block * shape.width :][..., : shape.width]
             if end:
                 full = grad.new_zeros(shape[:3], dtype=accumulation_dtype(shape.dtype))
-                full[:, args.skip_tokens :].index_add_(0, rows, grad)
+                full[:, shape.skip_tokens :].index_add_(0, rows, grad)
                 grads.append(full.to(shape.dtype))
                 grad = 0.0
         return grads
