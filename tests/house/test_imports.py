@@ -108,3 +108,28 @@ def test_the_benchmarks_look_no_operator_up():
         if f'operators()["{name}"]' in path.read_text()
     ]
     assert not looked_up
+
+
+def kernel_arguments(paths):
+    """What the Triton kernels of these files take at a launch, their constants left out."""
+    return {
+        argument.arg
+        for path in paths
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef) and "kernel" in map(ast.unparse, function.decorator_list)
+        for argument in function.args.args
+        if argument.annotation is None
+    }
+
+
+def test_the_runtime_names_no_argument_of_an_operators_kernels():
+    runtime = [*ROOT.glob("runtime/triton/*.py")]
+    of_operators = kernel_arguments([*ROOT.glob("ops/*/triton.py"), *ROOT.glob("ops/*/triton/*.py")])
+    assert {"num_patches", "stride_wb"} <= of_operators
+    named = {
+        node.value
+        for path in runtime
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant)
+    }
+    assert not named & (of_operators - kernel_arguments(runtime))

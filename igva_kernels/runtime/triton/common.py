@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -10,13 +13,17 @@ import triton.language as tl
 # truncates. Under the interpreter ``cast`` and ``dot`` compute what the hardware computes.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-# ``@kernel``: triton.jit for what is launched. Triton compiles anew for an integer that is 1 or a multiple of 16. For
-# the arguments below that gains nothing, since no load depends on their alignment, and some change with every batch.
-kernel = triton.jit(
-    do_not_specialize=[
-        "num_rows", "num_images", "num_patches", "num_tokens", "skip", "slot", "slots", "stride_wb", "stride_wc"
-    ]
-)  # fmt: skip
+
+def kernel_with(*plain: str) -> Callable[[Any], Any]:
+    """``triton.jit`` for what is launched, with the integer arguments that are ``plain``.
+
+    Triton compiles anew for an integer that is 1 or a multiple of 16. For a plain one that gains nothing, since no load
+    depends on its alignment, and some change with every batch, as ``num_rows`` does in every kernel that has it.
+    """
+    return triton.jit(do_not_specialize=["num_rows", *plain])
+
+
+kernel = kernel_with()
 
 
 @triton.jit
@@ -69,15 +76,3 @@ def activate(z, ACTIVATION: tl.constexpr):
     else:
         value, _ = value_and_slope(z, ACTIVATION)
         return value
-
-
-@triton.jit
-def image_of(index, b, num_images):
-    """``(image, whether it exists)`` of batch row ``b``; a missing one reads image 0 and is masked by the caller."""
-    if index is None:
-        image = b.to(tl.int64)
-        return image, image >= 0
-    else:
-        image = tl.load(index + b)
-        exists = (image >= 0) & (image < num_images)
-        return tl.where(exists, image, 0), exists

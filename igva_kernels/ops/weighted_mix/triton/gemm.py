@@ -18,9 +18,9 @@ from torch import Tensor
 
 from igva_kernels.ops.weighted_mix.program import dots
 from igva_kernels.ops.weighted_mix.steps import MixArgs
-from igva_kernels.ops.weighted_mix.triton.mix import dot_entries
+from igva_kernels.ops.weighted_mix.triton.mix import dot_entries, image_of, kernel
 from igva_kernels.runtime.config import GemmConfig
-from igva_kernels.runtime.triton.common import cast, dot, image_of, kernel
+from igva_kernels.runtime.triton.common import cast, dot
 from igva_kernels.runtime.triton.gemm import (
     column_slices,
     gemm_tile,

@@ -30,11 +30,25 @@ from igva_kernels.ops.weighted_mix import program
 from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Mixed
 from igva_kernels.runtime.config import RowConfig
 from igva_kernels.runtime.dense import Norm
-from igva_kernels.runtime.triton.common import cast, image_of, kernel
+from igva_kernels.runtime.triton.common import cast, kernel_with
 from igva_kernels.runtime.triton.launch import launch, strides
 
 # What ends with a step of the program, as constants of the kernels.
 _TERM, _PART, _BLOCK = tl.constexpr(program.TERM), tl.constexpr(program.PART), tl.constexpr(program.BLOCK)
+
+kernel = kernel_with("num_images", "num_patches", "num_tokens", "skip", "slot", "slots", "stride_wb", "stride_wc")
+
+
+@triton.jit
+def image_of(index, b, num_images):
+    """``(image, whether it exists)`` of batch row ``b``; a missing one reads image 0 and is masked by the caller."""
+    if index is None:
+        image = b.to(tl.int64)
+        return image, image >= 0
+    else:
+        image = tl.load(index + b)
+        exists = (image >= 0) & (image < num_images)
+        return tl.where(exists, image, 0), exists
 
 
 @triton.jit
