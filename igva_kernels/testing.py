@@ -294,5 +294,5 @@ def _silent_stderr() -> Iterator[None]:
 
 def _difference(actual: Tensor, oracle: Tensor) -> Tensor:
     if actual.shape != oracle.shape:
-        raise ValueError(f"actual: shape {tuple(actual.shape)}, but the oracle has {tuple(oracle.shape)}")
+        raise ValueError(f"actual: got shape {tuple(actual.shape)}, need {tuple(oracle.shape)} as the oracle")
     return actual.detach().to(oracle) - oracle

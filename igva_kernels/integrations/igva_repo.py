@@ -60,7 +60,7 @@ def _encoder(plan: MixPlan) -> Callable[..., Tensor]:
             if rest:
                 sentence_embeds = rest[-1]  # the branch for several images passes aggregate_layers first
             if sentence_embeds is None:
-                raise ValueError("sentence_embeds: images are weighted by their instructions, got none")
+                raise ValueError("sentence_embeds: got None, need [B, E]: images are weighted by their instructions")
             summaries = column_summaries(mixed.hidden_states, mixed.plan)
             weights = core.vision_aggregator(cls_features=summaries, sentence_embed=sentence_embeds.to(summaries))
             self.instructions.layer_weights = weights

@@ -110,7 +110,7 @@ def _encoder(plan: MixPlan, skip_tokens: int) -> Callable[[Any, Tensor], Tensor]
         if plan.num_columns:
             sentence_embeds = self.instructions.sentence_embeds
             if sentence_embeds is None:
-                raise ValueError("sentence_embeds: images are weighted by their instructions, got none")
+                raise ValueError("sentence_embeds: got None, need [B, E]: images are weighted by their instructions")
             has_cls = tower.config.model_type != "siglip_vision_model"
             summaries = column_summaries(mixed.hidden_states, mixed.plan, has_cls)
             weights = getattr(projector, ALLOCATOR)(sentence_embeds.to(summaries.device), summaries)

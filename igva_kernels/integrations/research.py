@@ -130,7 +130,9 @@ def rows_of_images(sentence_embeds: Tensor, arguments: dict[str, Any]) -> Tensor
         places = places & mask.bool()
     per_sample = places.sum(dim=1).clamp_min(1)
     if len(images) != per_sample.sum():
-        raise ValueError(f"images: got {len(images)}, need {per_sample.tolist()} for the samples")
+        raise ValueError(
+            f"images: got {len(images)}, need {per_sample.sum()}: the samples have {per_sample.tolist()} places"
+        )
     several = isinstance(images, list) or images.ndim == 5
     tiles = [image.shape[0] if image.ndim == 4 else 1 for image in images] if several else [1] * len(images)
     rows = sentence_embeds.repeat_interleave(per_sample.to(sentence_embeds.device), dim=0)

@@ -94,11 +94,12 @@ def allocate(
     needed = {
         "sentences": (tuple(sentences.shape), (batch, weights.sentence_weight.shape[1])),
         "summaries": (tuple(summaries.shape), (batch, num_weights, weights.cls_weight.shape[1])),
-        "eps": (len(eps), 2 * len(weights.blocks)),
     }
     for name, (given, need) in needed.items():
         if given != need:
-            raise ValueError(f"{name}: got {given}, need {need}")
+            raise ValueError(f"{name}: got shape {given}, need {need}")
+    if len(eps) != 2 * len(weights.blocks):
+        raise ValueError(f"eps: got {len(eps)} numbers, need {2 * len(weights.blocks)}, two per block")
     if width % num_heads:
         raise ValueError(f"num_heads: got {num_heads}, need a divisor of the hidden width {width}")
     parts = Parts(list(parameters), num_heads, list(eps))

@@ -54,7 +54,9 @@ class AllocatorWeights(NamedTuple):
         """
         size, others = len(AllocatorBlockWeights._fields), cls.num_parameters(0)
         if len(parameters) < others + size or (len(parameters) - others) % size:
-            raise ValueError(f"parameters: got {len(parameters)}, need {others} and {size} per block")
+            raise ValueError(
+                f"parameters: got {len(parameters)} tensors, need {others} and {size} per block, of at least one block"
+            )
         starts = range(4, len(parameters) - 2, size)
         blocks = tuple(AllocatorBlockWeights(*parameters[start : start + size]) for start in starts)
         sentence_weight, sentence_bias, cls_weight, cls_bias = parameters[:4]
