@@ -11,8 +11,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from igva_kernels import MixPlan
+from igva_kernels.integrations import PatchHandle
+from igva_kernels.integrations.lazy import patch_projector
 from igva_kernels.nn import (
     LayerMixProjector,
+    MixInput,
     WeightAllocator,
     balance_loss,
     column_plan,
@@ -254,9 +257,43 @@ def test_states_without_their_batch_are_refused(has_cls):
         projector()(lost, torch.rand(2, 2))
 
 
-def test_an_unknown_activation_is_refused():
-    with pytest.raises(ValueError, match="activation"):
-        projector(activation="tanh")
+class Host(nn.Module):
+    """A projector as it comes from elsewhere, with the LayerNorm that is given."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.linear_1, self.act, self.linear_2 = norm, nn.Linear(16, 12), nn.GELU(), nn.Linear(12, 12)
+
+    def forward(self, rows):
+        return self.linear_2(self.act(self.linear_1(self.norm(rows))))
+
+
+def children(module):
+    return module.norm, module.linear_1, module.linear_2
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("hooked", [False, True], ids=["one operator", "hooked"])
+@pytest.mark.parametrize("options", [{"elementwise_affine": False}, {"bias": False}, {}], ids=str)
+def test_a_patched_norm_may_lack_its_weight_and_its_bias(options, hooked, impl):
+    hidden, weights, host = states(), torch.rand(2, 2, requires_grad=True), Host(nn.LayerNorm(16, **options))
+    for parameter in host.norm.parameters():
+        nn.init.normal_(parameter)
+
+    def run_host(rows):
+        out = host(rows)
+        return [out, *torch.autograd.grad(out.square().sum(), [weights, *host.parameters()])]
+
+    expected = run_host(plain_torch.layer_mix(hidden, PLAN, weights, skip_tokens=1))
+    calls = []
+    if hooked:
+        host.linear_1.register_forward_hook(lambda *_: calls.append("linear_1"))
+    with PatchHandle() as edits:
+        patch_projector(edits, host, children, "gelu", impl, "host")
+        results = run_host(MixInput(tuple(hidden), weights, None, None, PLAN, 1, "gelu", impl))
+    assert bool(calls) == hooked
+    for got, want in zip(results, expected, strict=True):
+        close(got, want)
 
 
 def test_a_linear_is_plain_until_something_would_happen_in_its_forward():
