@@ -67,14 +67,6 @@ def test_igva_keeps_the_base_layer_and_one_state_a_group():
     assert not any(s.requires_grad or s.is_inference() for s in features.sources)
 
 
-def test_the_connector_learns_from_encoded_images():
-    model, inputs = igva_model().train(), batch(labels=True)
-    features = model.encode_images(inputs.pop("pixel_values"))
-    model(**inputs, image_features=features).loss.backward()
-    assert model.model.multi_modal_projector.linear_1.weight.grad.any()
-    assert model.model.weight_allocator.sentence_proj.weight.grad.any()
-
-
 OTHER_PLANS = {
     "another number of blocks": {"mix_plan": MixPlan.concat([0, 1, 2])},
     "another base layer": {"vision_feature_layer": -4},

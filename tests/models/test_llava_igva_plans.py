@@ -21,9 +21,9 @@ from igva_kernels.nn import LearnedWeights, TextAllocator
 SMALL = {"sentence_embed_dim": EMBED, "allocator_hidden_dim": 16, "allocator_num_blocks": 1, "allocator_num_heads": 2}
 
 
-def system(name, impl="reference"):
+def system(name, impl="reference", **overrides):
     torch.manual_seed(seeded())
-    return liven(LlavaIgvaForConditionalGeneration(make_config(name, impl=impl, **SMALL)).eval())
+    return liven(LlavaIgvaForConditionalGeneration(make_config(name, impl=impl, **SMALL, **overrides)).eval())
 
 
 def close(a, b):
@@ -88,6 +88,17 @@ def test_the_visual_tokens_are_the_formula_of_the_system(name):
     tokens = projector.linear_2(gelu(projector.linear_1(rows)))
     close(torch.stack(out.pooler_output), tokens)
     assert tokens.shape[1] == PATCHES
+
+
+def test_the_instruction_can_weigh_the_layers_of_any_plan():
+    model, inputs = system("COMM Layerscale", aggregation="instruction"), batch((1, 1))
+    core = model.model
+    h = core.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
+    weights = core.weight_allocator(inputs["sentence_embeds"], torch.stack([state[:, 0] for state in h[1:]], dim=1))
+    out = model.get_image_features(inputs["pixel_values"], inputs["sentence_embeds"])
+    close(out.layer_weights, weights)
+    projector, rows = core.multi_modal_projector, weighted(h, weights, range(1, 25))
+    close(torch.stack(out.pooler_output), projector.linear_2(gelu(projector.linear_1(rows[:, 1:]))))
 
 
 def test_the_weights_of_tgif_come_from_the_text_alone():
