@@ -81,13 +81,14 @@ def providers(workload: Workload, device: str) -> dict[str, Provider]:
 
 
 def kernels(device: str, dtype: torch.dtype) -> list[str]:
-    """The backends that can serve the connectors here."""
-    return OPERATOR.candidates(torch.device(device), dtype)
+    """The backends that can serve the connectors here, as far as device and dtype decide it."""
+    return OPERATOR.candidates(torch.device(device), dtype, None)
 
 
 def _of_operation(workload: Operation, device: str) -> list[Provider]:
     """Plain torch and every backend that serves the operator."""
-    able = operators()[workload.operator].candidates(torch.device(device), workload.torch_dtype)
+    operator, demands = operators()[workload.operator], workload.case.demands
+    able = operator.candidates(torch.device(device), workload.torch_dtype, *demands)
     labels = {PLAIN: "plain torch"} | {name: f"igva_kernels, {name}" for name in able}
 
     def bind(impl: str, inputs: Any) -> Bound:

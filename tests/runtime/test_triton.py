@@ -67,9 +67,9 @@ def two_cards(monkeypatch):
 
 
 def test_each_card_is_asked_for_its_own_capability(two_cards):
-    assert OPERATOR.select("triton", torch.device("cuda:0"), torch.bfloat16, ()) == "triton"
+    assert OPERATOR.select("triton", torch.device("cuda:0"), torch.bfloat16, (), None) == "triton"
     with pytest.raises(NotImplementedError, match=r"on 'cuda:1': .* compute capability 8.0, this card has 7.5"):
-        OPERATOR.select("triton", torch.device("cuda:1"), torch.bfloat16, ())
+        OPERATOR.select("triton", torch.device("cuda:1"), torch.bfloat16, (), None)
 
 
 def test_without_a_c_compiler_it_says_why_not(two_cards, monkeypatch):
