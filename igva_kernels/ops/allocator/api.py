@@ -48,7 +48,7 @@ def fused(
     if isinstance(parts, str):
         reason: str | None = parts
     else:
-        reason = _why_not(sentences, summaries, parts.parameters)
+        reason = _why_not(sentences, summaries, parts, sizes)
         if reason is None:
             return OPS.allocate(sentences, summaries, *parts, backend)
     if impl != "auto":
@@ -56,8 +56,8 @@ def fused(
     return None
 
 
-def _why_not(sentences: Tensor, summaries: Tensor, parameters: Sequence[Tensor]) -> str | None:
-    tensors = (sentences, summaries, *parameters)
+def _why_not(sentences: Tensor, summaries: Tensor, parts: Parts, sizes: tuple[int, int]) -> str | None:
+    tensors = (sentences, summaries, *parts.parameters)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "its kernels are for inference and a gradient is asked for"
     reason = why_only_torch(tensors)
@@ -68,7 +68,7 @@ def _why_not(sentences: Tensor, summaries: Tensor, parameters: Sequence[Tensor])
         return "autocast is on"
     if any(tensor.device != device or tensor.dtype != dtype for tensor in tensors):
         return "its inputs and parameters are not all of one dtype on one device"
-    return None
+    return AllocatorWeights.of(parts.parameters).misfit(*sizes, sentences.shape[1], summaries.shape[2])
 
 
 def allocate(

@@ -45,6 +45,21 @@ class AllocatorWeights(NamedTuple):
         """How many parameters an allocator of this many blocks has, a shared one counted once per use."""
         return len(AllocatorWeights._fields) - 1 + num_blocks * len(AllocatorBlockWeights._fields)
 
+    def misfit(self, width: int, columns: int, sentence: int, vision: int) -> str | None:
+        """The parameter that has no shape of an allocator of C, K, E and D, in words; an FFN may have any width."""
+        square, row = (width, width), (width,)
+        needed = [(width, sentence), row, (width, vision), row]
+        for block in self.blocks:
+            inner = block.ffn1_weight.shape[0]
+            needed += [(3 * width, width), (3 * width,), square, row, row, row]
+            needed += [(inner, width), (inner,), (width, inner), row, row, row]
+        needed += [(columns, width), (columns,)]
+        given = [*self[:4], *(parameter for block in self.blocks for parameter in block), *self[-2:]]
+        for i, (parameter, shape) in enumerate(zip(given, needed, strict=True)):
+            if parameter.shape != shape:
+                return f"parameter {i} has the shape {tuple(parameter.shape)}, need {shape}"
+        return None
+
     @classmethod
     def of(cls, parameters: Sequence[Tensor]) -> AllocatorWeights:
         """From a flat list in the order of ``parameters()``, in which a shared one appears once per use.

@@ -146,6 +146,10 @@ def unbias(module):
     module.sentence_proj.bias = None
 
 
+def shrink(module):
+    module.blocks[1].ffn[2].weight = nn.Parameter(torch.zeros(32, 16), requires_grad=False)
+
+
 def drop(module):
     module.blocks[0].cross_attention.dropout = 0.1
 
@@ -156,6 +160,7 @@ CHANGES = {
     "another activation": (gelu, "a submodule is hooked, sharded, quantised or replaced"),
     "a wrapped head": (wrap, "a submodule is hooked, sharded, quantised or replaced"),
     "no bias": (unbias, "a submodule is hooked, sharded, quantised or replaced"),
+    "a parameter of another shape": (shrink, r"parameter 24 has the shape \(32, 16\), need \(32, 32\)"),
     "dropout": (drop, "a submodule is hooked, sharded, quantised or replaced"),
     "a parameter of another dtype": (lambda m: m.head.half(), "not all of one dtype"),
     "a trainable parameter": (lambda m: m.head.requires_grad_(), "a gradient is asked for"),
