@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -37,6 +36,21 @@ ROWS = [RowConfig(elements, warps) for elements in (512, 1024, 2048, 4096) for w
 """The configurations that are tried for every kernel over rows."""
 
 Job = Callable[[], object]
+
+
+class Tuning(Protocol):
+    """What an operator's ``triton/tuning.py`` holds. Kernels have the names by which they ask the configuration."""
+
+    ROW_JOBS: Mapping[str, Callable[[], Callable[[RowConfig], object]]]
+    """By kernel over rows: ``job()`` returns a function of the configuration to time."""
+    GEMM_JOBS: Mapping[str, Callable[[int], tuple[Callable[[GemmConfig], object], tuple[int, int, int]]]]
+    """By GEMM: ``job(batch)`` returns such a function, and ``(rows, columns, length)`` of its product."""
+
+    def tiles(self, name: str, shipped: Config) -> Sequence[GemmConfig]:
+        """The tiles of a GEMM that are tried, and their neighbours, given what is shipped for the architecture."""
+
+    def block(self, implementation: Any, batch: int) -> Job:
+        """A call by which the backends of the operator are compared."""
 
 
 def tune(
@@ -68,7 +82,11 @@ def tune(
         tuned = replace(
             blank,
             rows={name: _best_rows(name, job(), log) for each in jobs for name, job in each.ROW_JOBS.items()},
-            gemms={name: _best_tiles(name, job, blank, log) for each in jobs for name, job in each.GEMM_JOBS.items()},
+            gemms={
+                name: _best_tiles(name, job, each.tiles(name, shipped), blank, log)
+                for each in jobs
+                for name, job in each.GEMM_JOBS.items()
+            },
         )
         path = output or config.tuned_dir() / config.file_name(torch.cuda.get_device_name(index))
         _write(path, tuned)
@@ -101,10 +119,10 @@ def _by_speed(device: torch.device, log: Callable[[str], None]) -> tuple[str, ..
     return tuple(sorted(found, key=lambda name: found[name]))
 
 
-def _tunings() -> list[tuple[Operator, ModuleType]]:
+def _tunings() -> list[tuple[Operator, Tuning]]:
     """The operators whose Triton kernels can be tuned, and their ``triton/tuning.py``."""
     found = [(operator, operator.module("triton.tuning")) for operator in operators().values()]
-    return [(operator, tuning) for operator, tuning in found if tuning is not None]
+    return [(operator, cast(Tuning, tuning)) for operator, tuning in found if tuning is not None]
 
 
 def time_us(job: Job, repeats: int = 20) -> float:
@@ -154,11 +172,11 @@ def _best_rows(name: str, job: Callable[[RowConfig], object], log: Callable[[str
 
 
 def _best_tiles(
-    name: str, job: Callable[..., Any], blank: Config, log: Callable[[str], None]
+    name: str, job: Callable[[int], Any], tiles: Iterable[GemmConfig], blank: Config, log: Callable[[str], None]
 ) -> tuple[GemmConfig, ...]:
     jobs = [job(batch) for batch in BATCHES]
     times: dict[GemmConfig, list[float]] = {}
-    for tile in _candidates(name, blank):
+    for tile in _with_neighbours(tiles):
         with suppress(OutOfResources, PTXASError):  # a neighbouring tile may need more than the card has
             times[tile] = [time_us(partial(job, tile)) for job, _ in jobs]
     best = dict.fromkeys(min(times, key=lambda tile: times[tile][i]) for i in reversed(range(len(BATCHES))))
@@ -171,9 +189,8 @@ def _best_tiles(
     return tuple(tuned)
 
 
-def _candidates(name: str, blank: Config) -> Iterator[GemmConfig]:
-    """The shipped tiles and their neighbours."""
-    for tile in blank.gemms[name]:
+def _with_neighbours(tiles: Iterable[GemmConfig]) -> Iterator[GemmConfig]:
+    for tile in tiles:
         for stages in (tile.num_stages, tile.num_stages + 1):
             for slices in (tile.slices, 2 * tile.slices if tile.slices < 4 else 1):
                 yield replace(tile, num_stages=stages, slices=slices, efficiency=1.0)

@@ -12,15 +12,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 
 SHIPPED = Path(__file__).parent / "configs"
+
+T = TypeVar("T")
+
+
+class ByKernel(dict[str, T]):
+    """What a configuration holds for each kernel. An operator may have a default for its own: ``get``."""
+
+    def __missing__(self, kernel: str) -> NoReturn:
+        raise NotImplementedError(
+            f"the card's configuration has nothing for the Triton kernel {kernel!r}; `igva-kernels tune` measures it"
+        )
 
 
 class RowTile(NamedTuple):
@@ -97,10 +108,14 @@ class Config:
     backends: tuple[str, ...]
     """Kernel backends for this card, the fastest first: impl="auto" takes the first that can serve."""
     rates: DeviceRates
-    rows: dict[str, RowConfig]
+    rows: Mapping[str, RowConfig]
     """By kernel."""
-    gemms: dict[str, tuple[GemmConfig, ...]]
+    gemms: Mapping[str, tuple[GemmConfig, ...]]
     """By kernel."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "gemms"):
+            object.__setattr__(self, name, ByKernel(getattr(self, name)))
 
     @property
     def interpreted(self) -> bool:
@@ -167,7 +182,7 @@ def of_device(index: int | None) -> Config:
                     f"with `igva-kernels tune`"
                 ) from error
             # A file that was measured before a kernel existed says nothing about it; the shipped one does.
-            return replace(found, rows=base.rows | found.rows, gemms=base.gemms | found.gemms)
+            return replace(found, rows={**base.rows, **found.rows}, gemms={**base.gemms, **found.gemms})
     return base
 
 

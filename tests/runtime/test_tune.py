@@ -53,7 +53,7 @@ def timed(card, monkeypatch):
     rates = replace(config.shipped("sm_90").rates, sms=4, matmul_tflops=1.0)
     monkeypatch.setattr(tune, "_rates", lambda index, given: rates)
     tiles = [config.GemmConfig(32, 32, 32, 4, stages, 1, True, 1.0) for stages in (2, 3, 99)]
-    monkeypatch.setattr(tune, "_candidates", lambda name, blank: tiles)
+    monkeypatch.setattr(tune, "_with_neighbours", lambda given: tiles)
     ticks = iter(range(1, 10_000))
 
     def time_us(job):
@@ -122,6 +122,25 @@ def test_a_file_that_cannot_be_read_is_named(card, text):
     (card / "Made_up_Card_1.json").write_text(text)
     with pytest.raises(ValueError, match=r"Made_up_Card_1.json: .* `igva-kernels tune`"):
         config.of_device(0)
+
+
+def test_an_operator_brings_the_tiles_of_its_own_kernels(card, timed, monkeypatch):
+    """Where no file has them yet, ``tune`` starts from its module, and its kernels from their default or not at all."""
+    own = config.GemmConfig(16, 16, 16, 4, 2, 1, False, 0.5)
+    tried = []
+    monkeypatch.setattr(tune, "_with_neighbours", lambda tiles: tried.append(tiles) or tiles)
+    job = lambda batch: (lambda tile: None, (16 * batch, 16, 16))  # noqa: E731
+    other = SimpleNamespace(ROW_JOBS={}, GEMM_JOBS={"product": job}, tiles=lambda name, shipped: (own,))
+    monkeypatch.setattr(tune, "_tunings", lambda: [(None, other)])
+    monkeypatch.setattr(tune, "all_backends", dict)
+    with pytest.raises(NotImplementedError, match="nothing for the Triton kernel 'product'; `igva-kernels tune`"):
+        config.of_device(0).gemms["product"]
+    assert config.of_device(0).gemms.get("product", (own,)) == (own,)
+    tune.tune()
+    assert tried == [(own,)]
+    (found,) = config.of_device(0).gemms["product"]
+    assert replace(found, efficiency=0.5) == own
+    assert config.of_device(0).gemms["linear"] == config.shipped("sm_90").gemms["linear"]
 
 
 def test_without_a_card_it_says_so():

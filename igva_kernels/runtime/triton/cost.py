@@ -11,7 +11,7 @@ shapes, remembered, and takes no time inside a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -42,15 +42,15 @@ def pass_us(config: Config, elements: float, dtype: torch.dtype) -> float:
 
 
 def choose(
-    config: Config, name: str, dtype: torch.dtype, cost: Callable[[GemmConfig], float], rival: float
+    config: Config, tiles: Sequence[GemmConfig], dtype: torch.dtype, cost: Callable[[GemmConfig], float], rival: float
 ) -> GemmConfig | None:
     """The cheapest tile of a kernel by its ``cost`` in microseconds; None where its ``rival`` costs less."""
     if config.interpreted:
-        return config.gemms[name][0]
+        return tiles[0]
     if dtype.itemsize != 2:
         # cuBLAS may use TF32 where torch allows it; Triton's exact fp32 product leaves the matrix units idle.
         return None
-    best = min(config.gemms[name], key=cost)
+    best = min(tiles, key=cost)
     return best if cost(best) < rival else None
 
 
@@ -62,7 +62,7 @@ def linear(
     if not activation and not config.interpreted:
         return None
     return choose(
-        config, "linear", dtype, lambda gemm: product_us(config, rows, columns, length, gemm),
+        config, config.gemms["linear"], dtype, lambda gemm: product_us(config, rows, columns, length, gemm),
         cublas_us(config, rows, columns, length) + pass_us(config, 2 * rows * columns, dtype),
     )  # fmt: skip
 
@@ -76,6 +76,7 @@ def linear_grad_input(
     passes = pass_us(config, 2 * rows * columns, dtype)
     passes += (need_y + need_bias) * pass_us(config, rows * columns, dtype)
     return choose(
-        config, "linear_grad_input", dtype, lambda gemm: product_us(config, rows, columns, length, gemm),
+        config, config.gemms["linear_grad_input"], dtype,
+        lambda gemm: product_us(config, rows, columns, length, gemm),
         cublas_us(config, rows, columns, length) + passes,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -12,7 +12,7 @@ from igva_kernels.ops.weighted_mix.plan import MixPlan
 from igva_kernels.ops.weighted_mix.program import Shares
 from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Projector, WeightedMix
 from igva_kernels.ops.weighted_mix.triton import gemm, mix
-from igva_kernels.runtime.config import GemmConfig, RowConfig
+from igva_kernels.runtime.config import Config, GemmConfig, RowConfig
 from igva_kernels.runtime.triton import gemm as dense_gemm
 from igva_kernels.runtime.triton import norm
 
@@ -65,6 +65,11 @@ def gemm_job(name: str, batch: int) -> tuple[Callable[[GemmConfig], object], tup
     length = args.plan.num_blocks * WIDTH
     weight, bias = _random(HIDDEN, length), _random(HIDDEN)
     return lambda tile: gemm.mix_linear(args, weight, bias, "gelu", False, tile), (m, HIDDEN, length)
+
+
+def tiles(name: str, shipped: Config) -> Sequence[GemmConfig]:
+    """The tiles from which the search starts: for the mix, those that are shipped."""
+    return shipped.gemms[name]
 
 
 def block(implementation: WeightedMix, batch: int) -> Job:
