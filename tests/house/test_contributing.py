@@ -12,8 +12,6 @@ import pytest
 
 import igva_kernels
 
-pytestmark = pytest.mark.slow
-
 PACKAGE = Path(igva_kernels.__file__).parent
 ROOT = PACKAGE.parent
 RECIPES = ROOT / "CONTRIBUTING.md"
@@ -80,6 +78,7 @@ for dtype in verify.DTYPES:
 """
 
 
+@pytest.mark.slow
 def test_an_activation(tree):
     for name in ("csrc", "CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
@@ -94,6 +93,7 @@ def test_an_activation(tree):
         subprocess.run(command, check=True, timeout=600)
 
 
+@pytest.mark.slow
 def test_a_backend(tree):
     write(tree, section("A backend"))
     info = run(tree, "-m", "igva_kernels", "info")
@@ -103,6 +103,7 @@ def test_a_backend(tree):
     assert "toy on cpu" in judged and "WRONG" not in judged
 
 
+@pytest.mark.slow
 def test_an_operator(tree):
     write(tree, section("An operator"))
     assert re.search(r"^  scale_columns +reference, cpu$", run(tree, "-m", "igva_kernels", "info"), re.M)
@@ -138,4 +139,10 @@ with ik.patched(model):
     assert not torch.allclose(copied.connector(states), expected)
 assert "igva_kernels::projector" in seen, seen
 assert torch.equal(model.connector(states), expected) and "connector" not in vars(model)
+try:
+    ik.patch(torch.nn.Linear(2, 2))
+except ValueError as error:
+    assert "TwoLayerVlm" in str(error), error
+else:
+    raise AssertionError("a Linear was patched")
 """)  # fmt: skip

@@ -1,21 +1,18 @@
-"""What the recipes of CONTRIBUTING.md for a backend, an integration and an activation promise, on small examples.
+"""What the recipes of CONTRIBUTING.md for a backend and an activation promise, on small examples.
 
-``test_operators`` does the same for an operator; ``test_contributing`` follows the text of the recipes to the letter.
+``test_operators`` does the same for an operator; ``test_contributing`` follows the text of all recipes to the letter.
 """
 
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 import igva_kernels as ik
-from igva_kernels import integrations, registry, verify
+from igva_kernels import registry, verify
 from igva_kernels.nn import LayerMixProjector
 from igva_kernels.runtime.activations import ACTIVATIONS, Activation
 from igva_kernels.runtime.backend import Backend
@@ -49,45 +46,6 @@ def test_a_backend_is_a_folder_and_a_module_per_operator():
     (toy,) = (backend for backend in report["backends"] if backend["name"] == "toy")
     assert toy["available"] and toy["dtypes"] == ["fp32"]
     assert "toy" in report["operators"]["weighted_mix"] and "toy" not in report["operators"]["allocator"]
-
-
-# ---- an integration --------------------------------------------------------------------------------------------------
-
-
-class Host(nn.Module):
-    """A model that mixes its layers with a projector of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear_1, self.linear_2 = nn.Linear(16, 12), nn.Linear(12, 10)
-
-    def connect(self, states):
-        rows = torch.cat([states[1][:, 1:], states[3][:, 1:]], dim=-1)
-        return self.linear_2(F.gelu(self.linear_1(rows)))
-
-
-def test_an_integration_is_a_module_and_its_name_in_the_list(monkeypatch):
-    def apply(model, edits, impl="auto"):
-        def connect(states):
-            first, second, plan = model.linear_1, model.linear_2, ik.MixPlan.concat([1, 3])
-            return ik.layer_mix_mlp(
-                states, plan, None, first.weight, first.bias, second.weight, second.bias, skip_tokens=1, impl=impl
-            )
-
-        edits.set(model, "connect", connect)
-
-    family = ModuleType("igva_kernels.integrations.toy")
-    family.DESCRIPTION, family.matches, family.apply = "toy hosts", lambda model: isinstance(model, Host), apply
-    monkeypatch.setitem(sys.modules, family.__name__, family)
-    monkeypatch.setattr(integrations, "FAMILIES", (*integrations.FAMILIES, "toy"))
-    model, states = Host(), [torch.randn(2, 5, 8) for _ in range(5)]
-    expected = model.connect(states)
-    with ik.patched(model):
-        torch.testing.assert_close(model.connect(states), expected)
-        assert "connect" in vars(model)
-    assert "connect" not in vars(model)
-    with pytest.raises(ValueError, match="toy hosts"):
-        ik.patch(nn.Linear(2, 2))
 
 
 # ---- an activation ---------------------------------------------------------------------------------------------------
