@@ -70,7 +70,8 @@ def define(
 
     torch.library.register_fake(f"{NAMESPACE}::{name}", _by_name(fake, arguments, given), lib=_LIBRARY)
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
-    return lambda **values: getattr(OPS, name)(*(values[argument] for argument in arguments))
+    packet = getattr(OPS, name)
+    return lambda **values: packet(*[values[argument] for argument in arguments])
 
 
 def _by_name(function: Kernel, names: Sequence[str], given: type[SimpleNamespace]) -> Callable[..., Any]:

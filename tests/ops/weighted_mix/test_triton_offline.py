@@ -75,7 +75,7 @@ ROWS = {
         meta(2, T - 1, D), (1,), args(REDUCED), rows["mix_weights_grad"]
     ),
     "layer_grads": lambda rows: mix.layer_grads(
-        meta(2, T - 1, 2 * D), shares(IGVA, (True,) * 24)[0], stat(2, 4), meta(2, dtype=torch.int64), 1,
+        meta(2, T - 1, 2 * D), shares(IGVA, (True,) * 24)[0], stat(2, 4), meta(2, dtype=torch.int64),
         LayerShape(2, T, D, torch.bfloat16, 1), rows["layer_grads"],
     ),
     "norm_backward": lambda rows: norm.norm_backward(
@@ -142,9 +142,7 @@ def test_one_build_serves_every_batch(monkeypatch):
         mix.mix_weights_grad(meta(batch, T - 1, D), (1,), sources, rows["mix_weights_grad"])
         shape, weights = LayerShape(batch, T, D, torch.bfloat16, 1), layers.mix_weights
         signatures = shares(IGVA, (True,) * 24)[0]
-        mix.layer_grads(
-            meta(batch, T - 1, 2 * D), signatures, weights, layers.image_index, 1, shape, rows["layer_grads"]
-        )
+        mix.layer_grads(meta(batch, T - 1, 2 * D), signatures, weights, layers.image_index, shape, rows["layer_grads"])
         norm.norm_backward(
             meta(m, 2 * D), meta(m, 2 * D), norm_of(2 * D), stat(m), stat(m), True, 264, rows["norm_backward"]
         )

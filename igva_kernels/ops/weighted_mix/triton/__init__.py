@@ -52,7 +52,7 @@ class TritonWeightedMix(TritonDense, WeightedMix):
         shape: LayerShape,
     ) -> list[Tensor]:  # fmt: skip
         rows = config_of(grad_rows).rows["layer_grads"]
-        return mix_kernels.layer_grads(grad_rows, shares, mix_weights, image_index, shape.skip_tokens, shape, rows)
+        return mix_kernels.layer_grads(grad_rows, shares, mix_weights, image_index, shape, rows)
 
     def mix_linear(
         self, args: MixArgs, projector: Projector, keep: Keep, keep_z: bool

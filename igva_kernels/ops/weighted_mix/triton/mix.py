@@ -298,16 +298,15 @@ def mix_weights_grad(grad_rows: Tensor, blocks: Sequence[int], args: MixArgs, co
 
 def layer_grads(
     grad_rows: Tensor, shares: program.Shares, mix_weights: Tensor | None, image_index: Tensor | None,
-    skip_tokens: int, shape: LayerShape, config: RowConfig,
+    shape: LayerShape, config: RowConfig,
 ) -> list[Tensor]:  # fmt: skip
     """``WeightedMix.layer_grads``."""
-    size = shape.num_images, shape.num_tokens, shape.width
-    outs = tuple(grad_rows.new_empty(size, dtype=shape.dtype) for _ in range(shares.num_grads))
+    outs = tuple(shape.new_grads(grad_rows, shares.num_grads))
     block_p, block_d, num_warps = config.tile(shape.width, shape.num_tokens)
     launch(
         layer_grads_kernel,
         shape.num_images * triton.cdiv(shape.num_tokens, block_p) * triton.cdiv(shape.width, block_d), grad_rows.device,
-        grad_rows, mix_weights, image_index, outs, grad_rows.shape[0], shape.num_tokens, skip_tokens,
+        grad_rows, mix_weights, image_index, outs, grad_rows.shape[0], shape.num_tokens, shape.skip_tokens,
         grad_rows.stride(0), grad_rows.stride(1), *(mix_weights.stride() if mix_weights is not None else (0, 0)),
         BLOCKS=shares.blocks, ENDS=shares.ends, SCALES=shares.scales, COLUMNS=shares.columns,
         WIDTH=shape.width, BLOCK_P=block_p, BLOCK_D=block_d, num_warps=num_warps, num_stages=1,

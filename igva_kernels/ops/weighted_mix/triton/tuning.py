@@ -41,7 +41,7 @@ def row_job(name: str) -> Callable[[RowConfig], object]:
         shares = Shares((0, 1, 1, 1, 1), (-1, 0, 1, 2, 3), (1.0, *[1 / 6] * 4), (1,) * 5)
         weights = torch.rand(batch, 4, device=DEVICE)
         shape = LayerShape(batch, PATCHES + 1, WIDTH, torch.bfloat16, 1)
-        return lambda rows: mix.layer_grads(grad, shares, weights, None, 1, shape, rows)
+        return lambda rows: mix.layer_grads(grad, shares, weights, None, shape, rows)
     rows_of_taps = _random(batch * PATCHES, 5 * WIDTH)
     mean, rstd = (torch.rand(batch * PATCHES, device=DEVICE) for _ in range(2))
     norm_weights = (_random(5 * WIDTH), _random(5 * WIDTH), 1e-5)
