@@ -256,14 +256,6 @@ def run_connector(
     return figures
 
 
-class _ConnectorCase(Case):
-    """A case whose ``Inputs``, which hold tensors only, may lack the biases."""
-
-    def forward(self, inputs: Inputs, impl: str) -> Tensor:
-        params: dict[str, Any] = {"bias1": None, "bias2": None, **inputs.params}
-        return super().forward(inputs._replace(params=params), impl)
-
-
 def _has_kink(activation: str) -> bool:
     """Whether the slope jumps at zero, as ReLU's does."""
     z = torch.tensor([-KINK, KINK], requires_grad=True)
@@ -285,7 +277,7 @@ def _connector_case(
         params |= {"norm weight": norm.weight, "norm bias": norm.bias}
     params = {name: param for name, param in params.items() if param is not None}
     images, tokens, width = layers[0].shape
-    case = _ConnectorCase(
+    case = Case(
         "demo", "layer_mix_mlp", projector.plan.resolve(len(layers)), images, tokens, width, second.out_features,
         config.skip_tokens, tuple(prompts["image_index"].tolist()), projector.activation,
         None if norm is None else norm.eps,

@@ -104,7 +104,7 @@ class Case:
     def forward(self, inputs: Inputs, impl: str) -> Tensor:
         """The output of the operator."""
         params, device = inputs.params, inputs.grad_out.device
-        linears = [params[name] for name in LINEARS[self.op]]
+        linears: list[Any] = [params.get(name) for name in LINEARS[self.op]]
         index = None if self.image_index is None else torch.tensor(self.image_index, device=device)
         mix: dict[str, Any] = {"skip_tokens": self.skip, "image_index": index}
         options: dict[str, Any] = {} if self.op == "layer_mix" else {"activation": self.activation}
@@ -144,6 +144,7 @@ class Inputs(NamedTuple):
     layers: list[Tensor | None]
     mix_weights: Tensor | None
     params: dict[str, Tensor]
+    """Weights and, where there are any, biases."""
     grad_out: Tensor
 
     def double(self) -> Inputs:
