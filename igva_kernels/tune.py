@@ -39,7 +39,8 @@ Job = Callable[[], object]
 
 
 class Tuning(Protocol):
-    """What an operator's ``triton/tuning.py`` holds. Kernels have the names by which they ask the configuration."""
+    """What an operator's ``triton/tuning.py`` holds. Kernels have the names by which they ask the configuration:
+    ``<operator>.<kernel>``, or the kernel's alone where it is the runtime's."""
 
     ROW_JOBS: Mapping[str, Callable[[], Callable[[RowConfig], object]]]
     """By kernel over rows: ``job()`` returns a function of the configuration to time."""

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import torch
 
 SHIPPED = Path(__file__).parent / "configs"
+FORMAT = 2
+"""Of the files; a file of another format names kernels otherwise, and would be passed over in silence."""
 
 T = TypeVar("T")
 
@@ -109,9 +111,9 @@ class Config:
     """Kernel backends for this card, the fastest first: impl="auto" takes the first that can serve."""
     rates: DeviceRates
     rows: Mapping[str, RowConfig]
-    """By kernel."""
+    """By kernel; an operator's own bear its name: ``<operator>.<kernel>``."""
     gemms: Mapping[str, tuple[GemmConfig, ...]]
-    """By kernel."""
+    """By kernel, likewise."""
 
     def __post_init__(self) -> None:
         for name in ("rows", "gemms"):
@@ -124,12 +126,14 @@ class Config:
 
     def to_json(self) -> str:
         """The file's text; ``from_json`` reads it."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        return json.dumps({"format": FORMAT} | asdict(self), indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Config:
         """The configuration that ``to_json`` wrote; KeyError, TypeError or ValueError for anything else."""
         data: dict[str, Any] = json.loads(text)
+        if data["format"] != FORMAT:
+            raise ValueError(f"format: got {data['format']!r}, need {FORMAT}")
         return cls(
             data["status"],
             tuple(data["backends"]),

@@ -1,6 +1,7 @@
 """Imports run one way: tools and models, nn, operators, the registry, the runtime; and there is no circle."""
 
 import ast
+import json
 from pathlib import Path
 
 import igva_kernels
@@ -108,6 +109,15 @@ def test_the_benchmarks_look_no_operator_up():
         if f'operators()["{name}"]' in path.read_text()
     ]
     assert not looked_up
+
+
+def test_configurations_name_the_kernels_of_an_operator_after_it():
+    for path in sorted(ROOT.glob("runtime/configs/*.json")):
+        data = json.loads(path.read_text())
+        for kind, of_the_runtime in (("rows", {"norm_backward"}), ("gemms", {"linear", "linear_grad_input"})):
+            assert of_the_runtime <= {*data[kind]}
+            for name in {*data[kind]} - of_the_runtime:
+                assert name.split(".")[0] in operators() and "." in name, f"{path.name}: {name}"
 
 
 def kernel_arguments(paths):

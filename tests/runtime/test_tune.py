@@ -111,13 +111,19 @@ def test_a_write_that_breaks_off_leaves_the_earlier_file(card, timed, monkeypatc
 
 def test_a_kernel_that_was_written_later_takes_the_shipped_tiles(card):
     shipped = config.shipped("sm_90")
-    rows = {name: row for name, row in shipped.rows.items() if name != "layer_grads"}
+    rows = {name: row for name, row in shipped.rows.items() if name != "weighted_mix.layer_grads"}
     (card / "Made_up_Card_1.json").write_text(replace(shipped, status="measured", rows=rows).to_json())
     assert config.of_device(0).status == "measured"
-    assert config.of_device(0).rows["layer_grads"] == shipped.rows["layer_grads"]
+    assert config.of_device(0).rows["weighted_mix.layer_grads"] == shipped.rows["weighted_mix.layer_grads"]
 
 
-@pytest.mark.parametrize("text", ["", "{}", config.shipped("sm_90").to_json().replace("num_warps", "other")])
+WRITTEN = config.shipped("sm_90").to_json()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", WRITTEN.replace("num_warps", "other"), WRITTEN.replace(f'"format": {config.FORMAT}', '"format": 1')],
+)
 def test_a_file_that_cannot_be_read_is_named(card, text):
     (card / "Made_up_Card_1.json").write_text(text)
     with pytest.raises(ValueError, match=r"Made_up_Card_1.json: .* `igva-kernels tune`"):
@@ -130,15 +136,15 @@ def test_an_operator_brings_the_tiles_of_its_own_kernels(card, timed, monkeypatc
     tried = []
     monkeypatch.setattr(tune, "_with_neighbours", lambda tiles: tried.append(tiles) or tiles)
     job = lambda batch: (lambda tile: None, (16 * batch, 16, 16))  # noqa: E731
-    other = SimpleNamespace(ROW_JOBS={}, GEMM_JOBS={"product": job}, tiles=lambda name, shipped: (own,))
+    other = SimpleNamespace(ROW_JOBS={}, GEMM_JOBS={"other.product": job}, tiles=lambda name, shipped: (own,))
     monkeypatch.setattr(tune, "_tunings", lambda: [(None, other)])
     monkeypatch.setattr(tune, "all_backends", dict)
-    with pytest.raises(NotImplementedError, match="nothing for the Triton kernel 'product'; `igva-kernels tune`"):
-        config.of_device(0).gemms["product"]
-    assert config.of_device(0).gemms.get("product", (own,)) == (own,)
+    with pytest.raises(NotImplementedError, match=r"Triton kernel 'other\.product'; `igva-kernels tune`"):
+        config.of_device(0).gemms["other.product"]
+    assert config.of_device(0).gemms.get("other.product", (own,)) == (own,)
     tune.tune()
     assert tried == [(own,)]
-    (found,) = config.of_device(0).gemms["product"]
+    (found,) = config.of_device(0).gemms["other.product"]
     assert replace(found, efficiency=0.5) == own
     assert config.of_device(0).gemms["linear"] == config.shipped("sm_90").gemms["linear"]
 

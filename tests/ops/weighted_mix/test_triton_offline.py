@@ -56,27 +56,31 @@ GEMMS = {
     "linear_grad_input": lambda tile: gemm.linear_grad_input(
         meta(M, H), meta(H, H), meta(M, H), "gelu", True, True, tile
     ),
-    "mix_weights_grad_of_linear": lambda tile: mix_gemm.mix_weights_grad_of_linear(
+    "weighted_mix.mix_weights_grad_of_linear": lambda tile: mix_gemm.mix_weights_grad_of_linear(
         meta(M, H), meta(H, 2 * D), (1,), args(REDUCED), tile
     ),
-    "mix_linear": lambda tile: mix_gemm.mix_linear(
+    "weighted_mix.mix_linear": lambda tile: mix_gemm.mix_linear(
         args(VIP_LLAVA), meta(H, 5 * D), stat(H), "gelu", False, tile, (stat(2, T - 1), stat(2, T - 1), stat(H))
     ),
-    "mix_linear_mixed": lambda tile: mix_gemm.mix_linear(args(REDUCED), meta(H, 2 * D), meta(H), "gelu", False, tile),
+    "weighted_mix.mix_linear_mixed": lambda tile: mix_gemm.mix_linear(
+        args(REDUCED), meta(H, 2 * D), meta(H), "gelu", False, tile
+    ),
 }
 
 ROWS = {
-    "mix": lambda rows: mix.mix(args(IGVA), torch.bfloat16, None, Keep.SOURCES, rows["mix"]),
+    "mix": lambda rows: mix.mix(args(IGVA), torch.bfloat16, None, Keep.SOURCES, rows["weighted_mix.mix"]),
     "mix, image index and strides": lambda rows: mix.mix(
-        args(IGVA, True, False), torch.bfloat16, None, Keep.SOURCES, rows["mix"]
+        args(IGVA, True, False), torch.bfloat16, None, Keep.SOURCES, rows["weighted_mix.mix"]
     ),
-    "mix with norm": lambda rows: mix.mix(args(VIP_LLAVA), torch.bfloat16, norm_of(5 * D), Keep.ROWS, rows["mix"]),
+    "mix with norm": lambda rows: mix.mix(
+        args(VIP_LLAVA), torch.bfloat16, norm_of(5 * D), Keep.ROWS, rows["weighted_mix.mix"]
+    ),
     "mix_weights_grad": lambda rows: mix.mix_weights_grad(
-        meta(2, T - 1, D), (1,), args(REDUCED), rows["mix_weights_grad"]
+        meta(2, T - 1, D), (1,), args(REDUCED), rows["weighted_mix.mix_weights_grad"]
     ),
     "layer_grads": lambda rows: mix.layer_grads(
         meta(2, T - 1, 2 * D), shares(IGVA, (True,) * 24)[0], stat(2, 4), meta(2, dtype=torch.int64),
-        LayerShape(2, T, D, torch.bfloat16, 1), rows["layer_grads"],
+        LayerShape(2, T, D, torch.bfloat16, 1), rows["weighted_mix.layer_grads"],
     ),
     "norm_backward": lambda rows: norm.norm_backward(
         meta(M, 5 * D), meta(M, 5 * D), norm_of(5 * D), stat(M), stat(M), True, 264, rows["norm_backward"]
@@ -111,7 +115,7 @@ def test_gemm(capability, name, i, monkeypatch):
     check(built, capability)
     assert MATRIX_INSTRUCTION[capability] in built.ptx
     assert ("cp.async.bulk.tensor" in built.ptx) == (capability >= 90)
-    if name != "mix_weights_grad_of_linear":
+    if name != "weighted_mix.mix_weights_grad_of_linear":
         # Results are stored 16 bytes at a time. Only the bias partials are narrower: one store per slice.
         partials = tile.slices if name == "linear_grad_input" else 0
         assert built.ptx.count("st.global.v4.b32") == built.ptx.count("st.global") - partials > 0
@@ -138,20 +142,22 @@ def test_one_build_serves_every_batch(monkeypatch):
 
     def step(batch):
         m, layers, sources = batch * (T - 1), args(IGVA, True, batch=batch), args(REDUCED, True, batch=batch)
-        mix.mix(layers, torch.bfloat16, norm_of(2 * D), Keep.SOURCES, rows["mix"])
-        mix.mix_weights_grad(meta(batch, T - 1, D), (1,), sources, rows["mix_weights_grad"])
+        mix.mix(layers, torch.bfloat16, norm_of(2 * D), Keep.SOURCES, rows["weighted_mix.mix"])
+        mix.mix_weights_grad(meta(batch, T - 1, D), (1,), sources, rows["weighted_mix.mix_weights_grad"])
         shape, weights = LayerShape(batch, T, D, torch.bfloat16, 1), layers.mix_weights
         signatures = shares(IGVA, (True,) * 24)[0]
-        mix.layer_grads(meta(batch, T - 1, 2 * D), signatures, weights, layers.image_index, shape, rows["layer_grads"])
+        mix.layer_grads(
+            meta(batch, T - 1, 2 * D), signatures, weights, layers.image_index, shape, rows["weighted_mix.layer_grads"]
+        )
         norm.norm_backward(
             meta(m, 2 * D), meta(m, 2 * D), norm_of(2 * D), stat(m), stat(m), True, 264, rows["norm_backward"]
         )
         gemm.linear(meta(m, 2 * D), meta(H, 2 * D), meta(H), "gelu", True, tiles["linear"])
         gemm.linear_grad_input(meta(m, H), meta(H, H), meta(m, H), "gelu", True, True, tiles["linear_grad_input"])
         mix_gemm.mix_weights_grad_of_linear(
-            meta(m, H), meta(H, 2 * D), (1,), sources, tiles["mix_weights_grad_of_linear"]
+            meta(m, H), meta(H, 2 * D), (1,), sources, tiles["weighted_mix.mix_weights_grad_of_linear"]
         )
-        mix_gemm.mix_linear(sources, meta(H, 2 * D), meta(H), "gelu", False, tiles["mix_linear_mixed"])
+        mix_gemm.mix_linear(sources, meta(H, 2 * D), meta(H), "gelu", False, tiles["weighted_mix.mix_linear_mixed"])
 
     builds = []
     for batch in (1, 3, 16):

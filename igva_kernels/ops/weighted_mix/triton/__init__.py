@@ -32,10 +32,11 @@ class TritonWeightedMix(TritonDense, WeightedMix):
         return KERNEL_ACTIVATIONS
 
     def mix(self, args: MixArgs, dtype: torch.dtype, norm: Norm | None = None, keep: Keep = Keep.NOTHING) -> Mixed:
-        return mix_kernels.mix(args, dtype, norm, keep, config_of(args.layers[0]).rows["mix"])
+        return mix_kernels.mix(args, dtype, norm, keep, config_of(args.layers[0]).rows["weighted_mix.mix"])
 
     def mix_weights_grad(self, grad_rows: Tensor, blocks: Sequence[int], args: MixArgs) -> Tensor:
-        return mix_kernels.mix_weights_grad(grad_rows, blocks, args, config_of(grad_rows).rows["mix_weights_grad"])
+        rows = config_of(grad_rows).rows["weighted_mix.mix_weights_grad"]
+        return mix_kernels.mix_weights_grad(grad_rows, blocks, args, rows)
 
     def mix_weights_grad_of_linear(
         self, grad_z: Tensor, weight1: Tensor, blocks: Sequence[int], args: MixArgs
@@ -51,7 +52,7 @@ class TritonWeightedMix(TritonDense, WeightedMix):
         self, grad_rows: Tensor, shares: Shares, mix_weights: Tensor | None, image_index: Tensor | None,
         shape: LayerShape,
     ) -> list[Tensor]:  # fmt: skip
-        rows = config_of(grad_rows).rows["layer_grads"]
+        rows = config_of(grad_rows).rows["weighted_mix.layer_grads"]
         return mix_kernels.layer_grads(grad_rows, shares, mix_weights, image_index, shape, rows)
 
     def mix_linear(
@@ -64,7 +65,7 @@ class TritonWeightedMix(TritonDense, WeightedMix):
         if norm is None:
             y, z = gemm.mix_linear(args, weight, bias, activation, keep_z, chosen)
             return y, z, Mixed(None)
-        rows = config_of(weight).rows["mix"]
+        rows = config_of(weight).rows["weighted_mix.mix"]
         stats = mix_kernels.mix(args, weight.dtype, norm, Keep.NOTHING, rows, stats_only=True)
         assert stats.mean is not None and stats.rstd is not None
         folded, column_sums, shift = norm_kernels.fold_norm(weight, bias, norm)

@@ -22,7 +22,7 @@ def mix_weights_grad_of_linear(
     """The tile for ``mix_weights_grad_of_linear``; None for cuBLAS and the dot kernel."""
     # Both read the sources; only cuBLAS's route writes and reads dA.
     return choose(
-        config, config.gemms["mix_weights_grad_of_linear"], dtype,
+        config, config.gemms["weighted_mix.mix_weights_grad_of_linear"], dtype,
         lambda gemm: product_us(config, rows, columns, length, gemm),
         cublas_us(config, rows, columns, length) + pass_us(config, 2 * rows * columns, dtype),
     )  # fmt: skip
@@ -54,4 +54,5 @@ def mix_linear(
     if norm:
         # The GEMM also needs one pass for the statistics and one that scales the weight.
         rival -= pass_us(config, rows * reads, dtype) + pass_us(config, 2 * columns * length, dtype)
-    return choose(config, config.gemms["mix_linear_mixed" if mixed else "mix_linear"], dtype, prologue_us, rival)
+    kernel = "weighted_mix.mix_linear_mixed" if mixed else "weighted_mix.mix_linear"
+    return choose(config, config.gemms[kernel], dtype, prologue_us, rival)

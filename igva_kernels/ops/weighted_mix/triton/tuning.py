@@ -31,13 +31,13 @@ def row_job(name: str) -> Callable[[RowConfig], object]:
     """A kernel over rows, at a batch of 16."""
     batch = 16
     grad = _random(batch, PATCHES, 2 * WIDTH)
-    if name == "mix":
+    if name == "weighted_mix.mix":
         args = _args(MixPlan.igva(), batch, 1)
         return lambda rows: mix.mix(args, torch.bfloat16, None, Keep.NOTHING, rows)
-    if name == "mix_weights_grad":
+    if name == "weighted_mix.mix_weights_grad":
         args = _args(REDUCED, batch, 0)
         return lambda rows: mix.mix_weights_grad(grad[..., WIDTH:], (1,), args, rows)
-    if name == "layer_grads":
+    if name == "weighted_mix.layer_grads":
         shares = Shares((0, 1, 1, 1, 1), (-1, 0, 1, 2, 3), (1.0, *[1 / 6] * 4), (1,) * 5)
         weights = torch.rand(batch, 4, device=DEVICE)
         shape = LayerShape(batch, PATCHES + 1, WIDTH, torch.bfloat16, 1)
@@ -58,10 +58,10 @@ def gemm_job(name: str, batch: int) -> tuple[Callable[[GemmConfig], object], tup
     if name == "linear_grad_input":
         grad, weight, z = _random(m, HIDDEN), _random(HIDDEN, HIDDEN), _random(m, HIDDEN)
         return lambda tile: dense_gemm.linear_grad_input(grad, weight, z, "gelu", True, True, tile), (m, HIDDEN, HIDDEN)
-    if name == "mix_weights_grad_of_linear":
+    if name == "weighted_mix.mix_weights_grad_of_linear":
         grad, weight, args = _random(m, HIDDEN), _random(HIDDEN, 2 * WIDTH), _args(REDUCED, batch, 0)
         return lambda tile: gemm.mix_weights_grad_of_linear(grad, weight, (1,), args, tile), (m, WIDTH, HIDDEN)
-    args = _args(TAPS if name == "mix_linear" else REDUCED, batch, 1)
+    args = _args(TAPS if name == "weighted_mix.mix_linear" else REDUCED, batch, 1)
     length = args.plan.num_blocks * WIDTH
     weight, bias = _random(HIDDEN, length), _random(HIDDEN)
     return lambda tile: gemm.mix_linear(args, weight, bias, "gelu", False, tile), (m, HIDDEN, length)
@@ -90,12 +90,18 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16)
 
 
-ROW_JOBS = {name: partial(row_job, name) for name in ("mix", "mix_weights_grad", "layer_grads", "norm_backward")}
+ROW_JOBS = {
+    name: partial(row_job, name)
+    for name in ("weighted_mix.mix", "weighted_mix.mix_weights_grad", "weighted_mix.layer_grads", "norm_backward")
+}
 """By kernel: ``job()`` returns a function of the configuration to time."""
 
 GEMM_JOBS = {
     name: partial(gemm_job, name)
-    for name in ("linear", "linear_grad_input", "mix_weights_grad_of_linear", "mix_linear", "mix_linear_mixed")
-}
+    for name in (
+        "linear", "linear_grad_input", "weighted_mix.mix_weights_grad_of_linear", "weighted_mix.mix_linear",
+        "weighted_mix.mix_linear_mixed",
+    )
+}  # fmt: skip
 """By kernel: ``job(batch)`` returns such a function, and ``(rows, columns, length)`` of its product. "mix_linear" has a
 plan of taps only, "mix_linear_mixed" one with a mixed block."""
