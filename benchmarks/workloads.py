@@ -175,11 +175,12 @@ class Operation(Workload):
 
 def operations(device: str, dtype: str) -> list[Operation]:
     """The large cases of every operator that has no workloads of its own here and kernels that run on ``device``."""
+    found = [(name, operator, case) for name, operator in operators().items() for case in operator.cases()]
+    at = torch.device(device), DTYPES[dtype]
     return [
         Operation(name=case.name, dtype=dtype, batch=case.batch, operator=name, case=case)
-        for name, operator in operators().items()
-        for case in operator.cases()
-        if case.is_large and not isinstance(case, Case) and operator.candidates(torch.device(device), DTYPES[dtype])
+        for name, operator, case in found
+        if case.is_large and not isinstance(case, Case) and operator.candidates(*at, *case.demands)
     ]
 
 

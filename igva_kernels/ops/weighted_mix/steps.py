@@ -200,11 +200,11 @@ class WeightedMix(Dense, Implementation):
         return ACTIVATIONS
 
     def why_not(self, *demands: str | None) -> str | None:
-        """See ``Implementation.why_not``; the demands are the activation and, if it is known, the code of the plan."""
-        activation, *code = demands
+        """See ``Implementation.why_not``; the demands are the activation and the code of the plan, as far as known."""
+        activation, code, *_ = *demands, None, None
         if activation is not None and activation not in self.activations():
             return f"its kernels have no activation {activation!r}"
-        return self.why_not_plan(MixPlan.from_code(code[0])) if code and code[0] is not None else None
+        return None if code is None else self.why_not_plan(MixPlan.from_code(code))
 
     def why_not_plan(self, plan: MixPlan) -> str | None:
         """None if its kernels take such a plan, forward and backward, otherwise the reason why not."""
