@@ -59,7 +59,7 @@ def matrix(module: Any, tensor: Tensor | None) -> tuple | None:
 def _adjacent(tensor: Tensor) -> tuple[int, ...]:
     """The strides of a tensor whose last dimension lies together, which kernels take for granted."""
     strides = tensor.stride()
-    if strides[-1] != 1 and tensor.shape[-1] > 1:
+    if strides[-1] != 1 and tensor.shape[-1] > 1 and tensor.numel():  # an empty tensor may have any strides
         raise ValueError(f"kernels need the elements of a row side by side, got a tensor with strides {strides}")
     return strides
 

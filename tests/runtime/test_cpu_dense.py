@@ -128,3 +128,5 @@ def test_rows_whose_elements_lie_apart_are_refused():
     apart = torch.zeros(3, 2).t()
     with pytest.raises(ValueError, match="side by side"):
         dense.epilogue(apart, "gelu", torch.empty(2, 3), None)
+    empty = torch.zeros(0, 1).expand(0, 3)
+    dense.epilogue(empty, "gelu", torch.empty(0, 3), None)
