@@ -106,21 +106,24 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def launch(folder: Path, runs: list[dict[str, Any]]) -> None:
-    """Do the runs in the two processes of one launch of ``worker.py``."""
+def launch(folder: Path, runs: list[dict[str, Any]], processes: int = 2) -> None:
+    """Do the runs in the processes of one launch of ``worker.py``."""
     file = folder / "runs.json"
     file.write_text(json.dumps(runs))
-    torchrun(WORKER, file)
+    torchrun(WORKER, file, processes=processes)
 
 
-def torchrun(script: Path, *arguments: str | Path, timeout: float = 600) -> None:
-    """Run a script in two processes that find each other; a rank that waits for ever ends with the timeout."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
-    run_command([*command, *arguments], timeout)
+def torchrun(script: Path, *arguments: str | Path, processes: int = 2) -> None:
+    """Run a script in processes that find each other."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    run_command([sys.executable, *launcher, script, *arguments])
 
 
 def run_command(command: list[str | Path], timeout: float = 600) -> None:
-    """A subprocess that must succeed in ``timeout`` seconds; what it wrote is in the error if it does not."""
+    """A subprocess that must succeed; what it wrote is in the error if it does not.
+
+    A rank that waits for ever ends after ``timeout`` seconds.
+    """
     process = subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
