@@ -325,7 +325,8 @@ class WeightedMix(Dense, Implementation):
             mixed = self.mix(saved.sources, dtype, norm, Keep.ROWS)
             rows, normal = mixed.raw_rows, mixed.rows
         else:
-            normal = rows if norm is None or rows is None else layer_norm(rows, norm)
+            assert rows is not None
+            normal = rows if norm is None else layer_norm(rows, norm)
         assert normal is not None
         return rows, {"weight1": self.matmul(grad_z.t(), normal.flatten(0, 1))}
 

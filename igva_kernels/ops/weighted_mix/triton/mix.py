@@ -240,17 +240,17 @@ def mix(
     sums = args.new_sums() if keep == Keep.SOURCES else []
     if sums and args.image_index is not None:
         # Sums belong to images, rows to the batch: with an index the two need launches of their own.
-        _launch_mix(args, None, None, sums, None, None, config)
+        _launch_mix(args, None, None, sums, None, (None, None), config)
     rows = None if stats_only else args.new_rows(dtype)
     raw_rows = args.new_rows(dtype) if norm is not None and keep == Keep.ROWS else None
-    stats = None if norm is None else args.new_stats(norm)
+    stats = args.new_stats(norm)
     _launch_mix(args, rows, raw_rows, sums if args.image_index is None else [], norm, stats, config)
-    return Mixed(rows, raw_rows, sums, *stats or (None, None))
+    return Mixed(rows, raw_rows, sums, *stats)
 
 
 def _launch_mix(
     args: MixArgs, rows: Tensor | None, raw: Tensor | None, sums: Sequence[Tensor], norm: Norm | None,
-    stats: Sequence[Tensor] | None, config: RowConfig,
+    stats: tuple[Tensor | None, Tensor | None], config: RowConfig,
 ) -> None:  # fmt: skip
     layers, plan, weights, index = tuple(args.layers), args.plan, args.mix_weights, args.image_index
     of_rows = rows is not None or norm is not None
@@ -260,7 +260,7 @@ def _launch_mix(
     steps = args.program.steps
     block_p, block_d, num_warps = config.tile(args.width, args.num_patches, plan.num_blocks if norm else 0)
     norm_weight, norm_bias, eps = norm or (None, None, 0.0)
-    mean, rstd = stats or (None, None)
+    mean, rstd = stats
     launch(
         mix_kernel, batch * triton.cdiv(args.num_patches, block_p) * triton.cdiv(args.width, block_d), layers[0].device,
         layers, weights, index, rows, raw, tuple(sums), mean, rstd, norm_weight, norm_bias,
