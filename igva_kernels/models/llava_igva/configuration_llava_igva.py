@@ -7,15 +7,26 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig
 
+from igva_kernels.models.llava_igva.remote_code import CarriesRemoteCode, auto_map
 from igva_kernels.ops.weighted_mix import Entry, MixPlan
 from igva_kernels.runtime.activations import hidden_acts, of_hidden_act
 
 # By a tower's model type: whether token 0 of its states is a CLS token.
 _HAS_CLS = {"clip_vision_model": True, "siglip_vision_model": False}
 
+_MODEL = "LlavaIgvaForConditionalGeneration"
+AUTO_CLASSES = {
+    "AutoConfig": "LlavaIgvaConfig",
+    "AutoModel": "LlavaIgvaModel",
+    "AutoModelForImageTextToText": _MODEL,
+    "AutoModelForMultimodalLM": _MODEL,
+    "AutoProcessor": "LlavaIgvaProcessor",
+}
+"""Our classes by the Auto classes of transformers that find them."""
+
 
 @strict
-class LlavaIgvaConfig(LlavaConfig):
+class LlavaIgvaConfig(CarriesRemoteCode, LlavaConfig):
     """A ``LlavaConfig`` (vision tower, language model, projector) and how the tower's layers are mixed.
 
     Args:
@@ -88,6 +99,7 @@ class LlavaIgvaConfig(LlavaConfig):
                 f"projector_hidden_act: got {self.projector_hidden_act!r}, need one of {', '.join(hidden_acts())}"
             )
         _ = self.plan  # raises if the plan does not fit the tower
+        self.auto_map = auto_map(AUTO_CLASSES, getattr(self, "auto_map", None))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -118,6 +130,11 @@ class LlavaIgvaConfig(LlavaConfig):
         else:
             plan = MixPlan.from_dict(self.mix_plan).resolve(layers + 1)
         return uniform_plan(plan) if self.aggregation == "uniform" else plan
+
+    @property
+    def reads_instructions(self) -> bool:
+        """Whether an allocator computes the layers' weights from the instruction."""
+        return self.aggregation in ("instruction", "text") and self.plan.num_columns > 0
 
     @property
     def skip_tokens(self) -> int:

@@ -31,6 +31,29 @@ def encode_sentences(encoder: str | None, texts: Sequence[str], device: torch.de
     return embeds.float().clone()  # the encoder returns inference tensors, which autograd cannot save
 
 
+def encode_instructions(
+    encoder: str | None, instructions: Sequence[str | Sequence[str]], device: torch.device | str = "cpu"
+) -> Tensor:
+    """One embedding per sample ``[B, E]`` in fp32: of its instruction, or the mean over several of them.
+
+    Args:
+        encoder: as in ``encode_sentences``.
+        instructions: one bare instruction per sample, or a list of them; zeros stand for an empty list.
+        device: where the encoder runs and the embeddings end up.
+
+    Raises:
+        ValueError: there is no instruction at all; and as in ``encode_sentences``.
+        TypeError, ImportError: as in ``encode_sentences``.
+    """
+    samples = [[sample] if isinstance(sample, str) else list(sample) for sample in instructions]
+    texts = [text for sample in samples for text in sample]
+    if not texts:
+        raise ValueError(f"instructions: need one per sample, got none for {len(samples)} samples")
+    embeds = encode_sentences(encoder, texts, device)
+    rows = [part.sum(dim=0) / max(len(part), 1) for part in embeds.split([len(sample) for sample in samples])]
+    return torch.stack(rows)
+
+
 @lru_cache(maxsize=2)
 def _load(encoder: str) -> Any:
     try:
