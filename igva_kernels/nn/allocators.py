@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from igva_kernels.nn.sharding import is_untouched
@@ -71,8 +74,8 @@ class WeightAllocator(nn.Module):
             raise ValueError(f"sentence_embeds: got shape {tuple(sentence_embeds.shape)}, need {(batch, width)}")
         if summaries.shape != (batch, columns, dim):
             raise ValueError(f"summaries: got shape {tuple(summaries.shape)}, need {(batch, columns, dim)}")
-        sentence_embeds = sentence_embeds.to(self.sentence_proj.weight.dtype)
-        summaries = summaries.to(self.cls_proj.weight.dtype)
+        sentence_embeds = _as_input_of(self.sentence_proj, sentence_embeds)
+        summaries = _as_input_of(self.cls_proj, summaries)
         sizes = (self.head.in_features, columns)
         weights = fused(self.impl if impl is None else impl, sentence_embeds, summaries, sizes, self._find_parts)
         if weights is not None:
@@ -112,20 +115,36 @@ class WeightAllocator(nn.Module):
         )
 
 
+class _CrossAttention(nn.MultiheadAttention):
+    """Calls ``out_proj``, where torch's own forward reads its weight.
+
+    That weight may be quantised, adapted by peft, or not there before accelerate's hook has fetched it.
+    """
+
+    def forward(self, query: Tensor, keys: Tensor) -> Tensor:
+        """``[B, 1, dim]``: the query ``[B, 1, dim]`` asks the keys ``[B, K, dim]``, which are the values as well."""
+        weight, bias, dim = self.in_proj_weight, self.in_proj_bias, self.embed_dim
+        query, keys = query.to(weight.dtype), keys.to(weight.dtype)
+        queries = F.linear(query, weight[:dim], bias[:dim])
+        keys, values = F.linear(keys, weight[dim:], bias[dim:]).chunk(2, dim=-1)
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (queries, keys, values))
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+
 class _AllocatorBlock(nn.Module):
     """Cross-attention, add and norm, FFN, add and norm."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
-        self.cross_attention = nn.MultiheadAttention(dim, num_heads, batch_first=True)
+        self.cross_attention = _CrossAttention(dim, num_heads, batch_first=True)
         self.norm1 = nn.LayerNorm(dim)
         self.ffn = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
         self.norm2 = nn.LayerNorm(dim)
 
     def forward(self, query: Tensor, keys: Tensor) -> Tensor:
         """``[B, 1, dim]`` from the query ``[B, 1, dim]`` and the keys ``[B, K, dim]``."""
-        attended, _ = self.cross_attention(query, keys, keys, need_weights=False)
-        query = self.norm1(query + attended)
+        query = self.norm1(query + self.cross_attention(query, keys))
         return self.norm2(query + self.ffn(query))
 
 
@@ -156,7 +175,7 @@ class TextAllocator(nn.Module):
             raise ValueError(
                 f"sentence_embeds: got shape {tuple(sentence_embeds.shape)}, need [B, {self.linear_1.in_features}]"
             )
-        sentence_embeds = sentence_embeds.to(self.linear_1.weight.dtype)
+        sentence_embeds = _as_input_of(self.linear_1, sentence_embeds)
         if torch.is_grad_enabled():
             sentence_embeds = saveable(sentence_embeds)
         scores = self.linear_2(self.linear_1(sentence_embeds).relu())
@@ -178,3 +197,15 @@ class LearnedWeights(nn.Module):
         """The weights ``[rows, K]``, all rows the same, at least in fp32."""
         dtype = torch.promote_types(self.scores.dtype, torch.float32)
         return self.scores.softmax(dim=-1, dtype=dtype).expand(rows, -1)
+
+
+def _as_input_of(module: nn.Module, x: Tensor) -> Tensor:
+    """``x`` in the dtype that a module's parameters are kept in.
+
+    Quantised ones are kept as integers or in fp8, in which nothing is computed: the bias or the scales beside them tell
+    the dtype, and without those ``x`` stays as it is.
+    """
+    for tensor in chain(module.parameters(), module.buffers()):
+        if tensor.is_floating_point() and tensor.dtype.itemsize > 1:
+            return x.to(tensor.dtype)
+    return x
