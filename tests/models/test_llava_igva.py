@@ -1,5 +1,6 @@
 """The model: its forward, its loss, its gradients, and generate, in transformers' own conventions."""
 
+import copy
 import math
 
 import pytest
@@ -10,8 +11,20 @@ pytest.importorskip("transformers")
 import transformers
 from hosts import gradients
 from threads import in_threads
-from tiny import EMBED, FUSED, IMAGE, PATCHES, batch, igva_config, igva_model, prompts, vision_config
-from transformers import AttentionInterface, AutoModel, AutoModelForImageTextToText
+from tiny import (
+    EMBED,
+    FUSED,
+    IMAGE,
+    PATCHES,
+    batch,
+    igva_config,
+    igva_model,
+    liven,
+    prompts,
+    text_config,
+    vision_config,
+)
+from transformers import AttentionInterface, AutoModel, AutoModelForImageTextToText, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from igva_kernels import MixPlan, patched
@@ -19,6 +32,7 @@ from igva_kernels.models import LlavaIgvaConfig, LlavaIgvaForConditionalGenerati
 from igva_kernels.nn import negative_entropy
 
 TOWERS = ["clip", "siglip"]
+TRANSFORMERS = tuple(map(int, transformers.__version__.split(".")[:2]))
 
 
 def close(a, b):
@@ -307,22 +321,114 @@ def greedy_by_hand(model, inputs, steps):
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("images", [(1, 1), (2, 0, 1, 3), (0, 0)])
 def test_greedy_generation_with_the_cache_says_what_the_model_says_without(tower, images):
-    model, inputs = igva_model(tower), batch(images, "left")
-    model.generation_config.eos_token_id = None
+    model, inputs = without_eos(igva_model(tower)), batch(images, "left")
     with torch.no_grad():
         expected = greedy_by_hand(model, inputs, 6)
-    tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False, suppress_tokens=[IMAGE])
-    assert torch.equal(tokens, expected)
+    assert torch.equal(tokens_of(model, inputs), expected)
 
 
-def test_beams_of_samples_with_several_images_are_those_of_each_sample_alone():
-    model, inputs = igva_model(), batch((2, 0, 1), "left")
+def tokens_of(model, inputs, new_tokens=6, **options):
+    return model.generate(
+        **inputs, max_new_tokens=new_tokens, suppress_tokens=[IMAGE], **{"do_sample": False} | options
+    )
+
+
+def other_model(inputs):
+    return {"assistant_model": igva_model(seed=1)}
+
+
+def text_model(inputs):
+    return {"assistant_model": liven(LlamaForCausalLM(text_config()).eval())}
+
+
+HOW = {
+    "in chunks that cut images": lambda inputs: {"prefill_chunk_size": 3},
+    "without a cache": lambda inputs: {"use_cache": False},
+    "with a cache of fixed size": lambda inputs: {"cache_implementation": "static", "disable_compile": True},
+    "assisted by itself": None,
+    "assisted by another model": other_model,
+    "assisted by a model of text": text_model,
+    "assisted by the prompt": lambda inputs: {"prompt_lookup_num_tokens": 3},
+}
+
+
+def without_eos(model):
     model.generation_config.eos_token_id = None
-    options = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False}
-    together = model.generate(**inputs, **options)
+    return model
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_however_tokens_are_generated_they_are_the_greedy_ones(how):
+    images = (2,) if "assisted" in how else (2, 0, 1)  # transformers assists one sample at a time
+    if how == "assisted by a model of text" and TRANSFORMERS < (5, 20):
+        pytest.skip("transformers hands the arguments of the images on to a model without images")
+    model, inputs = without_eos(igva_model()), batch(images, "left")
+    options = {"assistant_model": model} if HOW[how] is None else HOW[how](inputs)
+    with torch.no_grad():
+        expected = greedy_by_hand(model, inputs, 6)
+    assert torch.equal(tokens_of(model, inputs, **options), expected)
+
+
+def test_an_assistant_that_is_the_model_itself_sees_the_images():
+    model, inputs = without_eos(igva_model()), batch((2,), "left")
+    model.generation_config.update(num_assistant_tokens=5, assistant_confidence_threshold=0.0)
+    steps = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: steps.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    prompt = inputs["input_ids"].shape[1]
+    tokens_of(model, inputs, 6, assistant_model=model)
+    assert [length for length in steps if length > 1] == [prompt, prompt + 5]  # its five drafts are right at once
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3}, {"num_beams": 3, "use_cache": False}, {"num_beams": 2, "prefill_chunk_size": 4}],
+    ids=str,
+)
+def test_beams_of_samples_with_several_images_are_those_of_each_sample_alone(options):
+    model, inputs = without_eos(igva_model()), batch((2, 0, 1), "left")
+    together = tokens_of(model, inputs, 5, **options)
     for sample in range(3):
         alone, _ = without_padding(inputs, sample)
-        assert torch.equal(model.generate(**alone, **options)[0, -5:], together[sample, -5:])
+        assert torch.equal(
+            tokens_of(model, alone, 5, num_beams=3 if options["num_beams"] == 3 else 2)[0, -5:], together[sample, -5:]
+        )
+
+
+def test_a_penalty_on_the_tokens_of_the_prompt_sees_them():
+    model, inputs = without_eos(igva_model()), batch((1,), "left")
+    with torch.no_grad():
+        scores = model(**inputs).logits[:, -1]
+    out = model.generate(
+        **inputs, max_new_tokens=1, encoder_repetition_penalty=3.0, output_scores=True, return_dict_in_generate=True
+    )
+    seen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, inputs["input_ids"], True)
+    louder = torch.where(scores < 0, scores / 3, scores * 3)  # transformers divides by the penalty's inverse
+    close(out.scores[0], torch.where(seen, louder, scores))
+
+
+def test_an_answer_goes_on_from_the_cache_of_the_one_before():
+    model, inputs = without_eos(igva_model()), batch((1,), "left")
+    first = tokens_of(model, inputs, 3, return_dict_in_generate=True)
+    rest = {name: x for name, x in inputs.items() if name not in ("input_ids", "attention_mask")}
+    more = torch.cat([first.sequences, torch.full((1, PATCHES), IMAGE), torch.tensor([[7, 8]])], dim=1)
+    rest["pixel_values"] = torch.cat([rest["pixel_values"], torch.randn(1, 3, 28, 28)])
+    expected = tokens_of(model, rest | {"input_ids": more}, 4)
+    for options in ({}, {"prefill_chunk_size": 3}):
+        cache = copy.deepcopy(first.past_key_values)
+        assert torch.equal(tokens_of(model, rest | {"input_ids": more}, 4, past_key_values=cache, **options), expected)
+
+
+def test_a_loop_of_ones_own_hands_the_images_on_in_its_first_step_alone():
+    model, inputs = igva_model(), batch((2, 1), "left")
+    encoded = {name: x for name, x in inputs.items() if name != "pixel_values"}
+    encoded["image_features"] = model.encode_images(inputs["pixel_values"])
+    ids = encoded.pop("input_ids")
+    first = model.prepare_inputs_for_generation(ids, is_first_iteration=True, use_cache=True, **encoded)
+    assert {"image_features", "sentence_embeds"} <= first.keys()
+    then = model.prepare_inputs_for_generation(ids, next_sequence_length=1, use_cache=True, **encoded)
+    assert not {"image_features", "sentence_embeds"} & then.keys()
 
 
 def test_generation_returns_several_sequences_and_the_prompt():
@@ -342,9 +448,7 @@ def test_features_of_the_inner_model_can_be_injected_as_transformers_does():
     torch.testing.assert_close(out.layer_weights, expected.layer_weights, rtol=0, atol=0)
 
 
-@pytest.mark.skipif(
-    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 20), reason="transformers encodes images in forward"
-)
+@pytest.mark.skipif(TRANSFORMERS < (5, 20), reason="transformers encodes images in forward")
 def test_transformers_own_route_of_encoding_images_before_generation_works():
     from transformers import GenerationMixin
 

@@ -48,7 +48,11 @@ from igva_kernels.streaming import stream_hidden_states
 
 @dataclass
 class LlavaIgvaImageOutput(BaseModelOutputWithPooling):
-    """``pooler_output`` holds the visual tokens, one ``[P, H]`` per image place."""
+    """What ``LlavaModel.get_image_features`` returns, and the layer weights.
+
+    ``pooler_output`` holds the visual tokens, one ``[P, H]`` per image place; ``last_hidden_state [I, T, D]`` is the
+    tower's, and ``hidden_states`` and ``attentions`` are too, where they are asked for.
+    """
 
     layer_weights: Tensor | None = None
     """``[R, K]`` in fp32; None if the plan has no weights."""
@@ -139,7 +143,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
             ValueError: ``pixel_values`` has another shape.
         """
         _check_pixels(pixel_values)
-        return self._streamed_states(pixel_values)
+        return self._streamed_states(pixel_values)[0]
 
     @can_return_tuple
     def get_image_features(
@@ -148,6 +152,9 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         sentence_embeds: Tensor | None = None,
         image_features: ImageFeatures | None = None,
         image_index: Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: Tensor | None = None,
         **kwargs: Any,
     ) -> LlavaIgvaImageOutput:
         """Visual tokens of images and their instructions.
@@ -155,17 +162,20 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         Args:
             pixel_values: ``[I, 3, height, width]``.
             sentence_embeds: ``[R, E]``, one per row of the result; needed if an allocator reads the instructions.
-            image_features: what ``encode_images`` returned, in place of pixels.
+            image_features: what ``encode_images`` returned, in place of pixels; the tower does not run then.
             image_index: int64 ``[R]``, the image that each row reads; None where row r reads image r.
-            kwargs: for the vision tower.
+            vision_feature_layer, vision_feature_select_strategy: None, or what the config says.
+            image_sizes: None; images are of one size.
+            kwargs: for the vision tower. ``output_hidden_states`` keeps all of its states, which else are streamed.
 
         Raises:
-            ValueError: both pixels and features or neither; features of another plan; sentence embeddings missing or of
-                the wrong shape.
+            ValueError: both pixels and features or neither; features of another plan, or with arguments for the tower;
+                sentence embeddings missing or of the wrong shape; arguments of Llava that the config settles.
         """
-        features = self._image_states(pixel_values, image_features, **kwargs)
+        self._check_settled(vision_feature_layer, vision_feature_select_strategy, image_sizes)
+        features, tower = self._image_states(pixel_values, image_features, **kwargs)
         tokens, weights = self._connect(features, sentence_embeds, image_index)
-        return LlavaIgvaImageOutput(pooler_output=list(tokens), layer_weights=weights)
+        return LlavaIgvaImageOutput(**{**tower, "pooler_output": list(tokens)}, layer_weights=weights)
 
     def embed(
         self,
@@ -204,11 +214,12 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         if encoded is not None:
             if pixel_values is not None or image_features is not None:
                 raise ValueError("mm_encoder_outputs: got pixel_values or image_features too, need one of the three")
-            tokens = torch.stack(list(encoded.pooler_output))
-            weights = encoded.get("layer_weights")
-            per_sample = self._images_per_sample(places, tokens.shape[0], tokens.shape[1])
+            tokens, weights = torch.stack(list(encoded.pooler_output)), encoded.get("layer_weights")
+            if weights is not None and len(weights) != len(tokens):
+                weights = None  # transformers repeats the tokens for every beam, but not their weights
+            per_sample = self._images_per_sample(places, len(tokens), tokens.shape[1], whole=weights is not None)
         elif given:
-            features = self._image_states(pixel_values, image_features)
+            features, _ = self._image_states(pixel_values, image_features)
             rows = len(features) if image_index is None else image_index.shape[0]
             per_sample = self._images_per_sample(places, rows, features.num_tokens - self.config.skip_tokens)
             if sentence_embeds is not None:
@@ -218,7 +229,9 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
             tokens, weights = self._connect(features, sentence_embeds, image_index)
         else:
             size = self.config.vision_config.image_size
-            blank = self._image_states(inputs_embeds.new_zeros(1, self.config.vision_config.num_channels, size, size))
+            blank, _ = self._image_states(
+                inputs_embeds.new_zeros(1, self.config.vision_config.num_channels, size, size)
+            )
             tokens, weights = self._connect(blank, inputs_embeds.new_zeros(1, self.config.sentence_embed_dim), None)
             # No rows, but still in the graph: ZeRO-3 counts the outputs that every rank differentiates.
             weights = None if weights is None else weights[:0]
@@ -244,6 +257,9 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         image_index: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         always_connect: bool = False,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: Tensor | None = None,
         **kwargs: Any,
     ) -> LlavaIgvaModelOutputWithPast:
         """Hidden states of the language model ``[B, S, H]`` and the layer weights.
@@ -262,11 +278,14 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
             image_index: int64 ``[R]``, the image that each place reads, so that several places can share one.
             mm_encoder_outputs: ``{"image": get_image_features(...)}`` in place of the images (transformers >= 5.20).
             always_connect: whether a batch without images runs tower and connector outside training mode too.
+            vision_feature_layer, vision_feature_select_strategy, image_sizes: as in ``get_image_features``.
             kwargs: for the language model.
 
         Raises:
-            ValueError: arguments that contradict each other, or image places that do not fit the images.
+            ValueError: arguments that contradict each other, image places that do not fit the images, or arguments of
+                Llava that the config settles.
         """
+        self._check_settled(vision_feature_layer, vision_feature_select_strategy, image_sizes)
         inputs_embeds, images = self.embed(
             input_ids, inputs_embeds, pixel_values=pixel_values, image_features=image_features, image_index=image_index,
             sentence_embeds=sentence_embeds, instructions=instructions, mm_encoder_outputs=mm_encoder_outputs,
@@ -278,33 +297,54 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         )  # fmt: skip
         return LlavaIgvaModelOutputWithPast(**{**images, **outputs})
 
-    def _hidden_states(self, pixel_values: Tensor, **kwargs: Any) -> ImageFeatures:
-        """What the connector reads from the tower: the sources of its plan, or every state."""
+    def _check_settled(self, layer: Any, strategy: str | None, image_sizes: Any) -> None:
+        """Llava takes these arguments per call; here the weights of the connector fit one answer."""
+        config = self.config
+        given = {"vision_feature_layer": layer, "vision_feature_select_strategy": strategy}
+        for name, value in given.items():
+            if value is not None and value != getattr(config, name):
+                raise ValueError(
+                    f"{name}: got {value!r}, need None or the config's {getattr(config, name)!r}; the plan of the "
+                    f"config, {config.plan}, says which layers are read"
+                )
+        if image_sizes is not None:
+            raise ValueError("image_sizes: need None, because all images have one size and the same number of tokens")
+
+    def _run_tower(
+        self, pixel_values: Any, output_hidden_states: Any = None, **kwargs: Any
+    ) -> tuple[ImageFeatures, dict[str, Any]]:
+        """What the connector reads from the tower, the sources of its plan or every state; and the tower's output."""
         _check_pixels(pixel_values)
+        if output_hidden_states is None:
+            output_hidden_states = self.vision_tower.config.output_hidden_states
         differentiates = torch.is_grad_enabled() and self._tower_learns
         streams = self.config.stream_hidden_states and self.multi_modal_projector.impl != "reference"
         with torch.set_grad_enabled(differentiates):
-            if streams and not differentiates and not torch.compiler.is_compiling():
+            if streams and not (output_hidden_states or differentiates or torch.compiler.is_compiling()):
                 return self._streamed_states(pixel_values, **kwargs)
             # Every state, because transformers before 5.23 numbers the layers of a selection differently.
-            states = self.vision_tower(
-                pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True}
-            ).hidden_states
+            output = dict(
+                self.vision_tower(pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True})
+            )
+        states = output["hidden_states"] if output_hidden_states else output.pop("hidden_states")
         plan = self.multi_modal_projector.plan.resolve(len(states))
-        return ImageFeatures(states, MixPlan.concat(range(len(states)), len(states)), plan)
+        return ImageFeatures(states, MixPlan.concat(range(len(states)), len(states)), plan), output
 
-    def _streamed_states(self, pixel_values: Tensor, **kwargs: Any) -> ImageFeatures:
+    def _streamed_states(self, pixel_values: Tensor, **kwargs: Any) -> tuple[ImageFeatures, dict[str, Any]]:
         plan, impl = self.multi_modal_projector.plan, self.multi_modal_projector.impl
         with stream_hidden_states(self.vision_tower, plan, impl=impl) as stream:
-            self.vision_tower(pixel_values, **{**kwargs, "output_hidden_states": False})
-        return ImageFeatures(tuple(stream.sources), *plan.reduced())
+            output = self.vision_tower(pixel_values, **{**kwargs, "output_hidden_states": False, "return_dict": True})
+        return ImageFeatures(tuple(stream.sources), *plan.reduced()), dict(output)
 
     def _image_states(
         self, pixel_values: Tensor | None, image_features: ImageFeatures | None = None, **kwargs: Any
-    ) -> ImageFeatures:
+    ) -> tuple[ImageFeatures, dict[str, Any]]:
+        """As ``_run_tower``; of encoded images there is no output of the tower."""
         _check_one_is_given(pixel_values=pixel_values, image_features=image_features)
         if image_features is None:
-            return self._hidden_states(pixel_values, **kwargs)
+            return self._run_tower(pixel_values, **kwargs)
+        if kwargs:
+            raise ValueError(f"{', '.join(kwargs)}: for the vision tower, which image_features have left behind")
         made_of, plan = self.multi_modal_projector.plan.reduced()
         got = image_features
         if (got.made_of, got.plan) != (made_of, plan):
@@ -312,7 +352,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
                 f"image_features: got the sources {got.made_of} of {got.made_of.num_states} states, to be mixed as "
                 f"{got.plan}; need {made_of} of {made_of.num_states} states, to be mixed as {plan}"
             )
-        return image_features
+        return image_features, {}
 
     def _connect(
         self, features: ImageFeatures, sentence_embeds: Tensor | None, image_index: Tensor | None
@@ -352,11 +392,11 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(dim=-1)
 
-    def _images_per_sample(self, places: Tensor, rows: int, num_patches: int) -> Tensor:
-        """int64 ``[B]``: how many images each sample has."""
+    def _images_per_sample(self, places: Tensor, rows: int, num_patches: int, whole: bool = True) -> Tensor:
+        """int64 ``[B]``: how many images each sample has, or, where it is a part of a prompt, has begun or ended."""
         counts = places.sum(dim=1)
         per_sample = counts // num_patches
-        if has_values(counts) and (counts.sum() != rows * num_patches or per_sample.sum() != rows):
+        if has_values(counts) and (counts.sum() != rows * num_patches or (whole and per_sample.sum() != rows)):
             raise ValueError(
                 f"input_ids: got {counts.tolist()} image tokens in the samples, need {num_patches} for each of "
                 f"{rows} images"
@@ -484,16 +524,81 @@ class LlavaIgvaForConditionalGeneration(_FrozenTowerMixin, LlavaForConditionalGe
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """``GenerationMixin.generate`` with the image arguments of ``forward``.
 
-        The images enter the prompt once, before a prompt is expanded into beams, so that samples with none or several
-        images need no bookkeeping in any version of transformers.
+        The images are encoded once and enter the embeddings of the prompt before it is expanded into beams, so that
+        samples with none or several images need no bookkeeping. ``prepare_inputs_for_generation`` hands on the part
+        that a step reads: all of it at first, a chunk (``prefill_chunk_size``), all of it again (``use_cache=False``),
+        or, in assisted decoding, what the assistant has not seen. The prompt's tokens go through generation beside
+        them, for all that looks at tokens: penalties, prompt lookup, assistants.
         """
         images = {name: kwargs.pop(name) for name in _IMAGE_ARGUMENTS if name in kwargs}
+        images["mm_encoder_outputs"] = images.get("mm_encoder_outputs") or None  # transformers hands assistants a {}
         if any(value is not None for value in images.values()):
-            if inputs is None:
-                inputs = kwargs.pop("input_ids", None)
-            embeds = kwargs.pop("inputs_embeds", None)
-            kwargs["inputs_embeds"], _ = self.model.embed(inputs if embeds is None else None, embeds, **images)
+            input_ids, inputs_embeds = (
+                kwargs.get("input_ids") if inputs is None else inputs,
+                kwargs.get("inputs_embeds"),
+            )
+            embeds, _ = self.model.embed(input_ids if inputs_embeds is None else None, inputs_embeds, **images)
+            kwargs["prompt_embeds" if inputs_embeds is None else "inputs_embeds"] = embeds
         return super().generate(inputs, *args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
+        prompt_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """``GenerationMixin.prepare_inputs_for_generation`` for prompts with images.
+
+        Args:
+            prompt_embeds: ``[B, S, H]``, the embeddings of the prompt, images included; ``generate`` makes them.
+
+        The other arguments are transformers'.
+
+        Raises:
+            NotImplementedError: chunks of a prompt that continues a cache and does not hold the cached tokens.
+        """
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            kwargs = {name: value for name, value in kwargs.items() if name not in _IMAGE_ARGUMENTS}
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values,
+            attention_mask=attention_mask, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs,
+        )  # fmt: skip
+        ids = inputs.get("input_ids")
+        if prompt_embeds is None or ids is None:
+            return inputs
+        length = prompt_embeds.shape[1]
+        if next_sequence_length is not None or past_key_values is None or input_ids.shape[1] >= length:
+            start = input_ids.shape[1] - ids.shape[1]
+        else:
+            start = int(past_key_values.get_seq_length())
+            if start + ids.shape[1] > length:
+                raise NotImplementedError(
+                    f"prefill_chunk_size: the cache holds {start} tokens, and {ids.shape[1]} more are beyond the "
+                    f"{length} of the prompt; need a prompt that starts with the tokens of the cache"
+                )
+        if start < length:
+            embeds = prompt_embeds[:, start : start + ids.shape[1]].contiguous()
+            new = ids[:, embeds.shape[1] :]
+            if new.shape[1]:
+                embeds = torch.cat([embeds, self.get_input_embeddings()(new).to(embeds.device)], dim=1)
+            inputs.update(input_ids=None, inputs_embeds=embeds)
+        return inputs
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """Another model that assists decoding reads the prompt's tokens: these embeddings are not its own."""
+        assistant = kwargs.get("assistant_model")
+        if assistant is not None and not self._shares_embeddings_with(assistant):
+            model_kwargs = kwargs["model_kwargs"]
+            kwargs["model_kwargs"] = {name: x for name, x in model_kwargs.items() if name != "prompt_embeds"}
+        return super()._get_candidate_generator(*args, **kwargs)
+
+    def _shares_embeddings_with(self, assistant: Any) -> bool:
+        return isinstance(assistant, type(self)) and assistant.get_input_embeddings() is self.get_input_embeddings()
 
 
 _IMAGE_ARGUMENTS = (
