@@ -1,6 +1,7 @@
 """Reference models. They need transformers: ``pip install igva-kernels[models]``."""
 
 from igva_kernels.models.llava_igva import (
+    BalanceLossMixin,
     ImageFeatureCache,
     ImageFeatures,
     LlavaIgvaConfig,
@@ -10,6 +11,7 @@ from igva_kernels.models.llava_igva import (
 )
 
 __all__ = [
+    "BalanceLossMixin",
     "ImageFeatureCache",
     "ImageFeatures",
     "LlavaIgvaConfig",

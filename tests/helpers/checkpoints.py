@@ -7,10 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from hosts import liven
 from PIL import Image
-from tiny import igva_model
+from seeds import seeded
+from tiny import igva_model, text_config, vision_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
+from transformers import (
+    CLIPImageProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from igva_kernels.models import LlavaIgvaProcessor
 
@@ -54,21 +63,35 @@ def tokenizer():
     )  # fmt: skip
 
 
-def save(path, **overrides):
-    """The model and the processor that are saved to the path."""
-    from tiny import text_config
-
+def build(kind="reference", **overrides):
+    """A model of this column of the table of clients, before any patch, and its processor."""
     tokens, language = tokenizer(), text_config()
     language.vocab_size, language.eos_token_id = len(tokens), tokens.eos_token_id
-    fields = {"sentence_encoder": encoder(), "sentence_embed_dim": 384, "allocator_hidden_dim": 32}
-    model = igva_model(
-        text_config=language, image_token_index=tokens.convert_tokens_to_ids("<image>"), **fields, **overrides
-    )
+    fields = {"text_config": language, "image_token_index": tokens.convert_tokens_to_ids("<image>"), **overrides}
     images = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    processor = LlavaIgvaProcessor.from_config(model.config, images, tokens, chat_template=TEMPLATE)
+    if kind == "reference":
+        sentences = {"sentence_encoder": encoder(), "sentence_embed_dim": 384}
+        model = igva_model(**{**sentences, **fields})
+        return model, LlavaIgvaProcessor.from_config(model.config, images, tokens, chat_template=TEMPLATE)
+    config = LlavaConfig(vision_config=vision_config(), vision_feature_layer=[-2, 1], **fields)
+    torch.manual_seed(seeded())
+    options = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    processor = LlavaProcessor(images, tokens, chat_template=TEMPLATE, **options)
+    return liven(LlavaForConditionalGeneration(config).eval()), processor
+
+
+def save(path, **overrides):
+    """A model and its processor, saved to the path."""
+    model, processor = build(**overrides)
     model.save_pretrained(path)
     processor.save_pretrained(path)
     return model, processor
+
+
+def new_tokens(model, inputs, count=6):
+    """The tokens that the model adds to each prompt, greedily, one list per row."""
+    out = model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+    return out[:, -count:].tolist()
 
 
 def fresh_process(code, *arguments):

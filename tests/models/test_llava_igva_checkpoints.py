@@ -87,6 +87,16 @@ def test_the_config_survives_json_plan_included(tmp_path, plan):
     assert loaded.to_diff_dict() == config.to_diff_dict()
 
 
+def test_code_of_a_subclass_stays_in_the_auto_map(tmp_path):
+    ours = "llava_igva_from_igva_kernels"
+    given = {"AutoModel": "mine.MyModel", "AutoConfig": f"some/repository--{ours}.LlavaIgvaConfig"}
+    igva_config(auto_map=given).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert (saved["AutoModel"], saved["AutoConfig"]) == ("mine.MyModel", f"{ours}.LlavaIgvaConfig")
+    assert saved["AutoProcessor"] == f"{ours}.LlavaIgvaProcessor"
+    assert (tmp_path / f"{ours}.py").exists()
+
+
 def test_the_implementation_is_not_saved_and_can_be_asked_for_when_loading(tmp_path):
     igva_model(impl="reference").save_pretrained(tmp_path)
     assert "impl" not in json.loads((tmp_path / "config.json").read_text())
