@@ -20,31 +20,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from igva_kernels.integrations.handle import PatchHandle
-from igva_kernels.nn import LayerMixLinear, LayerMixNorm, MixInput, connect
-from igva_kernels.nn.sharding import below_adapter, forward_attribute
+from igva_kernels.integrations.handle import PatchHandle, describe, is_held
+from igva_kernels.nn import Connector, LayerMixLinear, LayerMixNorm, MixInput, connect
+from igva_kernels.nn.sharding import below_adapter, forward_attribute, is_watched
 from igva_kernels.ops.weighted_mix import MixPlan, check_impl
+from igva_kernels.registry import REFERENCE, all_backends, backends, implementations, operators
 from igva_kernels.runtime.activations import ACTIVATIONS
-from igva_kernels.runtime.context import is_distributed
 
 
 class LazyConcat:
     """``torch.cat([h[:, skip_tokens:] for h in layers], dim=-1)``, not computed until it is needed.
 
-    ``[:, n:]``, ``torch.cat(..., dim=-1)`` and ``to`` stay lazy; any other use computes the tensor.
+    ``[:, n:]``, ``torch.cat(..., dim=-1)``, ``to`` and questions about the shape stay lazy; any other use computes the
+    tensor. From then on that tensor is the one layer: whoever was given it may have changed it in place.
     """
 
     def __init__(self, layers: tuple[Tensor, ...], skip_tokens: int = 0) -> None:
         self.layers, self.skip_tokens = layers, skip_tokens
-        self._tensor: Tensor | None = None
 
     @property
     def tensor(self) -> Tensor:
         """The tensor that this stands for; for one whole layer, the layer itself."""
-        if self._tensor is None:  # not a cached_property: its lock cannot be compiled
+        if len(self.layers) > 1 or self.skip_tokens:
             states = [h[:, self.skip_tokens :] if self.skip_tokens else h for h in self.layers]
-            self._tensor = states[0] if len(states) == 1 else torch.cat(states, dim=-1)
-        return self._tensor
+            self.layers, self.skip_tokens = (states[0] if len(states) == 1 else torch.cat(states, dim=-1),), 0
+        return self.layers[0]
+
+    @property
+    def shape(self) -> torch.Size:
+        first = self.layers[0].shape
+        return torch.Size((first[0], first[1] - self.skip_tokens, sum(h.shape[-1] for h in self.layers)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].device
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> LazyConcat:
         """``fn`` applied to every layer; it must commute with the concatenation."""
@@ -82,9 +95,16 @@ def _operator(name: str) -> Callable[..., Any]:
     return lambda self, *others: getattr(self.tensor, name)(*computed(others))
 
 
-_OPERATORS = ("len", "iter", "neg", "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "matmul")
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
+_OPERATORS = (
+    *(f"{how}{name}" for name in _BINARY for how in ("", "r", "i")),
+    *("lt", "le", "gt", "ge", "eq", "ne", "neg", "pos", "abs", "invert", "bool", "float", "int", "index", "complex"),
+    *("len", "iter", "reversed", "contains", "setitem", "delitem", "array", "dlpack", "dlpack_device", "format"),
+)
 for _name in _OPERATORS:
-    setattr(LazyConcat, f"__{_name}__", _operator(f"__{_name}__"))  # Python looks operators up on the class
+    if hasattr(Tensor, f"__{_name}__"):  # Python looks operators up on the class
+        setattr(LazyConcat, f"__{_name}__", _operator(f"__{_name}__"))
+LazyConcat.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
 def _cat_arguments(tensors: Any, dim: int = 0, **_: Any) -> tuple[Any, int]:
@@ -132,12 +152,27 @@ class _LazyTower(_StandIn):
         return out
 
 
+class _Reader(_StandIn):
+    """A module that takes a ``LazyConcat``, unless it has hooks: these are shown the tensor."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_watched(self._of):
+            args, kwargs = computed(args), computed(kwargs)
+        return self._of(*args, **kwargs)
+
+
 class _Host(_StandIn):
     """A model as its own method sees it: itself, but with lazy towers."""
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._of, name)
-        return _LazyTower(value) if name in self._towers else value
+        if name in self._towers:
+            return _LazyTower(value)
+        return _Reader(value) if name in READERS and value is not None else value
+
+
+READERS = ("multi_modal_projector", "vision_resampler")
+"""Modules of transformers' hosts that may be given a ``LazyConcat``."""
 
 
 def defer_concat(edits: PatchHandle, model: nn.Module, methods: tuple[str, ...], towers: tuple[str, ...]) -> None:
@@ -158,8 +193,8 @@ def _deferring(method: Callable[..., Any], towers: tuple[str, ...]) -> Callable[
     return run
 
 
-Children = Callable[[nn.Module], tuple[nn.Module | None, nn.Module, nn.Module]]
-"""Finds the LayerNorm (or None), the first and the second Linear of a projector."""
+Children = Callable[[nn.Module], Connector]
+"""Finds the modules of a projector."""
 
 
 def patch_projector(
@@ -173,37 +208,73 @@ def patch_projector(
         children: finds the modules in it, and in a copy of it.
         activation: a key of ``ACTIVATIONS``, see ``activation_of``.
         impl: as in ``layer_mix_mlp``.
-        name: what to call the projector in an error.
+        name: what to call the projector.
 
     Raises:
-        NotImplementedError: a Linear is quantised, or an explicit ``impl`` cannot serve it.
+        NotImplementedError: an explicit ``impl`` cannot serve it.
         ValueError: the projector is patched already.
     """
-    norm, linear_1, linear_2 = children(projector)
-    for linear in (linear_1, linear_2):
-        _check_linear(linear, name)
-    weight = below_adapter(linear_1).weight
-    if weight.device.type != "meta":  # offloaded weights have no device until they run
-        check_impl(impl, weight.device, weight.dtype, activation)
+    modules = children(projector)
+    weight = getattr(below_adapter(modules.linear_1), "weight", None)
+    check_patch_impl(impl, weight, activation)
     set_forward(edits, projector, _projector_forward(children, activation, impl))
-    # A replacement of linear_1 (LoRA's) is given the mixed row, so neither it nor the Linear inside it is changed.
-    if isinstance(linear_1, nn.Linear):
-        set_forward(edits, linear_1, LayerMixLinear.forward)
-    if norm is not None:
-        set_forward(edits, norm, LayerMixNorm.forward)
+    # A replacement (LoRA's, a quantised one) is given the mixed row, so neither it nor what it holds is changed.
+    if type(modules.linear_1).forward is nn.Linear.forward:
+        set_forward(edits, modules.linear_1, LayerMixLinear.forward)
+    if modules.norm is not None and type(modules.norm).forward is nn.LayerNorm.forward:
+        set_forward(edits, modules.norm, LayerMixNorm.forward)
+    edits.note(lambda: f"{name}: {explain(children(projector), activation, impl)}")
+
+
+def check_patch_impl(impl: str, weight: Tensor | None, activation: str) -> None:
+    """Checks an ``impl`` at the patch, as far as it can be known: training scripts move a model to its GPU later, so a
+    model on the CPU may ask for whatever runs on this machine at all. The rest is checked when the model runs.
+
+    Raises:
+        ValueError: no such ``impl``.
+        NotImplementedError: it can serve nothing here, or not the device where the model is.
+    """
+    if weight is not None and weight.device.type not in ("cpu", "meta") and weight.is_floating_point():
+        check_impl(impl, weight.device, weight.dtype, activation)
+        return
+    if impl not in implementations():
+        raise ValueError(f"impl: got {impl!r}, need one of {', '.join(map(repr, implementations()))}")
+    for status in backends():
+        if status.name == impl and not status.available:
+            raise NotImplementedError(f"impl={impl!r} cannot serve a model on this machine: {status.reason}")
+
+
+def explain(modules: Connector, activation: str, impl: str) -> str:
+    """Which implementation serves a connector where it is now, and what of it is left to plain PyTorch and why."""
+    weight = getattr(below_adapter(modules.linear_1), "weight", None)
+    if weight is None or weight.device.type == "meta" or not weight.is_floating_point():  # offloaded, quantised
+        return f"impl={impl!r}; {modules.explain()}"
+    operator = operators()["weighted_mix"]
+    try:
+        served = operator.select(impl, weight.device, weight.dtype, (), activation)
+    except NotImplementedError as error:
+        return str(error)
+    at = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}"
+    if served != REFERENCE:
+        return f"by {served} ({at}); {modules.explain()}"
+    reasons = {name: operator.why_not(name, weight.device, weight.dtype, activation) for name in all_backends()}
+    fell_back = [f"{name}: {reason}" for name, reason in reasons.items() if reason and impl != REFERENCE]
+    return "; ".join([f"by plain PyTorch ({at})", *fell_back])
 
 
 def _projector_forward(children: Children, activation: str, impl: str) -> Callable[..., Tensor]:
     def forward(self: nn.Module, rows: LazyConcat | MixInput | Tensor) -> Tensor:
+        modules = children(self)
         if isinstance(rows, MixInput):
-            return connect(rows._replace(activation=activation, impl=impl), *children(self))
-        if isinstance(rows, Tensor):
-            if rows.dim() != 3:
-                return type(self).forward(self, rows)
-            rows = LazyConcat((rows,))
-        plan = MixPlan.concat(range(len(rows.layers)))
-        mixed = MixInput(rows.layers, None, None, None, plan, rows.skip_tokens, activation, impl)
-        return connect(mixed, *children(self))
+            mixed = rows._replace(activation=activation, impl=impl)
+        else:
+            if isinstance(rows, Tensor):
+                if rows.dim() != 3 or not modules.is_one_operator:
+                    return type(self).forward(self, rows)
+                rows = LazyConcat((rows,))
+            plan = MixPlan.concat(range(len(rows.layers)))
+            mixed = MixInput(rows.layers, None, None, None, plan, rows.skip_tokens, activation, impl)
+        return connect(mixed, modules)
 
     return forward
 
@@ -224,25 +295,15 @@ def set_method(
     attribute = attribute or method
     own = vars(module).get(attribute)
     if own is not None and getattr(own, "__func__", None) is not getattr(type(module), method):
+        kind = type(module).__name__
+        if is_held(module):
+            raise ValueError(f"model: {attribute} of its {kind} is patched already; revert that patch first")
         raise ValueError(
-            f"model: {attribute} of its {type(module).__name__} is patched already; revert that patch first (a copy "
-            f"of a patched model stays patched: copy it before)"
+            f"model: {attribute} of its {kind} has been replaced by {describe(own)}, which a patch would undo; patch "
+            f"first, and replace, wrap or compile it then (to take accelerate's mixed precision off: "
+            f"accelerator.unwrap_model(model, keep_fp32_wrapper=False))"
         )
     edits.set(module, attribute, MethodType(function, module))
-
-
-def _check_linear(linear: nn.Module, name: str) -> None:
-    base = below_adapter(linear)
-    weight: Any = getattr(base, "weight", None)
-    plain = type(weight) in (Tensor, nn.Parameter) or is_distributed(weight)
-    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    if isinstance(base, nn.Linear) and type(base).forward is nn.Linear.forward and plain and weight.dtype in floats:
-        return
-    raise NotImplementedError(
-        f"{name}: got a {type(base).__module__}.{type(base).__name__} with {getattr(weight, 'dtype', 'no')} weights, "
-        f"need nn.Linear modules in floating point; leave the projector out of the quantisation (bitsandbytes: "
-        f"llm_int8_skip_modules, others: modules_to_not_convert); its weights are few"
-    )
 
 
 def activation_of(module: nn.Module, name: str) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import nn
 
 from igva_kernels.integrations.handle import PatchHandle
+from igva_kernels.integrations.lazy import check_patch_impl, explain
 from igva_kernels.nn import LayerMixProjector
-from igva_kernels.ops.weighted_mix import check_impl
 
 DESCRIPTION = "LLaVA-IGVA and other models with a LayerMixProjector"
 
@@ -17,9 +19,13 @@ def matches(model: nn.Module) -> bool:
 
 
 def apply(model: nn.Module, edits: PatchHandle, impl: str = "auto") -> None:
-    """Set ``impl`` on every connector, after checking that it can serve it."""
-    for module in model.modules():
+    """Set ``impl`` on every connector."""
+    for name, module in model.named_modules():
         if isinstance(module, LayerMixProjector):
-            weight = next(module.parameters())
-            check_impl(impl, weight.device, weight.dtype, module.activation)
+            check_patch_impl(impl, next(module.parameters()), module.activation)
             edits.set(module, "impl", impl)
+            edits.note(partial(_line, name, module, impl))
+
+
+def _line(name: str, module: LayerMixProjector, impl: str) -> str:
+    return f"{name or type(module).__name__}: {explain(module.connector, module.activation, impl)}"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from igva_kernels.integrations.handle import PatchHandle
 from igva_kernels.integrations.lazy import activation_of, patch_projector, set_method
 from igva_kernels.integrations.research import check_host, check_mlp, encode, find_host, has_host, num_states
+from igva_kernels.nn import Connector
 from igva_kernels.ops.weighted_mix import MixPlan
 
 DESCRIPTION = "the TGIF repository (layer_selector)"
@@ -34,8 +35,8 @@ def apply(model: nn.Module, edits: PatchHandle, impl: str = "auto") -> None:
     set_method(edits, host, "encode_images", _encoder(plan, 1 if has_cls and tower.select_feature == "patch" else 0))
 
 
-def _children(projector: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
-    return projector.layer_selector.norm, projector.mlp[0], projector.mlp[2]
+def _children(projector: Any) -> Connector:
+    return Connector(projector.layer_selector.norm, projector.mlp[0], projector.mlp[1], projector.mlp[2])
 
 
 def _encoder(plan: MixPlan, skip_tokens: int) -> Callable[..., tuple[Tensor, Tensor]]:

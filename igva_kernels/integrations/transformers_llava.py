@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from igva_kernels.integrations.handle import PatchHandle
 from igva_kernels.integrations.lazy import LazyConcat, activation_of, defer_concat, patch_projector, set_forward
+from igva_kernels.nn import Connector
 
 DESCRIPTION = "transformers' (4.52 and newer) Llava, VipLlava, LlavaNext, LlavaNextVideo, LlavaOnevision, VideoLlava"
 HOSTS = ("Llava", "VipLlava", "LlavaNext", "LlavaNextVideo", "LlavaOnevision", "VideoLlava")
@@ -72,8 +73,9 @@ def _patch_projector(edits: PatchHandle, projector: nn.Module, impl: str) -> Non
     patch_projector(edits, projector, _children, activation, impl, "model.multi_modal_projector")
 
 
-def _children(projector: nn.Module) -> tuple[nn.Module | None, nn.Module, nn.Module]:
-    return getattr(projector, "projector_layernorm", None), projector.linear_1, projector.linear_2
+def _children(projector: Any) -> Connector:
+    norm = getattr(projector, "projector_layernorm", None)
+    return Connector(norm, projector.linear_1, projector.act, projector.linear_2)
 
 
 def _embed(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:

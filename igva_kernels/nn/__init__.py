@@ -7,6 +7,7 @@ H language-model width, E width of the sentence embedding.
 from igva_kernels.nn.allocators import LearnedWeights, TextAllocator, WeightAllocator
 from igva_kernels.nn.losses import balance_loss, negative_entropy
 from igva_kernels.nn.projector import (
+    Connector,
     LayerMixLinear,
     LayerMixNorm,
     LayerMixProjector,
@@ -20,6 +21,7 @@ from igva_kernels.nn.projector import (
 )
 
 __all__ = [
+    "Connector",
     "LayerMixLinear",
     "LayerMixNorm",
     "LayerMixProjector",

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from igva_kernels.nn.sharding import is_untouched, runs
+from igva_kernels.nn.sharding import has_plain_weights, is_untouched, is_watched, runs
 from igva_kernels.ops.weighted_mix import Entry, MixPlan, is_tap, layer_mix, layer_mix_linear, layer_mix_mlp
 from igva_kernels.runtime.activations import ACTIVATIONS, check_activation
 from igva_kernels.runtime.dense import Norm
@@ -36,6 +36,12 @@ class LayerMixLinear(nn.Linear):
         """``input @ weight.T + bias`` of a tensor; ``act(norm?(A) @ weight.T + bias)`` ``[B, P, H]`` of a MixInput."""
         if not isinstance(input, MixInput):
             return nn.Linear.forward(self, input)  # not super(): a patch lends this function to an nn.Linear
+        if not has_plain_weights(self):  # quantised
+            rows = _mixed_row(input)
+            if input.norm is not None:
+                weight, bias, eps = input.norm
+                rows = nn.functional.layer_norm(rows, rows.shape[-1:], weight, bias, eps)
+            return ACTIVATIONS[input.activation](nn.Linear.forward(self, rows))
         return layer_mix_linear(
             input.hidden_states, input.plan, input.mix_weights, self.weight, self.bias, activation=input.activation,
             norm=input.norm, skip_tokens=input.skip_tokens, image_index=input.image_index, impl=input.impl,
@@ -133,7 +139,12 @@ class LayerMixProjector(nn.Module):
             _as_tuple(hidden_states), mix_weights, image_index, None, self.plan if plan is None else plan,
             self.skip_tokens, self.activation, self.impl,
         )  # fmt: skip
-        return connect(mixed, self.projector_layernorm, self.linear_1, self.linear_2)
+        return connect(mixed, self.connector)
+
+    @property
+    def connector(self) -> Connector:
+        """Its modules, as ``connect`` takes them."""
+        return Connector(self.projector_layernorm, self.linear_1, None, self.linear_2)
 
     def extra_repr(self) -> str:
         return f"plan={self.plan}, activation={self.activation!r}, skip_tokens={self.skip_tokens}, impl={self.impl!r}"
@@ -161,27 +172,69 @@ def widen(weight: Tensor, layers: Sequence[int], plan: MixPlan) -> Tensor:
     return wide
 
 
-def connect(mixed: MixInput, norm: nn.Module | None, linear_1: nn.Module, linear_2: nn.Module) -> Tensor:
-    """Layers through ``norm``, ``linear_1``, the activation of ``mixed`` and ``linear_2``: ``[B, P, H]``.
+class Connector(NamedTuple):
+    """The modules of a connector, and how far they can be run together."""
 
-    One operator while the modules are plain. Otherwise each reads its weights in its own forward, as sharding and
-    offload need it: ``linear_1`` mixes if it takes layers, and gets the mixed row if it is a stand-in (LoRA's).
-    """
-    if all(is_plain(module) for module in (norm, linear_1, linear_2) if module is not None):
+    norm: nn.Module | None
+    """A LayerNorm over the mixed row."""
+    linear_1: nn.Module
+    act: nn.Module | None
+    """The activation, where the host has a module for it."""
+    linear_2: nn.Module
+
+    @property
+    def is_one_operator(self) -> bool:
+        """Whether nothing happens in a module's forward but what its class does."""
+        plain = all(is_plain(module) for module in (self.norm, self.linear_1, self.linear_2) if module is not None)
+        return plain and (self.act is None or is_untouched(self.act))
+
+    @property
+    def take_layers(self) -> bool:
+        """Whether norm and ``linear_1`` take layers, so that ``linear_1`` mixes in its own forward, as sharding and
+        offload need it. Otherwise the modules are given tensors: stand-ins (LoRA's, quantised ones) and hooks expect
+        them."""
+        takers = (self.linear_1,) if self.norm is None else (self.norm, self.linear_1)
+        return all(map(takes_layers, takers)) and not any(is_watched(module) for module in self if module is not None)
+
+    def explain(self) -> str:
+        """In words: what runs as one, and why not everything does."""
+        if self.is_one_operator:
+            return "one operator for layers, Linears and activation"
+        names = ("the norm", "linear_1", "the activation", "linear_2")
+        present = [(name, module) for name, module in zip(names, self, strict=True) if module is not None]
+        if self.take_layers:
+            touched = (name for name, m in present if not (is_untouched(m) if m is self.act else is_plain(m)))
+            return f"linear_1 mixes in its own forward: {', '.join(touched)} sharded, offloaded or quantised"
+        for name, module in present:
+            if is_watched(module):
+                return f"the layers are concatenated for {name}, which has hooks"
+            if module in (self.norm, self.linear_1) and not takes_layers(module):
+                return f"the layers are concatenated for {name}, a {type(module).__module__}.{type(module).__name__}"
+        return ""
+
+
+def connect(mixed: MixInput, modules: Connector) -> Tensor:
+    """Layers through norm, ``linear_1``, activation and ``linear_2``: ``[B, P, H]``."""
+    norm, linear_1, act, linear_2 = modules
+    if modules.is_one_operator:
         return layer_mix_mlp(
             mixed.hidden_states, mixed.plan, mixed.mix_weights,
             linear_1.weight, linear_1.bias, linear_2.weight, linear_2.bias, activation=mixed.activation,
             norm=None if norm is None else (norm.weight, norm.bias, norm.eps),
             skip_tokens=mixed.skip_tokens, image_index=mixed.image_index, impl=mixed.impl,
         )  # fmt: skip
-    if takes_layers(linear_1) and (norm is None or takes_layers(norm)):
+    if modules.take_layers:
         return linear_2(linear_1(mixed if norm is None else norm(mixed)))
-    rows = layer_mix(
+    rows = _mixed_row(mixed)
+    rows = linear_1(rows if norm is None else norm(rows))
+    return linear_2(ACTIVATIONS[mixed.activation](rows) if act is None else act(rows))
+
+
+def _mixed_row(mixed: MixInput) -> Tensor:
+    return layer_mix(
         mixed.hidden_states, mixed.plan, mixed.mix_weights,
         skip_tokens=mixed.skip_tokens, image_index=mixed.image_index, impl=mixed.impl,
     )  # fmt: skip
-    rows = rows if norm is None else norm(rows)
-    return linear_2(ACTIVATIONS[mixed.activation](linear_1(rows)))
 
 
 def column_plan(plan: MixPlan) -> MixPlan:

@@ -3,6 +3,9 @@
 All of them act in a module's own forward: FSDP2 turns its class into a subclass and DeepSpeed ZeRO-3 hooks it, and both
 gather its weights there and free them after; accelerate puts a wrapper around the forward, which moves weights in and
 out; peft puts a module of its own in its place. A weight may be read outside that forward only where none of them acts.
+
+A hook that none of them has put there is the user's (or tensor parallelism's): it expects the tensors that it would see
+without this package, so a module that has one is called as the module it is, with tensors.
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ from igva_kernels.runtime.context import has_storage
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
+_GATHER = ("deepspeed.", "torch.distributed.fsdp.", "torch.distributed._composable", "torch.utils.module_tracker")
+"""Where hooks come from that gather weights or count calls, and leave the tensors of a call as they are."""
+
 
 def is_untouched(module: nn.Module, *lent: Callable[..., Any]) -> bool:
     """Whether a module's forward runs the code of its class and nothing else, and its weights are there.
@@ -29,8 +35,23 @@ def is_untouched(module: nn.Module, *lent: Callable[..., Any]) -> bool:
         return False
     if any(getattr(module, name) for name in _HOOKS):
         return False
-    parameters = (p for p in module._parameters.values() if p is not None)
-    return all(type(p) in (Tensor, nn.Parameter) and _is_there(p) for p in parameters)
+    return has_plain_weights(module) and all(_is_there(p) for p in module._parameters.values() if p is not None)
+
+
+def has_plain_weights(module: nn.Module) -> bool:
+    """Whether no weight is of a subclass of tensor, as quantised and distributed ones are; torch.export's may be."""
+    weights = (p for p in module._parameters.values() if p is not None)
+    return all(type(p) in (Tensor, nn.Parameter) or type(p).__name__ == "FakeTensor" for p in weights)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a hook of the module may read or change the tensors of a call."""
+    return not all(_only_gathers(hook) for name in _HOOKS for hook in getattr(module, name).values())
+
+
+def _only_gathers(hook: Any) -> bool:
+    function = getattr(hook, "func", hook)  # of a functools.partial
+    return str(getattr(function, "__module__", "")).startswith(_GATHER)
 
 
 def runs(module: nn.Module, *forwards: Callable[..., Any]) -> bool:
@@ -45,8 +66,11 @@ def forward_attribute(module: nn.Module) -> str:
 
 
 def below_adapter(module: nn.Module) -> Any:
-    """The module itself, or the one that peft's adapter (LoRA) has replaced."""
-    return getattr(module, "base_layer", module)
+    """The module itself, or the one that peft's adapter (LoRA) or copy (``modules_to_save``) has replaced."""
+    for name in ("base_layer", "original_module"):
+        if isinstance(below := getattr(module, name, None), nn.Module):
+            return below_adapter(below)
+    return module
 
 
 def _is_one_of(forward: Any, forwards: tuple[Callable[..., Any], ...]) -> bool:

@@ -3,14 +3,21 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import igva_kernels as ik
+from igva_kernels import registry
 from igva_kernels.integrations import PatchHandle
+from igva_kernels.integrations.lazy import set_forward
 from igva_kernels.nn import LayerMixProjector
+from igva_kernels.runtime.backend import Backend
 
 pytest.importorskip("transformers")
 
@@ -192,6 +199,93 @@ def test_a_handle_restores_attributes_that_only_the_class_had():
     handle.revert()
     assert "forward" not in vars(linear)
     assert linear.forward.__func__ is forward
+
+
+def test_a_handle_edits_configs_too():
+    config, handle = SimpleNamespace(width=1), PatchHandle()
+    handle.set(config, "width", 2)
+    handle.set(config, "plan", {})
+    assert vars(config) == {"width": 2, "plan": {}}
+    handle.revert()
+    assert vars(config) == {"width": 1}
+
+
+@pytest.mark.parametrize("hooks", ["removed", "added", "added and removed"])
+def test_a_method_that_hooks_moved_since_the_patch_is_found_and_restored(hooks):
+    accelerate = pytest.importorskip("accelerate")
+    linear, handle, x = nn.Linear(2, 2), PatchHandle(), torch.randn(1, 2)
+    add = partial(accelerate.hooks.add_hook_to_module, linear, accelerate.hooks.ModelHook())
+    if hooks == "removed":
+        add()
+    set_forward(handle, linear, lambda self, x: x)
+    if "added" in hooks:
+        add()
+    if "removed" in hooks:
+        accelerate.hooks.remove_hook_from_module(linear)
+    assert torch.equal(linear(x), x)
+    handle.revert()
+    assert torch.equal(linear(x), nn.functional.linear(x, linear.weight, linear.bias))
+    accelerate.hooks.remove_hook_from_module(linear)
+    assert linear.forward.__func__ is nn.Linear.forward
+    set_forward(handle, linear, lambda self, x: x)  # and it can be patched again
+    handle.revert()
+
+
+def test_what_wraps_a_patched_method_is_named_and_a_revert_works_once_it_is_gone():
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    linear, handle = nn.Linear(2, 2), PatchHandle()
+    set_forward(handle, linear, lambda self, x: x)
+    wrapped = accelerator.prepare(linear)
+    with pytest.raises(ValueError, match=r"rebound since, by accelerate.*keep_fp32_wrapper=False"):
+        handle.revert()
+    assert handle.is_active
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    handle.revert()
+    assert linear.forward.__func__ is nn.Linear.forward
+
+
+def test_a_copy_is_reverted_with_the_children_that_were_replaced_in_the_original():
+    """peft's ``modules_to_save`` copies a projector whose first Linear a plan has widened."""
+    projector, handle = nn.Sequential(nn.Linear(2, 3), nn.GELU()), PatchHandle()
+    handle.set(projector, "_modules", {**projector._modules, "0": nn.Linear(4, 3)})
+    duplicate = copy.deepcopy(projector)
+    handle.revert()
+    assert duplicate[0].in_features == projector[0].in_features == 2
+    assert duplicate[0] is not projector[0] and torch.equal(duplicate[0].weight, projector[0].weight)
+    assert duplicate[1] is not projector[1]
+
+
+@pytest.mark.parametrize("impl", ["reference", *FUSED])
+def test_a_handle_prints_what_serves_the_model_where_it_is(impl):
+    model = igva_model()
+    with ik.patch(model, impl=impl) as handle:
+        assert f"by {'plain PyTorch' if impl == 'reference' else impl} (float32 on cpu)" in str(handle)
+        model.model.multi_modal_projector.linear_1.register_forward_hook(lambda *_: None)
+        assert impl == "reference" or "linear_1, which has hooks" in str(handle)
+        assert "LayerMixProjector.impl" in str(handle)
+    assert str(handle) == "PatchHandle(reverted)"
+
+
+def test_an_impl_that_the_machine_has_for_another_device_is_checked_when_the_model_runs(monkeypatch):
+    """Training scripts patch on the CPU and move the model to its GPU later."""
+    name = "elsewhere"
+    elsewhere = Backend(name, 9, ("cuda",), lambda device, dtype: None if device.type == "cuda" else "it serves cuda")
+    monkeypatch.setattr(registry, "all_backends", lambda: {name: elsewhere})
+    registry.choose.cache_clear()
+    model = igva_model()
+    with ik.patch(model, impl=name), pytest.raises(NotImplementedError, match="it serves cuda"):
+        model(**batch())
+    registry.choose.cache_clear()
+
+
+def test_importing_and_patching_leave_the_random_state_as_it_is():
+    model, state = igva_model(), torch.get_rng_state()
+    ik.patch(model).revert()
+    assert torch.equal(torch.get_rng_state(), state)
+    now = "torch.get_rng_state()"
+    script = f"import torch; state = {now}; import igva_kernels.models; assert torch.equal(state, {now})"
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_every_projector_of_a_model_is_patched():

@@ -1,6 +1,7 @@
 """transformers' LLaVA family with the operator swapped in: the same answers and gradients, and no concat."""
 
 import copy
+import functools
 import io
 import pickle
 
@@ -319,21 +320,40 @@ def test_patching_twice_is_an_error_and_changes_nothing():
     assert torch.equal(model(**inputs).logits, logits)
 
 
-def test_a_copy_of_a_patched_model_is_patched_and_its_own():
+def test_a_copy_of_a_patched_model_is_patched_and_its_own_until_the_patch_is_reverted():
     model, inputs = llava()
-    handle = ik.patch(model)
+    logits = model(**inputs).logits
+    handle = ik.patch(model, impl=IMPL)
     duplicate = copy.deepcopy(model)
+    twice = copy.deepcopy(duplicate)
     assert duplicate.model.get_image_features.__self__ is duplicate.model
-    close(duplicate(**inputs).logits, model(**inputs).logits)
     with torch.no_grad():
         model.model.multi_modal_projector.linear_1.weight.zero_()
+    for one in (duplicate, twice):
+        close(one(**inputs).logits, logits)  # it reads its own weights
+        with pytest.raises(ValueError, match="patched already"):
+            ik.patch(one)
+    del one, twice  # a copy that is gone is not looked for
     handle.revert()
-    before = duplicate(**inputs).logits
-    with torch.no_grad():
-        duplicate.model.multi_modal_projector.linear_1.weight.zero_()
-    assert not torch.allclose(duplicate(**inputs).logits, before)  # it reads its own weights
-    with pytest.raises(ValueError, match="copy it before"):
-        ik.patch(duplicate)
+    for one in (model, duplicate):
+        assert not any(name in vars(module) for module in one.modules() for name in ("forward", "get_image_features"))
+    assert torch.equal(duplicate(**inputs).logits, logits)
+    ik.patch(duplicate).revert()
+
+
+@pytest.mark.parametrize("wrap", ["a wrapper", "compiled"])
+def test_a_method_that_someone_else_replaced_is_named_and_patched_once_it_is_back(wrap):
+    model, _ = llava()
+    core = model.model
+    if wrap == "compiled":
+        core.get_image_features = torch.compile(core.get_image_features)
+    else:
+        projector = core.multi_modal_projector
+        projector.forward = functools.partial(type(projector).forward, projector)
+    with pytest.raises(ValueError, match=r"has been replaced by .*patch first.*compile"):
+        ik.patch(model)
+    del vars(core if wrap == "compiled" else projector)["get_image_features" if wrap == "compiled" else "forward"]
+    ik.patch(model).revert()
 
 
 def test_a_reverted_model_is_copied_pickled_and_saved():
@@ -609,18 +629,23 @@ class Int8Linear(nn.Linear):
         return nn.functional.linear(x, self.weight * self.scale, self.bias)
 
 
+@pytest.mark.parametrize("first", ["quantisation", "patch"])
 @pytest.mark.parametrize("name", ["linear_1", "linear_2"])
-def test_a_quantised_projector_is_refused_and_the_rest_may_be_quantised(name):
+def test_a_quantised_linear_is_called_as_the_module_it_is(name, first):
     model, inputs = llava()
-    lm_head = model.lm_head
-    model.lm_head = Int8Linear(lm_head)
-    ik.patch(model).revert()
     projector = model.model.multi_modal_projector
-    setattr(projector, name, Int8Linear(getattr(projector, name)))
-    logits = model(**inputs).logits
-    with pytest.raises(NotImplementedError, match=r"multi_modal_projector.*Int8Linear.*int8.*modules_to_not_convert"):
-        ik.patch(model)
-    assert torch.equal(model(**inputs).logits, logits)
+    quantised = Int8Linear(getattr(projector, name))
+    handle = ik.patch(model, impl=IMPL) if first == "patch" else None
+    setattr(projector, name, quantised)
+    if handle is None:
+        with ik.patch(model, impl=IMPL) as printed:
+            assert ("Int8Linear" in str(printed)) == (name == "linear_1")
+            patched = model(**inputs).logits
+    else:
+        patched = model(**inputs).logits
+        handle.revert()
+    assert type(projector.linear_1).forward in (nn.Linear.forward, Int8Linear.forward)
+    close(patched, model(**inputs).logits)
 
 
 def test_a_projector_of_another_shape_is_refused():

@@ -1,5 +1,6 @@
 """The modules: what the allocator computes, which path the projector takes, and what the balance loss counts."""
 
+import copy
 import math
 
 import harness
@@ -14,8 +15,10 @@ from igva_kernels import MixPlan
 from igva_kernels.integrations import PatchHandle
 from igva_kernels.integrations.lazy import patch_projector
 from igva_kernels.nn import (
+    Connector,
     LayerMixProjector,
     MixInput,
+    TextAllocator,
     WeightAllocator,
     balance_loss,
     column_plan,
@@ -120,6 +123,76 @@ def test_a_backend_without_kernels_for_the_allocator_says_so_and_auto_takes_the_
         with torch.no_grad():
             results.append(allocator(*inputs))
     assert torch.equal(*results)
+
+
+ALLOCATORS = {
+    "of instruction and image": lambda: WeightAllocator(6, 8, 3, hidden_dim=16, num_blocks=2, num_heads=2),
+    "of the instruction alone": lambda: TextAllocator(6, 3, hidden_dim=16),
+}
+
+
+@pytest.fixture(params=ALLOCATORS)
+def allocator_and_inputs(request):
+    """An allocator that listens, and two instructions about one image."""
+    allocator = ALLOCATORS[request.param]()
+    for parameter in allocator.parameters():
+        nn.init.normal_(parameter)
+    sentence, image = torch.randn(1, 6), torch.randn(1, 3, 8)
+    inputs = torch.cat([sentence, -sentence]), image.expand(2, -1, -1)
+    return allocator.eval(), inputs if "image" in request.param else inputs[:1]
+
+
+class IntegerLinear(nn.Linear):
+    """Its weight is integers, as bitsandbytes and others keep them: only this forward can read it."""
+
+    def __init__(self, linear):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.scale = float(linear.weight.abs().max()) / 127
+        self.weight = nn.Parameter((linear.weight / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_quantised_allocator_weighs_as_it_did_within_the_error_of_its_integers(allocator_and_inputs, dtype):
+    allocator, inputs = allocator_and_inputs
+    want = allocator(*inputs)
+    heard = (want[0] - want[1]).abs().max()
+    for name, linear in [*allocator.named_modules()]:
+        if isinstance(linear, nn.Linear):
+            allocator.set_submodule(name, IntegerLinear(linear))
+    assert (allocator.to(dtype)(*inputs) - want).abs().max() < heard / 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_an_allocator_whose_weights_lie_elsewhere_fetches_each_where_it_is_read(allocator_and_inputs, where, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    allocator, inputs = allocator_and_inputs
+    want = allocator(*inputs)
+    if where == "cpu":
+        accelerate.cpu_offload(allocator, "cpu")
+    else:
+        accelerate.disk_offload(allocator, tmp_path, "cpu")
+    assert all(parameter.is_meta for parameter in allocator.parameters())
+    close(allocator(*inputs), want)
+
+
+@torch.no_grad()
+def test_an_adapter_is_heard_on_every_linear_of_an_allocator(allocator_and_inputs):
+    peft = pytest.importorskip("peft")
+    allocator, inputs = allocator_and_inputs
+    plain = allocator(*inputs)
+    linears = [name for name, module in allocator.named_modules() if isinstance(module, nn.Linear)]
+    for name in linears:
+        config = peft.LoraConfig(target_modules=[name], init_lora_weights=False)
+        adapted = peft.get_peft_model(copy.deepcopy(allocator), config).eval()
+        found = adapted(*inputs)
+        assert (found - plain).abs().max() > 1e-4, name
+        close(adapted.merge_and_unload()(*inputs), found)
 
 
 # ---- summaries ----
@@ -269,13 +342,13 @@ class Host(nn.Module):
 
 
 def children(module):
-    return module.norm, module.linear_1, module.linear_2
+    return Connector(module.norm, module.linear_1, module.act, module.linear_2)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("hooked", [False, True], ids=["one operator", "hooked"])
+@pytest.mark.parametrize("way", ["one operator", "apart", "hooked"])
 @pytest.mark.parametrize("options", [{"elementwise_affine": False}, {"bias": False}, {}], ids=str)
-def test_a_patched_norm_may_lack_its_weight_and_its_bias(options, hooked, impl):
+def test_a_patched_norm_may_lack_its_weight_and_its_bias(options, way, impl):
     hidden, weights, host = states(), torch.rand(2, 2, requires_grad=True), Host(nn.LayerNorm(16, **options))
     for parameter in host.norm.parameters():
         nn.init.normal_(parameter)
@@ -285,13 +358,17 @@ def test_a_patched_norm_may_lack_its_weight_and_its_bias(options, hooked, impl):
         return [out, *torch.autograd.grad(out.square().sum(), [weights, *host.parameters()])]
 
     expected = run_host(plain_torch.layer_mix(hidden, PLAN, weights, skip_tokens=1))
-    calls = []
-    if hooked:
-        host.linear_1.register_forward_hook(lambda *_: calls.append("linear_1"))
+    seen = []
+    if way == "hooked":
+        host.act.register_forward_hook(lambda module, args, out: seen.append((type(args[0]), type(out))))
+    elif way == "apart":
+        host.linear_2 = nn.Sequential(host.linear_2)
     with PatchHandle() as edits:
         patch_projector(edits, host, children, "gelu", impl, "host")
+        assert children(host).is_one_operator == (way == "one operator")
+        assert children(host).take_layers == (way != "hooked")
         results = run_host(MixInput(tuple(hidden), weights, None, None, PLAN, 1, "gelu", impl))
-    assert bool(calls) == hooked
+    assert seen == ([(torch.Tensor, torch.Tensor)] if way == "hooked" else [])
     for got, want in zip(results, expected, strict=True):
         close(got, want)
 
