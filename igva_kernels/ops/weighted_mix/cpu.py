@@ -118,7 +118,7 @@ class CpuWeightedMix(CpuDense, WeightedMix):
                 linear_into(y, weight2, bias2, None, out[rows])
         whole = None if kept_rows is None else kept_rows.view(batch, patches, row_width)
         mixed = Mixed(whole, None, sums, *stats) if norm is None else Mixed(None, whole, sums, *stats)
-        return out.view(batch, patches, width), mixed, z
+        return torch.ops.aten._unsafe_view(out, (batch, patches, width)), mixed, z  # see WeightedMix.project
 
 
 # ---- calls of the C++ module ---------------------------------------------------------------------------------------

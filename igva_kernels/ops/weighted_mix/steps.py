@@ -271,7 +271,8 @@ class WeightedMix(Dense, Implementation):
             if keep_z and z is None:
                 z = y
             y, _ = self.linear(y, projector.weight2, projector.bias2, None, False)
-        return y.view(args.num_rows, args.num_patches, y.shape[-1]), mixed, z
+        # Not a view for autograd, which would refuse to let callers change it in place.
+        return torch.ops.aten._unsafe_view(y, (args.num_rows, args.num_patches, y.shape[-1])), mixed, z
 
     def mix_backward(self, grad_rows: Tensor, sources: MixArgs) -> Tensor:
         """The gradient of the mix weights ``[B, C]`` from that of the mixed row ``[B, P, G*D]``."""
