@@ -65,11 +65,7 @@ def adapted(kind, method, target, order="plain code"):
     if order == "plain code":
         plain_code(model)
     torch.manual_seed(seeded(1))
-    model = peft.get_peft_model(model, config_of(method, target))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad and parameter.is_floating_point():
-                parameter.add_(0.05 * torch.randn_like(parameter))
+    model = move(peft.get_peft_model(model, config_of(method, target)))
     return model, ik.patch(model, impl=KERNEL) if order == "peft, patch" else handle
 
 
@@ -119,3 +115,50 @@ def test_a_method_gives_loss_gradients_and_merged_weights_of_plain_code(kind, me
                 handle.revert()
     if not ran:
         pytest.skip(why)
+
+
+SAVED = ("multi_modal_projector", "linear_1", "linear_2", "projector_layernorm")
+
+
+@pytest.mark.parametrize("saved", SAVED)
+@pytest.mark.parametrize("kind", MODELS)
+def test_modules_to_save_train_as_on_plain_code_and_nothing_of_a_patch_stays(kind, saved, client_row):
+    client_row("peft: modules_to_save", kind)
+    inputs = inputs_of(kind, labels=True)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[saved])
+    wrapped = peft.get_peft_model(plain_code(build(kind, **with_norm(kind, saved))), config)
+    expected = step(move(wrapped), inputs)
+    assert any(f"{saved}.modules_to_save" in name for name in expected[2])
+    after = merged(wrapped, inputs)
+    for order in ORDERS[kind]:
+        model = build(kind, **with_norm(kind, saved))
+        handle = ik.patch(model, impl=KERNEL) if order == "patch, peft" else None
+        model = peft.get_peft_model(model, config)
+        if order == "peft, patch":
+            try:
+                handle = ik.patch(model, impl=KERNEL)
+            except NotImplementedError as refusal:
+                told = str(refusal)
+                assert "peft" in told and "quantis" not in told  # the reason is the right one
+                client_row("peft: modules_to_save", kind, "refused after peft")
+                continue
+        assert_same_step(step(move(model), inputs), expected)
+        if handle is not None:
+            handle.revert()
+            assert_same_step(step(model, inputs), expected)
+            ik.patch(model, impl=KERNEL).revert()
+        model = model.merge_and_unload()
+        close(model.eval()(**inputs).logits, after)
+        if handle is not None:
+            with ik.patched(model, impl=KERNEL):
+                close(model(**inputs).logits, after)
+
+
+def move(model):
+    """The model after some steps: what is trained differs from what it started as."""
+    torch.manual_seed(seeded(1))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.is_floating_point():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
