@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from functools import cache, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,18 @@ def constant_under_compile(fn: Callable[..., Any]) -> Callable[..., Any]:
     """
     fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return fn
+
+
+def cached_constant(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``functools.cache`` for a function of constants, which torch.compile evaluates and does not trace."""
+    cached = cache(fn)
+
+    @constant_under_compile
+    @wraps(fn)
+    def run(*args: Any) -> Any:
+        return cached(*args)
+
+    return run
 
 
 @constant_under_compile

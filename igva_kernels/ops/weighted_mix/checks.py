@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from igva_kernels.ops.weighted_mix.plan import MixPlan
 from igva_kernels.ops.weighted_mix.program import lower
 from igva_kernels.ops.weighted_mix.steps import Projector
 from igva_kernels.runtime.activations import check_activation
-from igva_kernels.runtime.context import check_storage, constant_under_compile, has_values, is_distributed
+from igva_kernels.runtime.context import cached_constant, check_storage, has_values, is_distributed
 from igva_kernels.runtime.dense import accumulation_dtype
 
 
@@ -48,22 +47,11 @@ class Mix(NamedTuple):
     @property
     def plan(self) -> MixPlan:
         """The plan over the layers."""
-        return _plan(self.code)
+        return MixPlan.from_code(self.code)
 
 
-@constant_under_compile
-def _plan(code: str) -> MixPlan:
-    return MixPlan.from_code(code)
-
-
-@constant_under_compile
+@cached_constant
 def _compact(code: str, num_states: int | None, length: int) -> Compact:
-    """A function of constants only, so that torch.compile evaluates it while it traces."""
-    return _compact_once(code, num_states, length)
-
-
-@cache
-def _compact_once(code: str, num_states: int | None, length: int) -> Compact:
     used, plan = MixPlan(MixPlan.from_code(code).blocks, num_states).resolve(length).compact()
     return Compact(used, plan.code, plan.num_columns, plan.num_blocks, not lower(plan).num_sums)
 
@@ -185,7 +173,9 @@ def check_mix_weights(mix_weights: Tensor | None, num_columns: int, num_rows: in
         raise ValueError(
             f"mix_weights: got a tensor of shape {list(mix_weights.shape)}, need None: the plan has no weight column"
         )
-    if mix_weights.dim() != 2 or mix_weights.shape[1] != num_columns or mix_weights.shape[0] not in (1, num_rows):
+    fits = mix_weights.dim() == 2 and mix_weights.shape[1] == num_columns
+    # Two comparisons and not ``in``, of which torch.compile makes a comparison of symbols, not of what they stand for.
+    if not fits or (mix_weights.shape[0] != 1 and mix_weights.shape[0] != num_rows):
         raise ValueError(
             f"mix_weights: need shape [{num_rows}, {num_columns}] or [1, {num_columns}] "
             f"(rows of the batch, columns of the plan), got {list(mix_weights.shape)}"

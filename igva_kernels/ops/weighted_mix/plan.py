@@ -14,8 +14,9 @@ import ast
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
+
+from igva_kernels.runtime.context import cached_constant, constant_under_compile
 
 
 class Entry(NamedTuple):
@@ -78,13 +79,11 @@ class MixPlan:
     num_states: int | None = None
 
     def __post_init__(self) -> None:
-        blocks = tuple(tuple(_entry(e, self.num_states) for e in block) for block in self.blocks)
-        if not blocks or any(not block for block in blocks):
-            raise ValueError(f"blocks: a MixPlan needs at least one block and one entry per block, got {self.blocks!r}")
+        blocks, code, number = _checked(_constants(self.blocks), self.num_states)
         object.__setattr__(self, "blocks", blocks)
         # Attributes, not fields: FSDP2 rebuilds a dataclass from its fields.
-        object.__setattr__(self, "_code", repr(tuple(tuple(tuple(e) for e in block) for block in blocks)))
-        object.__setattr__(self, "_hash", hash((blocks, self.num_states)))  # a plan is looked up in every call
+        object.__setattr__(self, "_code", code)
+        object.__setattr__(self, "_hash", number)  # a plan is looked up in every call
 
     def __reduce__(self) -> Any:
         """Without the hash, which another process may compute differently."""
@@ -133,11 +132,11 @@ class MixPlan:
                 f"hidden_states: the plan was made for {self.num_states} hidden states, got {num_states}; "
                 f"a tower with n layers returns n + 1 states"
             )
-        return _resolve(self, num_states)
+        return MixPlan(_resolve(self.code, num_states), num_states)
 
     def compact(self) -> tuple[tuple[int, ...], MixPlan]:
         """``(layers, plan)``: the layers in use and the plan over ``[hidden_states[l] for l in layers]``."""
-        return _compact(self)
+        return self.layers, MixPlan(_compact(self.code), len(self.layers))
 
     def reduced(self) -> tuple[MixPlan, MixPlan]:
         """``(sources, plan)``: the weight-free sources of this plan, and the same mix over them.
@@ -145,7 +144,8 @@ class MixPlan:
         ``sources`` has one block per block and column of this plan (scales inside) and its taps as they are; ``plan``
         mixes the outputs of those blocks. IGVA: 5 sources instead of 24 layers.
         """
-        return _reduced(self)
+        sources, blocks = _reduced(self.code)
+        return MixPlan(sources, self.num_states), MixPlan(blocks, len(sources))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a JSON config; ``MixPlan.from_dict`` reads it back."""
@@ -250,14 +250,36 @@ class MixPlan:
     @classmethod
     def weighted_sum(cls, layers: Iterable[int], residual: int | None = None, num_states: int | None = None) -> MixPlan:
         """One block ``sum_i w_i * h_layers[i] (+ h_residual)``: TGIF, COMM, learned static weights."""
-        block = [Entry(layer, column) for column, layer in enumerate(layers)]
+        block = [Entry(layer, column, 1.0) for column, layer in enumerate(layers)]
         if residual is not None:
-            block.append(Entry(residual))
+            block.extend(_tap(residual))
         return cls((tuple(block),), num_states)
 
 
 CONSTRUCTORS = ("igva", "igva_uniform", "concat", "dense_connector", "layer_select", "weighted_sum")
 """The constructors of ``MixPlan`` that a config can name."""
+
+
+def _constants(blocks: Any) -> tuple[Any, ...]:
+    """The blocks as tuples of plain values, whatever sequences they were.
+
+    Each value goes through a set, which looks at it: torch.compile(dynamic=True) makes a symbol of a number that a plan
+    is made of while it traces, and a plan is a constant of the graph.
+    """
+    try:
+        return tuple(tuple(tuple(next(iter({value})) for value in entry) for entry in block) for block in blocks)
+    except TypeError:
+        raise TypeError(f"blocks: need sequences of entries (layer, column or None, scale), got {blocks!r}") from None
+
+
+@constant_under_compile
+def _checked(blocks: tuple[Any, ...], num_states: int | None) -> tuple[tuple[Block, ...], str, int]:
+    """The blocks of a plan, their code, and the plan's hash."""
+    checked = tuple(tuple(_entry(e, num_states) for e in block) for block in blocks)
+    if not checked or any(not block for block in checked):
+        raise ValueError(f"blocks: a MixPlan needs at least one block and one entry per block, got {blocks!r}")
+    code = repr(tuple(tuple(tuple(e) for e in block) for block in checked))
+    return checked, code, hash((checked, num_states))
 
 
 def _entry(entry: Sequence[Any], num_states: int | None) -> Entry:
@@ -315,7 +337,7 @@ def _ranges(layers: Sequence[int]) -> str:
 
 
 def _tap(layer: int) -> Block:
-    return (Entry(layer),)
+    return (Entry(layer, None, 1.0),)  # of a default value, torch.compile(dynamic=True) would make a symbol
 
 
 def _mean(layers: Sequence[int]) -> Block:
@@ -344,38 +366,41 @@ def _check_choice(name: str, given: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: got {given!r}, need one of {', '.join(map(repr, choices))}")
 
 
-@cache
+@cached_constant
 def _from_code(code: str) -> MixPlan:
     return MixPlan(ast.literal_eval(code))
 
 
-def _renumbered(plan: MixPlan, index: dict[int, int], num_states: int) -> MixPlan:
-    blocks = tuple(tuple(Entry(index[e.layer], e.column, e.scale) for e in block) for block in plan.blocks)
-    return MixPlan(blocks, num_states)
+# Functions of the code of a plan that return blocks, because torch.compile takes these as constants, but not a plan.
 
 
-@cache
-def _resolve(plan: MixPlan, num_states: int) -> MixPlan:
+@cached_constant
+def _resolve(code: str, num_states: int) -> tuple[Block, ...]:
+    plan = _from_code(code)
     missing = [layer for layer in plan.layers if not -num_states <= layer < num_states]
     if missing:
         raise ValueError(
             f"hidden_states: the plan reads layer {missing[0]}, got {num_states} hidden states; "
             f"layers run from {-num_states} to {num_states - 1}"
         )
-    return _renumbered(plan, {layer: layer % num_states for layer in plan.layers}, num_states)
+    return _renumbered(plan, {layer: layer % num_states for layer in plan.layers})
 
 
-@cache
-def _compact(plan: MixPlan) -> tuple[tuple[int, ...], MixPlan]:
-    index = {layer: i for i, layer in enumerate(plan.layers)}
-    return plan.layers, _renumbered(plan, index, len(index))
+@cached_constant
+def _compact(code: str) -> tuple[Block, ...]:
+    plan = _from_code(code)
+    return _renumbered(plan, {layer: i for i, layer in enumerate(plan.layers)})
 
 
-@cache
-def _reduced(plan: MixPlan) -> tuple[MixPlan, MixPlan]:
+def _renumbered(plan: MixPlan, index: dict[int, int]) -> tuple[Block, ...]:
+    return tuple(tuple(Entry(index[e.layer], e.column, e.scale) for e in block) for block in plan.blocks)
+
+
+@cached_constant
+def _reduced(code: str) -> tuple[tuple[Block, ...], tuple[Block, ...]]:
     sources: dict[Block, int] = {}
     blocks = []
-    for block in plan.blocks:
+    for block in _from_code(code).blocks:
         columns = {e.column: None for e in block}
         entries = []
         for column in columns:
@@ -385,4 +410,4 @@ def _reduced(plan: MixPlan) -> tuple[MixPlan, MixPlan]:
             source = _tap(share[0].layer) if len(share) == 1 else share
             entries.append(Entry(sources.setdefault(source, len(sources)), column, scale))
         blocks.append(tuple(entries))
-    return MixPlan(tuple(sources), plan.num_states), MixPlan(tuple(blocks), len(sources))
+    return tuple(sources), tuple(blocks)
