@@ -136,7 +136,8 @@ def allocator_and_inputs(request):
     """An allocator that listens, and two instructions about one image."""
     allocator = ALLOCATORS[request.param]()
     for parameter in allocator.parameters():
-        nn.init.normal_(parameter)
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=1.5 * parameter.shape[1] ** -0.5)
     sentence, image = torch.randn(1, 6), torch.randn(1, 3, 8)
     inputs = torch.cat([sentence, -sentence]), image.expand(2, -1, -1)
     return allocator.eval(), inputs if "image" in request.param else inputs[:1]
