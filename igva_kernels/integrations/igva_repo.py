@@ -8,12 +8,14 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from igva_kernels.integrations.handle import PatchHandle
 from igva_kernels.integrations.lazy import set_method
 from igva_kernels.integrations.research import (
     Instructions,
+    add_to_outputs,
     check_host,
     encode,
     find_host,
@@ -43,16 +45,17 @@ def apply(model: nn.Module, edits: PatchHandle, impl: str = "auto") -> None:
     core = host.get_model()
     config = core.config
     make_plan = MixPlan.igva_uniform if config.aggregate_by_average else MixPlan.igva
-    plan = make_plan(num_states(tower) - 1, ast.literal_eval(config.vit_aggregate_groups), config.vit_base_layer)
+    groups = ast.literal_eval(config.vit_aggregate_groups)
+    plan = make_plan(num_states(tower) - 1, groups, config.vit_base_layer)
     patch_mlp(edits, core.mm_projector, "model.mm_projector", impl)
     edits.set(host, "instructions", Instructions())
     edits.set(core, "aggregate_layers", None)  # the branch for several images reads it, nothing sets it
-    set_method(edits, host, "encode_images", _encoder(plan))
+    set_method(edits, host, "encode_images", _encoder(plan, len(groups)))
     set_method(edits, host, "prepare_inputs_labels_for_multimodal", _prepare(type(host)))
     set_method(edits, host, "forward", _forward(type(host)))
 
 
-def _encoder(plan: MixPlan) -> Callable[..., Tensor]:
+def _encoder(plan: MixPlan, num_groups: int) -> Callable[..., Tensor]:
     def encode_images(self: Any, images: Tensor, *rest: Tensor | None, sentence_embeds: Tensor | None = None) -> Tensor:
         core = self.get_model()
         mixed = encode(self.get_vision_tower(), images, plan, 1)
@@ -63,8 +66,10 @@ def _encoder(plan: MixPlan) -> Callable[..., Tensor]:
                 raise ValueError("sentence_embeds: got None, need [B, E]: images are weighted by their instructions")
             summaries = column_summaries(mixed.hidden_states, mixed.plan)
             weights = core.vision_aggregator(cls_features=summaries, sentence_embed=sentence_embeds.to(summaries))
-            self.instructions.layer_weights = weights
             mixed = mixed._replace(mix_weights=weights)
+        else:  # the repository's loss takes the entropy of the weights in both stages
+            weights = torch.full((len(images), num_groups), 1 / num_groups, device=images.device)
+        self.instructions.layer_weights = weights
         return core.mm_projector(mixed)
 
     return encode_images
@@ -93,9 +98,8 @@ def _forward(host_class: Any) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             outputs = method(self, *args, **kwargs)
-            if isinstance(outputs, dict) and self.instructions.layer_weights is not None:
-                outputs["weights"] = self.instructions.layer_weights
-            return outputs
+            weights = self.instructions.layer_weights
+            return outputs if weights is None else add_to_outputs(outputs, "weights", weights)
         finally:
             self.instructions.layer_weights = None
 

@@ -8,6 +8,8 @@ into the sources of the plan while it runs, and the projector takes them. No rep
 from __future__ import annotations
 
 import inspect
+from dataclasses import is_dataclass, make_dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from igva_kernels.integrations.handle import PatchHandle
 from igva_kernels.integrations.lazy import activation_of, patch_projector
-from igva_kernels.nn import MixInput
+from igva_kernels.nn import Connector, MixInput
 from igva_kernels.ops.weighted_mix import MixPlan
 from igva_kernels.runtime.context import PerThread
 from igva_kernels.streaming import encoder_layers, stream_hidden_states
@@ -84,8 +86,8 @@ def check_mlp(projector: Any, name: str) -> None:
         )
 
 
-def _mlp_children(projector: Any) -> tuple[None, nn.Module, nn.Module]:
-    return None, projector[0], projector[2]
+def _mlp_children(projector: Any) -> Connector:
+    return Connector(None, projector[0], projector[1], projector[2])
 
 
 def encode(tower: Any, images: Tensor, plan: MixPlan, skip_tokens: int, no_grad: bool = True) -> MixInput:
@@ -137,3 +139,40 @@ def rows_of_images(sentence_embeds: Tensor, arguments: dict[str, Any]) -> Tensor
     tiles = [image.shape[0] if image.ndim == 4 else 1 for image in images] if several else [1] * len(images)
     rows = sentence_embeds.repeat_interleave(per_sample.to(sentence_embeds.device), dim=0)
     return rows.repeat_interleave(torch.tensor(tiles, device=rows.device), dim=0)
+
+
+def add_to_loss(outputs: Any, term: Tensor) -> Any:
+    """The outputs of a forward with ``labels``, a dict or a tuple, with ``term`` added to the loss."""
+    if isinstance(outputs, tuple):
+        return (outputs[0] + term, *outputs[1:])
+    outputs["loss"] = outputs["loss"] + term
+    return outputs
+
+
+def add_to_outputs(outputs: Any, name: str, value: Tensor) -> Any:
+    """The outputs of a forward, a dict or a tuple, with one more value at their end.
+
+    An output class of transformers is exchanged for one that declares the value: whoever takes outputs apart and puts
+    them together again (DDP with ``find_unused_parameters``, pickle) calls their class with it.
+    """
+    if isinstance(outputs, tuple):
+        return (*outputs, value)
+    if is_dataclass(type(outputs)):
+        return _make_outputs(type(outputs), name, {**outputs, name: value})
+    outputs[name] = value
+    return outputs
+
+
+def _make_outputs(base: type, name: str, values: dict[str, Any]) -> Any:
+    return _outputs_class(base, name)(**values)
+
+
+@cache
+def _outputs_class(base: Any, name: str) -> Any:
+    """``base``, an output class of transformers, with one more field. Pickle has it made anew."""
+
+    def reduce(self: Any) -> Any:
+        return _make_outputs, (base, name, dict(self))
+
+    namespace = {"__module__": __name__, "__doc__": base.__doc__, "__reduce__": reduce}
+    return make_dataclass(base.__name__, [(name, Any, None)], bases=(base,), namespace=namespace)

@@ -4,6 +4,7 @@ Written from the description of each repository's code, not from its text. ``tes
 comparisons on the repositories themselves where they are at hand.
 """
 
+import json
 from types import SimpleNamespace
 
 import torch
@@ -112,6 +113,7 @@ class Host(LlamaForCausalLM):
         return super().forward(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, labels=labels,
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache,
+            return_dict=return_dict,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -123,11 +125,20 @@ class Host(LlamaForCausalLM):
 
 
 class LLaVA(Host):
-    def __init__(self, kind="clip"):
-        super().__init__(LLaVATower(kind, 4, -2, "patch" if kind == "clip" else "cls_patch"), mlp(VISION))
+    def __init__(self, kind="clip", mm_hidden_size=VISION, **settings):
+        tower = LLaVATower(kind, 4, -2, "patch" if kind == "clip" else "cls_patch")
+        super().__init__(tower, mlp(mm_hidden_size), mm_hidden_size=mm_hidden_size, **settings)
 
     def encode_images(self, images):
         return self.model.mm_projector(self.model.vision_tower(images))
+
+
+def load_llava(folder, state):
+    """What LLaVA's own loader makes of a config and weights: it drops those that its projector does not name."""
+    config = json.loads((folder / "config.json").read_text())
+    model = LLaVA(**{name: config[name] for name in ("mm_hidden_size", "igva_kernels") if name in config})
+    model.load_state_dict(state, strict=False)
+    return model.eval()
 
 
 class LLaVATower(Tower):
