@@ -46,8 +46,11 @@ def encoder_layers(vision_tower: nn.Module) -> nn.ModuleList:
     is a part of it, however long a list: experts, heads, the blocks of a stage.
 
     Raises:
-        ValueError: the tower has no such list.
+        TypeError: the tower is no module.
+        ValueError: it has no such list.
     """
+    if not isinstance(vision_tower, nn.Module):
+        raise TypeError(f"vision_tower: need a module, got {type(vision_tower).__name__}")
     lists = [found for found in _outermost_lists(vision_tower) if len(found)]
     if not lists:
         raise ValueError(
@@ -79,6 +82,8 @@ class HiddenStateStream:
     """The sources of a plan, gathered while a tower runs. Made by ``stream_hidden_states``."""
 
     def __init__(self, layers: nn.ModuleList, plan: MixPlan, mode: str, impl: str) -> None:
+        if not isinstance(plan, MixPlan):
+            raise TypeError(f"plan: need a MixPlan, got {type(plan).__name__}")
         if mode not in MODES:
             raise ValueError(f"mode: got {mode!r}, need one of {', '.join(map(repr, MODES))}")
         sources, self.plan = plan.resolve(len(layers) + 1).reduced()
@@ -258,6 +263,7 @@ def stream_hidden_states(
 
     Raises:
         ValueError: an unknown mode, a tower without a list of layers, or a plan for another number of states.
+        TypeError: the tower is no module, or the plan no MixPlan.
         NotImplementedError: while the tower runs, if its first layer is called without its input state, or a state has
             another shape.
         RuntimeError: a run does not pass each layer of the plan once.

@@ -17,6 +17,9 @@ from igva_kernels.runtime.activations import ACTIVATIONS
 Norm = tuple[Tensor | None, Tensor | None, float]
 """LayerNorm over a whole row: (weight or None, bias or None, eps)."""
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""The dtypes of layers and weights. Plain torch cannot add or multiply in the others (float8, float4)."""
+
 NORM_ROWS = 1024
 """Rows of a LayerNorm that plain torch differentiates at a time, so that its fp32 temporaries stay small."""
 
@@ -32,6 +35,14 @@ class NormGrads(NamedTuple):
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp32, or fp64 for fp64 data."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def why_no_float(tensor: object) -> str | None:
+    """None for a tensor whose dtype is one of ``FLOATS``, otherwise what is needed and what came, for an error."""
+    if isinstance(tensor, Tensor) and tensor.dtype in FLOATS:
+        return None
+    given = tensor.dtype if isinstance(tensor, Tensor) else None if tensor is None else type(tensor).__name__
+    return f"need a floating tensor ({', '.join(str(dtype)[6:] for dtype in FLOATS)}), got {given}"
 
 
 class Dense:

@@ -317,6 +317,13 @@ def test_wrong_arguments_are_named(tower):
         ik.stream_hidden_states(tower, MixPlan.igva()),
     ):
         pass
+    with pytest.raises(TypeError, match="plan: need a MixPlan, got list"), ik.stream_hidden_states(tower, [-2]):
+        pass
+    with (
+        pytest.raises(TypeError, match="vision_tower: need a module, got function"),
+        ik.stream_hidden_states(lambda x: x, PLANS["igva"]),
+    ):
+        pass
 
 
 def test_a_tower_that_was_cut_is_counted_from_its_layers(pixels):
@@ -390,6 +397,16 @@ def test_a_layer_that_gives_no_state_is_named(change, said, mode):
     forward = tower.encoder.layers[1].forward
     tower.encoder.layers[1].forward = lambda state: change(forward(state))
     with pytest.raises(NotImplementedError, match=said), ik.stream_hidden_states(tower, plan, mode=mode):
+        tower(torch.randn(2, 5, 8))
+
+
+def test_a_first_layer_that_is_called_without_its_state_is_named():
+    tower = Tower().requires_grad_(False)
+    first = tower.encoder.layers[0]
+    first.forward = lambda x: x
+    tower.forward = lambda state: first(x=state)
+    said = "vision_tower: its first layer is called with x, need the state as the first argument or as hidden_states"
+    with pytest.raises(NotImplementedError, match=said), ik.stream_hidden_states(tower, MixPlan.concat([-1])):
         tower(torch.randn(2, 5, 8))
 
 

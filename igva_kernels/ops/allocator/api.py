@@ -13,6 +13,7 @@ from igva_kernels.ops.allocator.op import OPERATOR
 from igva_kernels.ops.allocator.weights import AllocatorWeights
 from igva_kernels.registry import REFERENCE
 from igva_kernels.runtime.context import autocast_dtype, saveable, why_only_torch
+from igva_kernels.runtime.dense import why_no_float
 from igva_kernels.runtime.torch_op import OPS
 
 
@@ -87,8 +88,15 @@ def allocate(
 
     Raises:
         ValueError: no such ``impl``, or shapes and numbers that do not fit.
+        TypeError: a tensor of another dtype than fp32, bf16, fp16 and fp64.
         NotImplementedError: an explicit ``impl`` that cannot serve the call.
     """
+    named = {"sentences": sentences, "summaries": summaries}
+    named |= {f"parameters[{i}]": parameter for i, parameter in enumerate(parameters)}
+    for name, tensor in named.items():
+        reason = why_no_float(tensor)
+        if reason is not None:
+            raise TypeError(f"{name}: {reason}")
     weights = AllocatorWeights.of(parameters)
     (num_weights, width), batch = weights.head_weight.shape, summaries.shape[0]
     needed = {

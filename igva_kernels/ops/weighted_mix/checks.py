@@ -13,7 +13,7 @@ from igva_kernels.ops.weighted_mix.program import lower
 from igva_kernels.ops.weighted_mix.steps import Projector
 from igva_kernels.runtime.activations import check_activation
 from igva_kernels.runtime.context import cached_constant, check_storage, has_values, is_distributed
-from igva_kernels.runtime.dense import accumulation_dtype
+from igva_kernels.runtime.dense import accumulation_dtype, why_no_float
 
 
 class Compact(NamedTuple):
@@ -121,10 +121,12 @@ def check_layers(hidden_states: Sequence[Tensor | None], used: tuple[int, ...]) 
         if layer.dim() != 3 or layer.shape != first.shape:
             expected = "[I, T, D]" if layer is first or first.dim() != 3 else f"{list(first.shape)} as the others"
             raise ValueError(f"hidden_states[{index}]: need shape {expected}, got {list(layer.shape)}")
-        if not layer.is_floating_point() or layer.dtype != first.dtype:
+        reason = why_no_float(layer)
+        if reason is not None:
+            raise TypeError(f"hidden_states[{index}]: {reason}")
+        if layer.dtype != first.dtype:
             raise TypeError(
-                f"hidden_states[{index}]: need one floating dtype for all layers, got {layer.dtype} "
-                f"beside {first.dtype}"
+                f"hidden_states[{index}]: need one dtype for all layers, got {layer.dtype} beside {first.dtype}"
             )
         if layer.device != first.device:
             raise ValueError(f"hidden_states[{index}]: need all layers on {first.device}, got {layer.device}")
@@ -166,9 +168,9 @@ def check_mix_weights(mix_weights: Tensor | None, num_columns: int, num_rows: in
                 f"{num_columns} weight columns"
             )
         return None
-    if not isinstance(mix_weights, Tensor) or not mix_weights.is_floating_point():
-        given = mix_weights.dtype if isinstance(mix_weights, Tensor) else type(mix_weights).__name__
-        raise TypeError(f"mix_weights: need a floating tensor [B, C] or [1, C], got {given}")
+    reason = why_no_float(mix_weights)
+    if reason is not None:
+        raise TypeError(f"mix_weights: {reason}")
     if not num_columns:
         raise ValueError(
             f"mix_weights: got a tensor of shape {list(mix_weights.shape)}, need None: the plan has no weight column"
@@ -193,9 +195,9 @@ def check_weight(
 
     ``hint`` says of what the shape's last size is made.
     """
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        given = weight.dtype if isinstance(weight, Tensor) else None if weight is None else type(weight).__name__
-        raise TypeError(f"{name}: need a floating tensor, got {given}")
+    reason = why_no_float(weight)
+    if reason is not None:
+        raise TypeError(f"{name}: {reason}")
     if is_distributed(weight):
         raise TypeError(
             f"{name}: got a DTensor; call the module that owns it, whose forward gathers it, or pass a local tensor"

@@ -52,3 +52,14 @@ def test_a_wrong_argument_is_named(change, message):
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         allocate(**arguments | change)
+
+
+@pytest.mark.parametrize("name", ["sentences", "summaries", "parameters"])
+def test_a_dtype_that_cannot_be_computed_in_is_refused_by_the_name_of_the_argument(name):
+    module, sentences, summaries = make()
+    arguments = {"sentences": sentences, "summaries": summaries, "parameters": [*module.parameters()]}
+    for dtype in (torch.float8_e4m3fn, torch.complex64, torch.int64):
+        value = arguments[name]
+        changed = [p.to(dtype) for p in value] if name == "parameters" else value.to(dtype)
+        with pytest.raises(TypeError, match=rf"^{name}.*: need a floating tensor .* got {dtype}"):
+            allocate(**arguments | {name: changed}, num_heads=2, eps=EPS)

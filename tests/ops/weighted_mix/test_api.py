@@ -6,12 +6,13 @@ import harness
 import plain_torch
 import pytest
 import torch
-from block import IGVA, make
+from block import IGVA, NAMES, make, named
 from recording import Dispatched
 
 import igva_kernels as ik
 from igva_kernels import MixPlan, registry
 from igva_kernels.runtime.activations import ACTIVATIONS
+from igva_kernels.runtime.dense import FLOATS
 from igva_kernels.testing import relative_error
 
 
@@ -214,7 +215,7 @@ MLP_ERRORS = {
     "integer weights": (dict(mix_weights=torch.ones(2, 3, dtype=torch.int)), TypeError, "mix_weights: need a floating"),
     "weights elsewhere": (dict(mix_weights=torch.rand(2, 3, device="meta")), ValueError, "mix_weights: need device"),
     "a narrow weight1": (dict(weight1=torch.rand(12, 8)), ValueError, r"weight1: need shape \['any', 16\]"),
-    "a missing weight1": (dict(weight1=None), TypeError, "weight1: need a floating tensor, got None"),
+    "a missing weight1": (dict(weight1=None), TypeError, "weight1: need a floating tensor .*, got None"),
     "an empty weight1": (dict(weight1=torch.rand(0)), ValueError, "weight1.*a sharded weight is empty"),
     "a wrong bias1": (dict(bias1=torch.rand(11)), ValueError, r"bias1: need shape \[12\]"),
     "a wrong weight2": (dict(weight2=torch.rand(12, 13)), ValueError, "weight2: need shape"),
@@ -239,6 +240,40 @@ def test_a_wrong_argument_is_named(name):
     change, error, message = MLP_ERRORS[name]
     with pytest.raises(error, match=message):
         ik.layer_mix_mlp(**wrong(**change))
+
+
+NOT_COMPUTED = [
+    dtype
+    for name, dtype in vars(torch).items()
+    if isinstance(dtype, torch.dtype) and dtype not in FLOATS and not re.match("q|bits", name)
+]
+"""Integers, complex numbers, float8, float4 and whatever this torch has."""
+
+
+@pytest.mark.parametrize("dtype", NOT_COMPUTED, ids=str)
+def test_a_dtype_that_cannot_be_computed_in_is_refused_by_the_name_of_the_argument(dtype):
+    args = named()
+    layers, weights, w1, norm_weight = args["layers"], args["mix_weights"], args["weight1"], args["norm_weight"]
+    empty = lambda *shape: torch.empty(*shape, dtype=dtype, device="meta")  # noqa: E731  some have no kernel at all
+    unserved = {name: empty(args[name].shape) for name in NAMES}
+    parameters = [unserved[name] for name in ("weight1", "bias1", "weight2", "bias2")]
+    calls = {
+        r"hidden_states\[0\]": lambda: ik.layer_mix([empty(2, 5, 8)] * 7, MixPlan.concat([0])),
+        "mix_weights": lambda: ik.layer_mix(layers, IGVA, unserved["mix_weights"]),
+        "weight": lambda: ik.layer_mix_linear(layers, IGVA, weights, parameters[0]),
+        "bias": lambda: ik.layer_mix_linear(layers, IGVA, weights, w1, parameters[1]),
+        "weight1": lambda: ik.layer_mix_mlp(layers, IGVA, weights, *parameters),
+        "weight2": lambda: ik.layer_mix_mlp(layers, IGVA, weights, w1, None, parameters[2], None),
+        r"norm\[0\]": lambda: ik.layer_mix_linear(
+            layers, IGVA, weights, w1, norm=(unserved["norm_weight"], None, 1e-5)
+        ),
+        r"norm\[1\]": lambda: ik.layer_mix_linear(
+            layers, IGVA, weights, w1, norm=(norm_weight, unserved["norm_bias"], 1e-5)
+        ),
+    }
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=f"^{name}: need a floating tensor .* got {dtype}"):
+            call()
 
 
 @pytest.mark.parametrize("freed", ["weight1", "bias1", "weight2", "bias2", "norm[0]", "norm[1]"])

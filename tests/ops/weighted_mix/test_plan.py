@@ -122,6 +122,12 @@ def test_a_malformed_entry_is_a_type_error(entry):
         MixPlan(((entry,),))
 
 
+@pytest.mark.parametrize("blocks", [5, [3], [[3]], [[([1], None, 1.0)]]])
+def test_blocks_that_are_no_sequences_of_entries_are_a_type_error(blocks):
+    with pytest.raises(TypeError, match="blocks: need sequences of entries"):
+        MixPlan(blocks)
+
+
 def test_a_negative_column_is_refused():
     with pytest.raises(ValueError, match="columns count from 0"):
         MixPlan((((1, -1, 1.0),),))
