@@ -19,7 +19,7 @@ import torch
 
 from igva_kernels.runtime.backend import Backend
 from igva_kernels.runtime.config import fastest_first
-from igva_kernels.runtime.context import constant_under_compile, why_only_torch
+from igva_kernels.runtime.context import constant_under_compile, warn_of_fallback, why_only_torch
 
 if TYPE_CHECKING:
     from igva_kernels.testing import Case
@@ -118,6 +118,10 @@ class Operator:
         Raises:
             ValueError: no such ``impl``.
             NotImplementedError: an explicit ``impl`` that cannot serve the call.
+
+        Warns:
+            FallbackWarning: "auto" takes "reference" although kernels of the operator run on this device; once per
+                reason.
         """
         if not isinstance(impl, str):
             raise _unknown(impl)
@@ -130,7 +134,19 @@ class Operator:
                 f"impl={impl!r} cannot serve the call while {reason}: the kernels have first derivatives in reverse "
                 f"mode only; impl='reference' or 'auto' can"
             )
+        warn_of_fallback(self.name, reason)
         return REFERENCE
+
+    def passed_over(self, device: torch.device, dtype: torch.dtype, *demands: Any) -> dict[str, str]:
+        """The backends that have kernels of this operator for such a device and cannot serve the call, each with the
+        reason; one that cannot run on this machine at all is not among them."""
+        reasons: dict[str, str] = {}
+        for name, backend in all_backends().items():
+            runs = device.type in backend.devices and backend.why_not(device, torch.float32) is None
+            reason = self.why_not(name, device, dtype, *demands) if runs and self.implementation(name) else None
+            if reason is not None:
+                reasons[name] = reason
+        return reasons
 
     def candidates(self, device: torch.device, dtype: torch.dtype, *demands: Any) -> list[str]:
         """The backends that "auto" may take for such a call, the fastest first."""
@@ -194,7 +210,12 @@ def choose(operator: str, impl: str, device: torch.device, dtype: torch.dtype, d
         return impl
     chosen = operators()[operator]
     if impl == "auto":
-        return next(iter(chosen.candidates(device, dtype, *demands)), REFERENCE)
+        able = chosen.candidates(device, dtype, *demands)
+        if able:
+            return able[0]
+        for name, reason in chosen.passed_over(device, dtype, *demands).items():
+            warn_of_fallback(operator, f"the {name} backend cannot serve {dtype} on {str(device)!r}: {reason}")
+        return REFERENCE
     if impl not in all_backends():
         raise _unknown(impl)
     reason = chosen.why_not(impl, device, dtype, *demands)

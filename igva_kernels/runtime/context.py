@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterable
 from functools import cache, wraps
 from typing import Any, TypeVar
@@ -32,7 +33,19 @@ def cached_constant(fn: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         return cached(*args)
 
+    run.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
     return run
+
+
+class FallbackWarning(UserWarning):
+    """``impl="auto"`` took plain PyTorch for a call, although kernels serve its device."""
+
+
+@cached_constant
+def warn_of_fallback(operator: str, reason: str) -> bool:
+    """Says once per reason that plain PyTorch computes what kernels would; torch.compile says it while it traces."""
+    warnings.warn(f"{operator}: impl='auto' takes plain PyTorch, not kernels, because {reason}", FallbackWarning, 2)
+    return True
 
 
 @constant_under_compile

@@ -1,6 +1,9 @@
 """What torch does around a call: torch.func, forward-mode AD, meta and fake tensors, inference tensors. Each gets plain
 torch's answer or an error that says why not; nothing is dropped in silence."""
 
+import warnings
+from functools import partial
+
 import pytest
 import torch
 from block import IGVA as PLAN
@@ -12,8 +15,9 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import igva_kernels as ik
-from igva_kernels import MixPlan
+from igva_kernels import MixPlan, registry
 from igva_kernels.nn import LayerMixProjector, TextAllocator, WeightAllocator
+from igva_kernels.runtime.context import FallbackWarning, warn_of_fallback
 
 IMPLS = ["reference", "auto"]
 OPS = torch.ops.igva_kernels
@@ -144,6 +148,59 @@ def test_compiled_code_under_transforms():
     torch.testing.assert_close(compiled(value), plain(value))
     with pytest.raises(NotImplementedError, match="forward-mode AD"):  # traced without a tangent, run with one
         tangent_of(compiled, value, value)
+
+
+# ---- what "auto" says of it ----
+
+
+@pytest.fixture
+def anew():
+    """Nothing has been said, and nothing chosen, before the test; nor after it."""
+    for forget in (warn_of_fallback.cache_clear, registry.choose.cache_clear):
+        forget()
+    yield
+    for forget in (warn_of_fallback.cache_clear, registry.choose.cache_clear):
+        forget()
+
+
+@pytest.mark.usefixtures("anew", "impl")
+@pytest.mark.parametrize("wrap", [lambda call: call, partial(torch.compile, fullgraph=True, backend="eager")])
+def test_auto_says_once_per_reason_that_plain_torch_serves_a_call(wrap):
+    torch.compiler.reset()
+    run, value = of("weight1", make(), impl="auto")
+    plain, _ = of("weight1", make(), impl="reference")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        run(value)
+        grad(lambda x: plain(x).sum())(value)  # nobody asked for kernels
+    with pytest.warns(
+        FallbackWarning, match="^weighted_mix: impl='auto' takes plain PyTorch.*because torch.func"
+    ) as seen:
+        wrap(grad(lambda x: run(x).sum()))(value)
+    with pytest.warns(FallbackWarning, match="a tensor carries a tangent"):
+        tangent_of(run, value, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        wrap(grad(lambda x: 2 * run(x).sum()))(value)
+        tangent_of(run, value, value)
+    assert sum(issubclass(warning.category, FallbackWarning) for warning in seen) == 1
+
+
+@pytest.mark.usefixtures("anew")
+def test_auto_says_why_kernels_for_the_device_cannot_serve_a_plan(impl, monkeypatch):
+    operator, args = registry.operators()["weighted_mix"], make()
+    monkeypatch.setattr(type(operator.implementation(impl)), "why_not_plan", lambda self, plan: "the plan is too large")
+    with pytest.warns(
+        FallbackWarning, match=f"the {impl} backend cannot serve torch.float32 on 'cpu': the plan is too"
+    ):
+        mlp(**args)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        mlp(**args)
+    demands = "gelu", PLAN.compact()[1].code
+    device = torch.device("cpu")
+    assert operator.passed_over(device, torch.float32, *demands) == {impl: "the plan is too large"}
+    assert operator.passed_over(device, torch.float32, "gelu") == {}
 
 
 @pytest.mark.parametrize("layernorm_eps", [None, 1e-5])
