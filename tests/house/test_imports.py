@@ -14,7 +14,7 @@ FLOORS = (
     ("ops",),
     ("nn", "streaming"),
     ("models", "integrations"),
-    ("__init__", "demo", "verify", "info", "tune", "cli", "__main__"),
+    ("__init__", "demo", "evaluation", "verify", "info", "tune", "cli", "__main__"),
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

@@ -43,11 +43,6 @@ CHATS = {
         {"processor_kwargs": {"instructions": [["Other?", "And this?"]]}},
         ["Other?", "And this?"],
     ),
-    "text with an image token, the image aside": (
-        [{"role": "user", "content": f"<image>\n{QUESTIONS[2]} "}],
-        {"processor_kwargs": {"images": [IMAGES[0]]}},
-        [QUESTIONS[2]],
-    ),
 }
 
 
@@ -66,9 +61,10 @@ def test_every_chat_of_a_batch_has_its_own_instruction(pair):
 
 def test_a_prompt_that_was_rendered_here_has_the_instruction_of_its_chat(pair, monkeypatch):
     processor = pair[1]
-    prompts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in ([question(0)], TURNS)]
-    inputs = processor(images=IMAGES[:2], text=prompts, return_tensors="pt", padding=True)
-    want = torch.cat([mean(QUESTIONS[0]), mean(QUESTIONS[1])])
+    chats = [[question(0)], TURNS, [{"role": "user", "content": f"<image>\n{QUESTIONS[2]} "}]]
+    prompts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+    inputs = processor(images=IMAGES[:3], text=prompts, return_tensors="pt", padding=True)
+    want = torch.cat([mean(QUESTIONS[0]), mean(QUESTIONS[1]), mean(QUESTIONS[2])])
     torch.testing.assert_close(inputs["sentence_embeds"], want, rtol=1e-5, atol=1e-6)
     monkeypatch.setattr(processing_llava_igva, "REMEMBERED_PROMPTS", 1)
     processor.apply_chat_template([question(3)])

@@ -130,11 +130,11 @@ class LlavaIgvaProcessor(CarriesRemoteCode, LlavaProcessor):
         for_call = dict(processor_kwargs or {})
         given = for_call.pop("instructions", None) if instructions is None else instructions
         found: list[list[str]] = []
-        if given is None and self.reads_instructions and ("images" in for_call or any(map(_images, chats))):
+        if given is None and self.reads_instructions and ("images" in for_call or any(map(self._shows_image, chats))):
             found = [self._questions(chat, bool(continue_final_message)) for chat in chats]
         if tokenize:
             for row, (chat, questions) in enumerate(zip(chats, found, strict=False)):
-                if not questions and _images(chat):
+                if not questions and self._shows_image(chat):
                     raise ValueError(
                         f"conversation: chat {row} shows an image and has no text of the user, by which its layers "
                         f"are weighted; need one, or instructions"
@@ -161,9 +161,15 @@ class LlavaIgvaProcessor(CarriesRemoteCode, LlavaProcessor):
         is_answered = chat[-1]["role"] == "assistant" and not answer_goes_on
         return said if is_answered else said[-1:]
 
+    def _shows_image(self, chat: Sequence[Mapping[str, Any]]) -> bool:
+        parts = [part for message in chat for part in _parts(message.get("content"))]
+        return any(
+            part.get("type", "").startswith("image") or self.image_token in part.get("text", "") for part in parts
+        )
+
     def _text(self, content: Any) -> str:
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
-        texts = [part["text"].replace(self.image_token, "").strip() for part in parts if part.get("type") == "text"]
+        texts = [part["text"] for part in _parts(content) if part.get("type") == "text"]
+        texts = [text.replace(self.image_token, "").strip() for text in texts]
         return "\n".join(filter(None, texts))
 
     def _remember(self, prompt: str, questions: list[str]) -> None:
@@ -178,12 +184,6 @@ class LlavaIgvaProcessor(CarriesRemoteCode, LlavaProcessor):
         return [questions or [] for questions in found] if found and all(found) else None
 
 
-def _images(chat: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the chat shows an image."""
-    contents = [message.get("content") for message in chat]
-    return any(
-        str(part.get("type")).startswith("image")
-        for content in contents
-        if isinstance(content, list)
-        for part in content
-    )
+def _parts(content: Any) -> Sequence[Mapping[str, Any]]:
+    """The parts of a message, each with its type; a string is one of text."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content or []
