@@ -213,8 +213,8 @@ def choose(operator: str, impl: str, device: torch.device, dtype: torch.dtype, d
         able = chosen.candidates(device, dtype, *demands)
         if able:
             return able[0]
-        for name, reason in chosen.passed_over(device, dtype, *demands).items():
-            warn_of_fallback(operator, f"the {name} backend cannot serve {dtype} on {str(device)!r}: {reason}")
+        for name, why in chosen.passed_over(device, dtype, *demands).items():
+            warn_of_fallback(operator, f"the {name} backend cannot serve {dtype} on {str(device)!r}: {why}")
         return REFERENCE
     if impl not in all_backends():
         raise _unknown(impl)
