@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from igva_kernels.runtime.context import has_tangent, saveable, transform
+from igva_kernels.runtime.flops import register_flops
 
 NAMESPACE = "igva_kernels"
 OPS = torch.ops.igva_kernels
@@ -29,7 +30,7 @@ Differentiate = Callable[[Tensor, SimpleNamespace, SimpleNamespace], Mapping[str
 
 def define(
     schema: str, kernel: Kernel, fake: Kernel, save: Save | None, differentiate: Differentiate,
-    left_out: Mapping[str, Any] | None = None,
+    left_out: Mapping[str, Any] | None = None, flops: Kernel | None = None,
 ) -> Callable[..., Any]:  # fmt: skip
     """Registers an operator that returns its result, or ``(result, tensors that its backward needs)``.
 
@@ -40,6 +41,8 @@ def define(
         save: returns what the backward needs; None where it needs nothing.
         differentiate: returns the gradients; it may raise where there is no derivative.
         left_out: values for arguments that the schema does not have, for functions that serve several schemas.
+        flops: what plain PyTorch would multiply and add in the products of such a call, for torch's FlopCounterMode, in
+            which work by elements counts as nothing.
 
     Returns:
         The operator as a function of its arguments by name; what its schema does not have is ignored.
@@ -71,6 +74,8 @@ def define(
     torch.library.register_fake(f"{NAMESPACE}::{name}", _by_name(fake, arguments, given), lib=_LIBRARY)
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     packet = getattr(OPS, name)
+    if flops is not None:
+        register_flops(packet, _by_name(flops, arguments, given))
     return lambda **values: packet(*[values[argument] for argument in arguments])
 
 

@@ -8,6 +8,7 @@ import torch
 from recording import registered_calls
 from seeds import seeded
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
 from igva_kernels import registry
 from igva_kernels.registry import REFERENCE
@@ -66,6 +67,16 @@ def test_any_argument_of_a_registered_operator_may_have_any_strides(subject, cas
 def test_opcheck_passes_for_every_operator_that_a_call_runs(subject, case, dtype):
     for operator, args in registered_calls(case, subject.impl, seeded()).items():
         torch.library.opcheck(operator, args)
+
+
+@pytest.mark.parametrize(("subject", "case", "dtype"), harness.calls(device="cpu", dtypes=("fp32",), few=1))
+def test_torch_counts_the_products_that_plain_torch_would_run(subject, case, dtype):
+    inputs, counted = case.draw(seeded(), DTYPES[dtype], subject.device), []
+    for impl in (subject.impl, REFERENCE):
+        with FlopCounterMode(display=False) as counter:
+            case.run(inputs, impl)
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1]
 
 
 @pytest.mark.plain_memory

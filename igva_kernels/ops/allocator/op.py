@@ -26,11 +26,22 @@ def _allocate_fake(given: SimpleNamespace) -> Tensor:
     return given.summaries.new_empty(given.summaries.shape[:2], dtype=torch.float32)
 
 
+def _flops(given: SimpleNamespace) -> int:
+    """Of the modules' products. The query is one row per sample; keys and values are one per layer group."""
+    weights, (batch, groups, _) = AllocatorWeights.of(given.weights), given.summaries.shape
+    per_sample = weights.sentence_weight.numel() + groups * weights.cls_weight.numel() + weights.head_weight.numel()
+    for block in weights.blocks:
+        square = block.out_proj_weight.numel()
+        per_sample += (2 + 2 * groups) * square + 2 * groups * block.out_proj_weight.shape[0]
+        per_sample += block.ffn1_weight.numel() + block.ffn2_weight.numel()
+    return 2 * batch * per_sample
+
+
 def _no_backward(*_: object) -> NoReturn:
     raise NotImplementedError("igva_kernels::allocate is for inference; nn.WeightAllocator trains by torch's own code")
 
 
 define(
     "allocate(Tensor sentences, Tensor summaries, Tensor[] weights, int num_heads, float[] eps, str impl) -> Tensor",
-    _allocate, _allocate_fake, None, _no_backward,
+    _allocate, _allocate_fake, None, _no_backward, flops=_flops,
 )  # fmt: skip

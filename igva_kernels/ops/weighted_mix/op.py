@@ -157,6 +157,26 @@ def _fields(given: SimpleNamespace) -> tuple[str, ...]:
     return Needs._fields if given.weight1 is not None else ("mix_weights", "layers")
 
 
+def _flops(given: SimpleNamespace) -> int:
+    """Of the products of the forward; the mix is work by elements."""
+    if given.weight1 is None:
+        return 0
+    rows = (given.layers[0] if given.image_index is None else given.image_index).shape[0]
+    weights = given.weight1.numel() + (0 if given.weight2 is None else given.weight2.numel())
+    return 2 * rows * (given.layers[0].shape[1] - given.skip_tokens) * weights
+
+
+def _backward_flops(given: SimpleNamespace) -> int:
+    """A product for the gradient of each weight, and one for that of each product's input."""
+    if given.weight1 is None:
+        return 0
+    needs = Needs(**dict(zip(_fields(given), given.needs, strict=False)))
+    weights = given.weight1.numel() * (needs.weight1 + needs.rows)
+    if given.weight2 is not None:
+        weights += given.weight2.numel() * (needs.weight2 + needs.z)
+    return 2 * given.grad_out.shape[0] * given.grad_out.shape[1] * weights
+
+
 def _register(forward: str, backward: str) -> Callable[..., Any]:
     """Registers a forward and its backward from their schemas; the forward as a function of its arguments by name."""
 
@@ -165,11 +185,14 @@ def _register(forward: str, backward: str) -> Callable[..., Any]:
         return _backward(given, OPERATOR.implementation(given.impl))
 
     differentiate = _differentiate(
-        define(backward, run_backward, lambda given: _backward(given, Shapes()), None, no_second_derivative, _LEFT_OUT)
-    )
+        define(
+            backward, run_backward, lambda given: _backward(given, Shapes()), None, no_second_derivative, _LEFT_OUT,
+            _backward_flops,
+        )
+    )  # fmt: skip
     return define(
         forward, lambda given: _forward(given, OPERATOR.implementation(given.impl)),
-        lambda given: _forward(given, Shapes()), _save, differentiate, _LEFT_OUT,
+        lambda given: _forward(given, Shapes()), _save, differentiate, _LEFT_OUT, _flops,
     )  # fmt: skip
 
 
