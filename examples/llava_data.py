@@ -22,29 +22,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from igva_kernels.models import LlavaIgvaProcessor
-from igva_kernels.models.llava_igva.sentence_encoder import encode_sentences
+from igva_kernels.models.llava_igva.sentence_encoder import encode_instructions
 
 IMAGE = "<image>"
-
-_VICUNA = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-CHAT_TEMPLATES = {
-    # Only what lies between "generation" and "endgeneration" is supervised. It starts with the first letter of the
-    # answer, because not every tokenizer has a token for the space before it.
-    "plain": (
-        "{{ bos_token }}{% for m in messages %}"
-        "{% if m['role'] == 'user' %}{{ '<image>' * m['content'].count('<image>') }}"
-        "{% else %}{% generation %}{{ m['content'] | trim }}\n{% endgeneration %}{% endif %}{% endfor %}"
-    ),
-    "vicuna_v1": (
-        "{{ bos_token }}" + _VICUNA + "{% for m in messages %}"
-        "{% if m['role'] == 'user' %} USER: {{ m['content'] }} ASSISTANT:"
-        "{% else %} {% generation %}{{ m['content'] | trim }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
-    ),
-}
-"""LLaVA's ``--version``: "plain" for stage 1 (image, caption), "vicuna_v1" for stage 2."""
 
 _ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -120,10 +100,7 @@ def embed_instructions(samples: Sequence[dict[str, Any]], encoder: str) -> Tenso
         [t["value"].replace(IMAGE, "").strip() for t in sample["conversations"] if t["from"] == "human"]
         for sample in samples
     ]
-    texts = list(dict.fromkeys(text for sample in questions for text in sample))
-    row = {text: i for i, text in enumerate(texts)}
-    embeds = encode_sentences(encoder, texts)
-    return torch.stack([embeds[[row[text] for text in sample]].mean(dim=0) for sample in questions])
+    return encode_instructions(encoder, questions)
 
 
 @dataclass

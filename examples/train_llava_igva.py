@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from llava_data import CHAT_TEMPLATES, LlavaCollator, LlavaDataset
+from llava_data import LlavaCollator, LlavaDataset
 from torch import nn
 from transformers import AutoProcessor, HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import TrainerState
 
 from igva_kernels.models import LlavaIgvaForConditionalGeneration, LlavaIgvaProcessor
+from igva_kernels.models.llava_igva.chat_templates import CHAT_TEMPLATES
 from igva_kernels.streaming import encoder_layers
 
 

@@ -11,6 +11,7 @@ from checkpoints import IMAGES, QUESTIONS, answer, build, encoder, question
 from transformers import AutoProcessor
 
 from igva_kernels.models.llava_igva import processing_llava_igva
+from igva_kernels.models.llava_igva.chat_templates import CHAT_TEMPLATES
 from igva_kernels.models.llava_igva.sentence_encoder import encode_sentences
 
 TENSORS = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
@@ -101,3 +102,17 @@ def test_whether_the_instruction_is_read_is_saved_with_the_processor(pair, tmp_p
     file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "reads_instructions"}))
     older = AutoProcessor.from_pretrained(tmp_path)  # answers as it did before processors read chats
     assert "sentence_embeds" not in older.apply_chat_template([question(0)], **TENSORS)
+
+
+@pytest.mark.parametrize("version", CHAT_TEMPLATES)
+def test_llavas_prompts_take_content_as_a_string_and_as_parts(pair, version):
+    parts = [*TURNS, answer("No.")]
+    strings = [{"role": m["role"], "content": "".join(p.get("text", "<image>\n") for p in m["content"])} for m in parts]
+    options = {"chat_template": CHAT_TEMPLATES[version], "return_assistant_tokens_mask": True, **TENSORS}
+    want = pair[1].apply_chat_template(parts, **options)
+    got = pair[1].tokenizer.apply_chat_template(strings, **options)
+    supervised = torch.as_tensor(want["assistant_masks"]).bool()
+    assert want["input_ids"][supervised].tolist() == got["input_ids"][got["assistant_masks"].bool()].tolist()
+    text = pair[1].tokenizer.decode(want["input_ids"][0]).replace("<image>" * 4, "<image>")
+    assert text == pair[1].tokenizer.decode(got["input_ids"][0])
+    assert text.count("<image>") == 1 and "Red." in text

@@ -10,7 +10,7 @@ import assemble_llava_igva
 import pytest
 import torch
 import train_llava_igva
-from llava_data import CHAT_TEMPLATES, LlavaCollator, LlavaDataset, embed_instructions
+from llava_data import LlavaCollator, LlavaDataset, embed_instructions
 from PIL import Image
 from recipe import (
     CONNECTORS,
@@ -31,6 +31,7 @@ from transformers import AutoProcessor, LlamaForCausalLM, LlavaConfig, LlavaForC
 
 import igva_kernels as ik
 from igva_kernels.models import LlavaIgvaForConditionalGeneration
+from igva_kernels.models.llava_igva.chat_templates import CHAT_TEMPLATES
 
 TURNS = [("human", "<image>\nWhat shape is red?"), ("gpt", "circle"), ("human", "Which letter?"), ("gpt", "A")]
 

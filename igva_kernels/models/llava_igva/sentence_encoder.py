@@ -46,12 +46,12 @@ def encode_instructions(
         TypeError, ImportError: as in ``encode_sentences``.
     """
     samples = [[sample] if isinstance(sample, str) else list(sample) for sample in instructions]
-    texts = [text for sample in samples for text in sample]
+    texts = list(dict.fromkeys(text for sample in samples for text in sample))
     if not texts:
         raise ValueError(f"instructions: need one per sample, got none for {len(samples)} samples")
+    row = {text: i for i, text in enumerate(texts)}
     embeds = encode_sentences(encoder, texts, device)
-    rows = [part.sum(dim=0) / max(len(part), 1) for part in embeds.split([len(sample) for sample in samples])]
-    return torch.stack(rows)
+    return torch.stack([embeds[[row[text] for text in sample]].sum(dim=0) / max(len(sample), 1) for sample in samples])
 
 
 @lru_cache(maxsize=2)
