@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from igva_kernels.integrations.handle import PatchHandle
-from igva_kernels.integrations.lazy import set_method
+from igva_kernels.integrations.lazy import set_forward, set_method
 from igva_kernels.integrations.research import (
     Instructions,
     add_to_outputs,
@@ -52,7 +52,7 @@ def apply(model: nn.Module, edits: PatchHandle, impl: str = "auto") -> None:
     edits.set(core, "aggregate_layers", None)  # the branch for several images reads it, nothing sets it
     set_method(edits, host, "encode_images", _encoder(plan, len(groups)))
     set_method(edits, host, "prepare_inputs_labels_for_multimodal", _prepare(type(host)))
-    set_method(edits, host, "forward", _forward(type(host)))
+    set_forward(edits, host, _forward(type(host)))
 
 
 def _encoder(plan: MixPlan, num_groups: int) -> Callable[..., Tensor]:
@@ -64,7 +64,9 @@ def _encoder(plan: MixPlan, num_groups: int) -> Callable[..., Tensor]:
                 sentence_embeds = rest[-1]  # the branch for several images passes aggregate_layers first
             if sentence_embeds is None:
                 raise ValueError("sentence_embeds: got None, need [B, E]: images are weighted by their instructions")
-            summaries = column_summaries(mixed.hidden_states, mixed.plan)
+            # In fp32 its script keeps the tower in fp16, with which the aggregator's own code would fail.
+            like = next(core.vision_aggregator.parameters())
+            summaries = column_summaries(mixed.hidden_states, mixed.plan).to(like.dtype)
             weights = core.vision_aggregator(cls_features=summaries, sentence_embed=sentence_embeds.to(summaries))
             mixed = mixed._replace(mix_weights=weights)
         else:  # the repository's loss takes the entropy of the weights in both stages

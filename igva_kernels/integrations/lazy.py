@@ -12,6 +12,7 @@ Both bind functions to the instance, never closures over a module, so that a cop
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import wraps
 from types import MethodType
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from igva_kernels.integrations.handle import PatchHandle, describe, is_held
 from igva_kernels.nn import Connector, LayerMixLinear, LayerMixNorm, MixInput, connect
-from igva_kernels.nn.sharding import below_adapter, forward_attribute, is_watched
+from igva_kernels.nn.sharding import below_adapter, finds_forward, forward_attribute, is_watched
 from igva_kernels.ops.weighted_mix import MixPlan, check_impl
 from igva_kernels.registry import REFERENCE, all_backends, backends, implementations, operators
 from igva_kernels.runtime.activations import ACTIVATIONS
@@ -281,7 +282,23 @@ def _projector_forward(children: Children, activation: str, impl: str) -> Callab
 
 def set_forward(edits: PatchHandle, module: nn.Module, forward: Callable[..., Any]) -> None:
     """Bind ``forward`` to the module, below the hook that accelerate may have put around its forward."""
-    set_method(edits, module, "forward", forward, forward_attribute(module))
+    attribute = forward_attribute(module)
+    set_method(edits, module, "forward", forward, attribute)
+    if attribute != "forward" and not finds_forward(vars(module)["forward"]):
+        edits.set(module, "forward", MethodType(_hooked(forward), module))
+
+
+def _hooked(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """What an old accelerate puts around the forward that it found, around the one that is there."""
+
+    @wraps(forward)  # generate() reads the signature
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = self._hf_hook.pre_forward(self, *args, **kwargs)
+        with torch.no_grad() if self._hf_hook.no_grad else nullcontext():
+            output = self._old_forward(*args, **kwargs)
+        return self._hf_hook.post_forward(self, output)
+
+    return run
 
 
 def set_method(
@@ -296,7 +313,7 @@ def set_method(
     own = vars(module).get(attribute)
     if own is not None and getattr(own, "__func__", None) is not getattr(type(module), method):
         kind = type(module).__name__
-        if is_held(module):
+        if is_held(module, but_by=edits):
             raise ValueError(f"model: {attribute} of its {kind} is patched already; revert that patch first")
         raise ValueError(
             f"model: {attribute} of its {kind} has been replaced by {describe(own)}, which a patch would undo; patch "

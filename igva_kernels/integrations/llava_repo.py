@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from igva_kernels.integrations.handle import PatchHandle
-from igva_kernels.integrations.lazy import set_method
+from igva_kernels.integrations.handle import PatchHandle, is_held
+from igva_kernels.integrations.lazy import set_forward, set_method
 from igva_kernels.integrations.llava_record import KEY, Record, describe, read_projector, rebuild
 from igva_kernels.integrations.research import (
     Instructions,
@@ -79,6 +79,8 @@ def apply(
             and is quantised, offloaded, partitioned (ZeRO-3) or under LoRA.
     """
     host = find_host(model)
+    if is_held(host):  # or else its record would be read as that of a checkpoint
+        raise ValueError(f"model: this {type(host).__name__} is patched already; revert that patch first")
     tower = check_host(host, "images")
     projector = host.get_model().mm_projector
     check_mlp(projector, "model.mm_projector")
@@ -102,7 +104,7 @@ def apply(
     kind = None if allocator is None else describe(allocator)["kind"]
     set_method(edits, host, "encode_images", _encoder(plan, 1 if tower.select_feature == "patch" else 0, kind))
     set_method(edits, host, "prepare_inputs_labels_for_multimodal", _prepare(type(host)))
-    set_method(edits, host, "forward", _forward(type(host), balance_coefficient))
+    set_forward(edits, host, _forward(type(host), balance_coefficient))
     set_method(edits, host, "generate", _generate(type(host)))
 
 

@@ -65,6 +65,13 @@ def forward_attribute(module: nn.Module) -> str:
     return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
 
 
+def finds_forward(wrapper: Any) -> bool:
+    """Whether accelerate's wrapper calls what is in ``_old_forward``; an old one calls the forward that it found."""
+    function = getattr(wrapper, "func", wrapper)  # of a functools.partial
+    code = getattr(function, "__code__", None)
+    return code is None or "_old_forward" in code.co_names
+
+
 def below_adapter(module: nn.Module) -> Any:
     """The module itself, or the one that peft's adapter (LoRA) or copy (``modules_to_save``) has replaced."""
     for name in ("base_layer", "original_module"):

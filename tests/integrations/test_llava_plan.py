@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+from functools import wraps
 
 import pytest
 import torch
@@ -315,3 +316,36 @@ assert torch.equal(torch.get_rng_state(), state)
     state = torch.get_rng_state()
     ik.patch(model, plan=PLAN, allocator=mine)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_model_with_the_hooks_of_an_old_accelerate_is_patched_and_reverted():
+    """LLaVA's accelerate (0.21) calls the forward that it found, not the one in ``_old_forward``; its loader hooks a
+    model that it merges with LoRA."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, batch = make(LLaVA), inputs((1, 1), sentences=True)
+    logits = model(**{name: value for name, value in batch.items() if name != "sentence_embeds"}).logits
+
+    def hook(module):
+        old = module._old_forward = module.forward
+        module._hf_hook = hooks.ModelHook()
+
+        @wraps(old)
+        def forward(*args, **kwargs):
+            args, kwargs = module._hf_hook.pre_forward(module, *args, **kwargs)
+            return module._hf_hook.post_forward(module, old(*args, **kwargs))
+
+        module.forward = forward
+
+    hooked = (model, model.model.mm_projector, model.model.mm_projector[2])
+    for module in hooked:
+        hook(module)
+    before = [dict(vars(module)) for module in hooked]
+    handle = ik.patch(model, plan=PLAN, allocator=allocator())
+    outputs = model(**batch)
+    torch.testing.assert_close(outputs.logits, logits, rtol=1e-4, atol=3e-5)
+    assert outputs.layer_weights.shape == (2, 2)
+    with pytest.raises(ValueError, match="patched already"):
+        ik.patch(model, plan=PLAN, allocator=allocator())
+    handle.revert()
+    for module, attributes in zip(hooked, before, strict=True):
+        assert all(vars(module)[name] is value for name, value in attributes.items() if name != "_modules")
