@@ -14,7 +14,10 @@ import ast
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
+
+import torch
 
 from igva_kernels.runtime.context import cached_constant, constant_under_compile
 
@@ -132,11 +135,11 @@ class MixPlan:
                 f"hidden_states: the plan was made for {self.num_states} hidden states, got {num_states}; "
                 f"a tower with n layers returns n + 1 states"
             )
-        return MixPlan(_resolve(self.code, num_states), num_states)
+        return _made(_resolve(self.code, num_states), num_states)
 
     def compact(self) -> tuple[tuple[int, ...], MixPlan]:
         """``(layers, plan)``: the layers in use and the plan over ``[hidden_states[l] for l in layers]``."""
-        return self.layers, MixPlan(_compact(self.code), len(self.layers))
+        return self.layers, _made(_compact(self.code), len(self.layers))
 
     def reduced(self) -> tuple[MixPlan, MixPlan]:
         """``(sources, plan)``: the weight-free sources of this plan, and the same mix over them.
@@ -145,7 +148,7 @@ class MixPlan:
         mixes the outputs of those blocks. IGVA: 5 sources instead of 24 layers.
         """
         sources, blocks = _reduced(self.code)
-        return MixPlan(sources, self.num_states), MixPlan(blocks, len(sources))
+        return _made(sources, self.num_states), _made(blocks, len(sources))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a JSON config; ``MixPlan.from_dict`` reads it back."""
@@ -369,6 +372,16 @@ def _check_choice(name: str, given: str, choices: tuple[str, ...]) -> None:
 @cached_constant
 def _from_code(code: str) -> MixPlan:
     return MixPlan(ast.literal_eval(code))
+
+
+def _made(blocks: tuple[Block, ...], num_states: int | None) -> MixPlan:
+    """The plan of these blocks; it is made once, as every call asks for it."""
+    return MixPlan(blocks, num_states) if torch.compiler.is_compiling() else _made_once(blocks, num_states)
+
+
+@cache
+def _made_once(blocks: tuple[Block, ...], num_states: int | None) -> MixPlan:
+    return MixPlan(blocks, num_states)
 
 
 # Functions of the code of a plan that return blocks, because torch.compile takes these as constants, but not a plan.
