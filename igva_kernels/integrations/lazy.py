@@ -250,17 +250,15 @@ def explain(modules: Connector, activation: str, impl: str) -> str:
     weight = getattr(below_adapter(modules.linear_1), "weight", None)
     if weight is None or weight.device.type == "meta" or not weight.is_floating_point():  # offloaded, quantised
         return f"impl={impl!r}; {modules.explain()}"
-    operator = operators()["weighted_mix"]
-    try:
-        served = operator.select(impl, weight.device, weight.dtype, (), activation)
-    except NotImplementedError as error:
-        return str(error)
-    at = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}"
-    if served != REFERENCE:
-        return f"by {served} ({at}); {modules.explain()}"
-    reasons = {name: operator.why_not(name, weight.device, weight.dtype, activation) for name in all_backends()}
-    fell_back = [f"{name}: {reason}" for name, reason in reasons.items() if reason and impl != REFERENCE]
-    return "; ".join([f"by plain PyTorch ({at})", *fell_back])
+    operator, device, dtype = operators()["weighted_mix"], weight.device, weight.dtype
+    at = f"{str(dtype).removeprefix('torch.')} on {device}"
+    reasons = {name: operator.why_not(name, device, dtype, activation) for name in all_backends()}
+    served = next(iter(operator.candidates(device, dtype, activation)), REFERENCE) if impl == "auto" else impl
+    if served == REFERENCE:
+        why = [f"{name}: {reason}" for name, reason in reasons.items() if impl == "auto"]
+        return "; ".join([f"by plain PyTorch ({at})", *why])
+    cannot = reasons[served]
+    return f"by {served} ({at}); {modules.explain()}" if cannot is None else f"{served} cannot serve {at}: {cannot}"
 
 
 def _projector_forward(children: Children, activation: str, impl: str) -> Callable[..., Tensor]:
