@@ -6,8 +6,10 @@ from clients import KERNEL, MODELS, build, close, inputs_of, plain_code, step
 
 import igva_kernels as ik
 
-accelerate = pytest.importorskip("accelerate")
-from accelerate.hooks import remove_hook_from_submodules  # noqa: E402  (accelerate is there)
+pytest.importorskip("accelerate")
+
+import accelerate
+from accelerate.hooks import remove_hook_from_submodules
 
 AGGREGATIONS = ("instruction", "text", "learned", "uniform")
 

@@ -9,8 +9,10 @@ from seeds import seeded
 
 import igva_kernels as ik
 
-peft = pytest.importorskip("peft")
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # noqa: E402  (peft is there)
+pytest.importorskip("peft")
+
+import peft
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 # Some methods use operations that have no deterministic form.
 pytestmark = [pytest.mark.slow, pytest.mark.plain_memory]
