@@ -8,32 +8,67 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from igva_kernels.registry import all_backends
+from igva_kernels.runtime.errors import UserError
 from igva_kernels.verify import DTYPES, is_slow
 from igva_kernels.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit status."""
+    """Runs a command and returns the exit status.
+
+    What the user can mend is told in one line on stderr, and the status is 2, as for wrong arguments: a ``UserError``
+    or an ``OSError``. Any other exception is a fault of the package and keeps its traceback. A reader of the output
+    that goes away and Ctrl-C end the command quietly, with a shell's statuses for these signals, 141 and 130.
+    """
     parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    if args.run is _bench:
-        args.rest = rest
-    elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return args.run(args)
+    command = parser.prog
+    try:
+        try:
+            args, rest = parser.parse_known_args(argv)
+            command = f"{parser.prog} {args.command}"
+            if args.run is _bench:
+                args.rest = rest
+            elif rest:
+                parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            return args.run(args)
+        finally:
+            _flush()
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except (UserError, OSError) as error:
+        print(f"{command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _flush() -> None:
+    """Writes what is buffered here, where a failure is caught, and not at exit; what cannot be written is dropped."""
+    if sys.stdout is None:  # it was closed before Python began
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("igva-kernels", description="Fused multi-layer visual feature fusion.")
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
 
     info = commands.add_parser("info", help="print versions, CPU, GPUs, what was built, and each backend or why not")
     info.add_argument("--json", action="store_true", help="print JSON")
@@ -43,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--backend", action="append", choices=tuple(all_backends()), help="only this one (repeatable)")
     verify.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="only this one (repeatable)")
     verify.add_argument("--quick", action="store_true", help="leave out the shapes of real models")
-    verify.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the inputs (default: %(default)s)")
+    verify.add_argument(
+        "--seed", type=_whole(2**32), default=0, metavar="N", help="seed of the inputs (default: %(default)s)"
+    )
     verify.add_argument("--verbose", action="store_true", help="print every result, not only the worst of each case")
     verify.set_defaults(run=_verify)
 
@@ -52,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--ask", action="append", metavar="TEXT", help="an instruction (repeatable)")
     demo.add_argument("--model", metavar="DIR", help="a LLaVA-IGVA checkpoint (default: random weights)")
     demo.add_argument("--output", type=Path, metavar="DIR", default=Path("demo_output"), help="default: %(default)s")
-    demo.add_argument("--steps", type=int, metavar="N", help="training steps (default: 4, none with --model)")
+    demo.add_argument("--steps", type=_whole(10**6), metavar="N", help="training steps (default: 4, none with --model)")
     demo.set_defaults(run=_demo)
 
     tune = commands.add_parser("tune", help="measure the kernels on this GPU and remember which are the fastest")
@@ -68,13 +105,59 @@ def _parser() -> argparse.ArgumentParser:
         "--vision-tower", metavar="DIR", help="the tower's checkpoint, in place of the one that SRC names"
     )
     convert.add_argument(
-        "--config", type=json.loads, metavar="JSON", help="for a LLaVA patched with a plan: fields of LlavaIgvaConfig"
-    )
+        "--config", type=_json_object, metavar="JSON",
+        help="fields of LlavaIgvaConfig in place of what SRC says, such as '{\"mix_groups\": 4}' for a LLaVA that was "
+        "patched with a plan which its config does not record",
+    )  # fmt: skip
     convert.set_defaults(run=_convert)
 
     bench = commands.add_parser("bench", add_help=False, help="run the benchmark suite of a checkout; see bench --help")
     bench.set_defaults(run=_bench)
     return parser
+
+
+def _whole(limit: int) -> Callable[[str], int]:
+    """The type of an argument: a whole number from 0 to below ``limit``."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) >= limit:
+            raise argparse.ArgumentTypeError(f"got {text!r}, need a whole number from 0 to {limit - 1}")
+        return int(text)
+
+    return number
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    """The type of an argument: an object in JSON."""
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"got {text!r}, which is no JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise argparse.ArgumentTypeError(f"got {text!r}, need a JSON object, such as '{{\"mix_groups\": 4}}'")
+    return data
+
+
+@contextmanager
+def _needs(requirement: str) -> Iterator[None]:
+    """Says what to install where another package, or a version of it that has what is imported, is missing."""
+    try:
+        yield
+    except ImportError as error:
+        if (error.name or "").split(".")[0] == "igva_kernels":
+            raise
+        raise UserError(f"{error}; pip install {requirement}") from error
+
+
+def _check_writable(directory: Path) -> None:
+    """Fails before the work is done where its result could not be written; leaves nothing behind."""
+    while not directory.exists() and directory != directory.parent:
+        directory = directory.parent
+    try:
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror}") from error
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -105,15 +188,12 @@ def _verify(args: argparse.Namespace) -> int:
                     answer += f": an entry is off by {verdict.worst_entry:.2g} x what is allowed"
                 print(line.format(row.case, row.dtype, backend, verdict.name, *numbers, answer), flush=True)
     except NotImplementedError as error:
-        print(error, file=sys.stderr)
-        return 2
+        raise UserError(str(error)) from error
     if not cases:
-        print(
+        raise UserError(
             "nothing to judge: no kernel backend can run here, or none of those that were asked for serves a case in "
-            "these dtypes; see igva-kernels info",
-            file=sys.stderr,
+            "these dtypes; see igva-kernels info"
         )
-        return 2
     slow = [dtype for dtype in DTYPES if "cpu" in devices and is_slow(dtype, "cpu")]
     if slow and not args.dtype and not args.quick:
         print(f"\nleft out: {' and '.join(slow)} at real shapes, where plain torch needs minutes per case on this CPU; "
@@ -125,12 +205,10 @@ def _verify(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     if args.model is None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything it needs is installed
+    _check_writable(args.output)
     print("importing torch and transformers ...", flush=True)  # 10 seconds and more where nothing is cached
-    try:
+    with _needs("'igva-kernels[demo]'"):
         from igva_kernels.demo import run
-    except ModuleNotFoundError as error:
-        print(f"the demo needs {error.name}: pip install 'igva-kernels[demo]'", file=sys.stderr)
-        return 2
     return run(args.image, args.ask, args.model, args.output, args.steps)
 
 
@@ -138,44 +216,39 @@ def _bench(args: argparse.Namespace) -> int:
     """Hands over to ``python -m benchmarks``, which is part of a checkout and not of the package."""
     checkout = Path(__file__).parent.parent
     if not (checkout / "benchmarks" / "__main__.py").exists():
-        print(
-            f"igva-kernels bench: no benchmarks beside {Path(__file__).parent}; they are not installed with the "
-            "package. Get the sources, and run there: pip install -e '.[bench]'",
-            file=sys.stderr,
+        raise UserError(
+            f"no benchmarks beside {Path(__file__).parent}; they are not installed with the package. Get the sources, "
+            f"and run there: pip install -e '.[bench]'"
         )
-        return 2
     sys.path.insert(0, str(checkout))
-    try:
+    with _needs("-e '.[bench]'"):
         from benchmarks.__main__ import main as bench
-    except ModuleNotFoundError as error:
-        print(f"the benchmarks need {error.name}: pip install -e '.[bench]'", file=sys.stderr)
-        return 2
     return bench(args.rest)
 
 
 def _tune(args: argparse.Namespace) -> int:
     reason = all_backends()["triton"].why_not(torch.device("cuda"), torch.bfloat16)
     if reason is not None:
-        print(f"igva-kernels tune: {reason}", file=sys.stderr)
-        return 1
+        raise UserError(reason)
+    from igva_kernels.runtime import config
     from igva_kernels.tune import tune
 
+    if args.output is not None and args.output.is_dir():
+        raise UserError(f"--output: got the directory {args.output}, need a file")
+    _check_writable(config.tuned_dir() if args.output is None else args.output.parent)
     path, _ = tune(output=args.output, log=print)
     print(f"written: {path}")
     return 0
 
 
 def _convert(args: argparse.Namespace) -> int:
-    try:
+    with _needs("'igva-kernels[models]'"):
         from igva_kernels.models.llava_igva.convert import convert
-    except ModuleNotFoundError as error:
-        print(f"convert needs {error.name}: pip install 'igva-kernels[models]'", file=sys.stderr)
-        return 2
-    try:
+    _check_writable(args.target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: print(f"igva-kernels convert: {message}", file=sys.stderr)
         model = convert(args.source, args.target, args.vision_tower, args.config)
-    except (OSError, ValueError) as error:
-        print(f"igva-kernels convert: {error}", file=sys.stderr)
-        return 1
     layout = json.loads((args.target / "config.json").read_text())["model_type"]
     print(f"written: {args.target}, a {type(model).__name__} in the layout of {layout!r}")
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from importlib.resources import files
@@ -29,6 +28,7 @@ from igva_kernels.demo.figure import draw
 from igva_kernels.demo.model import DESCRIPTION, load_model, random_model
 from igva_kernels.models import LlavaIgvaConfig
 from igva_kernels.ops.weighted_mix import MixPlan
+from igva_kernels.runtime.errors import UserError, reading
 from igva_kernels.testing import Verdict, relative_error
 
 # Questions that need different layers (colour, place, meaning), and the answers that the training steps teach.
@@ -55,10 +55,13 @@ def run(image: Path | None, ask: Sequence[str] | None, model_dir: str | None, ou
 
     Returns:
         0 if both connectors give the same answers, except for ties, and the fused one keeps the rule of
-        ``igva_kernels.testing``; 1 if not; 2 if the image or the model cannot be read, or the model cannot be asked.
+        ``igva_kernels.testing``; 1 if not.
+
+    Raises:
+        UserError: the image or the model cannot be read, or the model cannot be asked.
     """
     start = time.perf_counter()
-    console = Console()
+    console = _Console()
     disable_progress_bar()
     steps = (RANDOM_STEPS if model_dir is None else 0) if steps is None else steps
     questions = QUESTIONS if ask is None else {text: text for text in ask}
@@ -76,17 +79,17 @@ def run(image: Path | None, ask: Sequence[str] | None, model_dir: str | None, ou
                 console.print(f"{what} ...", highlight=False)
 
         begin("building the model" if model_dir is None else "loading the model")
-        try:
+        with reading(path, "need a photograph, as JPEG or PNG for example"):
             photograph = Image.open(path).convert("RGB")
-            model, processor = random_model([*instructions, *answers]) if model_dir is None else load_model(model_dir)
+        model, processor = random_model([*instructions, *answers]) if model_dir is None else load_model(model_dir)
+        try:
             conversation = Conversation(processor, photograph, instructions, answers, _sentence_dim(model.config))
         except (OSError, ValueError, ImportError) as error:
-            print(f"igva-kernels demo: {error}", file=sys.stderr)
-            return 2
+            raise UserError(str(error)) from error
         progress.advance(task)
         runs = {}
         for name, impl in CONNECTORS.items():
-            begin(f"the model with the {name} connector: answers, {steps} training steps")
+            begin(f"the model with the {name} connector: answers, {_count(steps, 'training step')}")
             runs[name] = run_model(model, conversation, impl, steps, lambda: progress.advance(task))
         begin("the connector alone: error against fp64, time, memory")
         figures = run_connector(model, conversation, next(iter(runs["plain"].layer_weights), None))
@@ -104,17 +107,28 @@ def run(image: Path | None, ask: Sequence[str] | None, model_dir: str | None, ou
     return 1 if failures else 0
 
 
+class _Console(Console):
+    """Leaves a reader of the output that goes away to the command; rich would exit with the status of a failure."""
+
+    def on_broken_pipe(self) -> None:
+        raise
+
+
 def _sentence_dim(config: LlavaIgvaConfig) -> int | None:
     """The width of the sentence embeddings by which the model weighs layers; None if it does not read them."""
     reads = config.plan.num_columns > 0 and config.aggregation in ("instruction", "text")
     return config.sentence_embed_dim if reads else None
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
 def _print_answers(console: Console, instructions: Sequence[str], runs: dict[str, Run], steps: int) -> None:
     table = Table("instruction", *runs, "same", title="Answers (greedy)", title_justify="left")
     stages = {"": [run.answers for run in runs.values()]}
     if steps:
-        stages[f" (after {steps} training steps)"] = [
+        stages[f" (after {_count(steps, 'training step')})"] = [
             run.trained_answers for run in runs.values() if run.trained_answers
         ]
     for when, columns in stages.items():
@@ -134,7 +148,7 @@ def _print_agreement(console: Console, runs: dict[str, Run]) -> None:
         f"the gradients of {len(gradients)} weights by at most {gradients[worst]:.1e} ({worst})",
     ]
     apart = max(abs(f - p) / (abs(p) or 1.0) for f, p in zip(fused.losses, plain.losses, strict=True))
-    lines.append(f"the losses of {len(plain.losses)} training steps by at most {apart:.1e}")
+    lines.append(f"the losses of {_count(len(plain.losses), 'training step')} by at most {apart:.1e}")
     console.print("fused beside plain, relative: " + "; ".join(lines), highlight=False)
 
 
@@ -204,7 +218,7 @@ def _draw(
     if fused.layer_weights:
         weights["at the start"] = fused.layer_weights[0].tolist()
         if steps > 1:
-            weights[f"after {steps - 1} steps"] = fused.layer_weights[-1].tolist()
+            weights[f"after {_count(steps - 1, 'step')}"] = fused.layer_weights[-1].tolist()
     losses = {"plain": plain.losses, "fused": fused.losses} if steps > 1 else {}
     if not weights and not losses:
         return None

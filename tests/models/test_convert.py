@@ -1,7 +1,10 @@
 """Checkpoints of the IGVA and LLaVA repositories: read, written, and the same after a round trip."""
 
 import json
+import os
+import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -11,18 +14,20 @@ pytest.importorskip("transformers")
 
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
-from tiny import IMAGE, SMALL, batch, igva_model, liven, llava_config
+from tiny import IMAGE, SMALL, batch, igva_model, liven, llava_config, vision_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     CLIPVisionModel,
+    LlamaConfig,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
 )
 
 from igva_kernels import MixPlan, cli
 from igva_kernels.models import LlavaIgvaForConditionalGeneration
+from igva_kernels.models.llava_igva.checkpoint_files import read_weights
 from igva_kernels.models.llava_igva.convert import convert, from_repo, to_repo
 
 ALLOCATOR = [
@@ -42,6 +47,12 @@ MODELS = {
     "igva stage 1": lambda: igva_model(aggregation="uniform"),
     "igva with groups of unequal size": lambda: igva_model(mix_groups=[[1], [2, 3, 4]]),
     "llava": plain_llava,
+    "a plan of its own": lambda: igva_model(
+        mix_plan=MixPlan((((3, None, 1.0),), ((1, 1, 0.5), (2, 0, 1.0)))), balance_coefficient=0.5
+    ),
+    "a plan that the text weighs": lambda: igva_model(mix_plan=MixPlan.weighted_sum([1, 3]), aggregation="text"),
+    "a plan with learned weights": lambda: igva_model(mix_plan=MixPlan.weighted_sum([1, 3], -2), aggregation="learned"),
+    "a plan without weights": lambda: igva_model(mix_plan=MixPlan.concat([-2, -3, 1]), aggregation="uniform"),
 }
 
 
@@ -69,6 +80,7 @@ def test_a_model_answers_the_same_after_a_round_trip(tmp_path, make):
     assert type(loaded) is type(model)
     if isinstance(model, LlavaIgvaForConditionalGeneration):
         assert loaded.config.plan == model.config.plan
+        assert loaded.config.balance_coefficient == model.config.balance_coefficient
         loaded.model.multi_modal_projector.impl = "reference"
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert same(loaded, model)
@@ -169,7 +181,6 @@ def test_a_tokenizer_becomes_a_processor_and_the_model_reads_what_it_makes(tmp_p
 
 
 UNFIT = {
-    "a plan of its own": ({"mix_plan": MixPlan.concat([1, 2])}, "mix_plan"),
     "a norm": ({"projector_layernorm_eps": 1e-5}, "projector_layernorm_eps"),
     "another activation": ({"projector_hidden_act": "relu"}, "projector_hidden_act"),
     "CLS among the tokens": ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy"),
@@ -198,11 +209,11 @@ def spoilt(tmp_path, **fields):
         ({"mm_projector_type": "linear"}, "mm_projector_type"),
         ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type"),
         ({"model_type": "gpt2"}, "gpt2"),
-        ({"vit_aggregate_groups": "[[1], [2], [3], [4]]"}, "weight_allocator.head.weight"),
+        ({"vit_aggregate_groups": "[[1], [2], [3], [4]]"}, "model.vision_aggregator.linear.weight is [2, 16] in place"),
     ],
 )
 def test_the_command_says_what_it_cannot_convert(tmp_path, capsys, fields, said):
-    assert cli.main(spoilt(tmp_path, **fields)) == 1
+    assert cli.main(spoilt(tmp_path, **fields)) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "ours").exists()
 
@@ -210,35 +221,273 @@ def test_the_command_says_what_it_cannot_convert(tmp_path, capsys, fields, said)
 def test_the_command_says_what_is_missing(tmp_path, capsys):
     command = spoilt(tmp_path)
     (tmp_path / "theirs" / "model.safetensors").unlink()
-    assert cli.main(command) == 1
+    assert cli.main(command) == 2
     assert "model.safetensors" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "theirs")
-    assert cli.main(command) == 1
-    assert "config.json" in capsys.readouterr().err
+    assert cli.main(command) == 2
+    assert "theirs is not a directory" in capsys.readouterr().err
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "file").touch()
-    assert cli.main(command) == 1
+    assert cli.main(command) == 2
     assert "which is not empty, need a new or an empty directory" in capsys.readouterr().err
+
+
+BACK = {
+    "model.weight_allocator.": "model.mm_projector.weight_allocator.",
+    "model.multi_modal_projector.linear_1.": "model.mm_projector.0.",
+    "model.multi_modal_projector.linear_2.": "model.mm_projector.2.",
+    "model.vision_tower.": "model.vision_tower.vision_tower.",
+    "model.language_model.": "model.",
+}
+
+
+def patched_llava(folder, model):
+    """What the LLaVA repository saves of a model that was patched with a plan, before its config recorded plans."""
+    to_repo(plain_llava(), folder)
+    weights = {}
+    for name, value in model.state_dict().items():
+        old = next((prefix for prefix in BACK if name.startswith(prefix)), "lm_head.")
+        weights[BACK.get(old, old) + name.removeprefix(old)] = value
+    save_torch_state_dict(weights, folder)
 
 
 def test_a_llava_that_was_patched_with_a_plan_becomes_the_reference_model(tmp_path):
     """Its config knows nothing of the plan, and the allocator is part of ``mm_projector``."""
     model = igva_model()
-    to_repo(plain_llava(), tmp_path)
-    prefixes = {
-        "model.weight_allocator.": "model.mm_projector.weight_allocator.",
-        "model.multi_modal_projector.linear_1.": "model.mm_projector.0.",
-        "model.multi_modal_projector.linear_2.": "model.mm_projector.2.",
-        "model.vision_tower.": "model.vision_tower.vision_tower.",
-        "model.language_model.": "model.",
-    }
-    weights = {}
-    for name, value in model.state_dict().items():
-        old = next((prefix for prefix in prefixes if name.startswith(prefix)), "lm_head.")
-        weights[prefixes.get(old, old) + name.removeprefix(old)] = value
-    save_torch_state_dict(weights, tmp_path)
+    patched_llava(tmp_path, model)
     assert same(from_repo(tmp_path, image_token=IMAGE, config_fields=SMALL), model)
-    with pytest.raises(ValueError, match="weight_allocator"):
+    with pytest.raises(ValueError, match=r"records no plan.*--config"):
         from_repo(tmp_path, image_token=IMAGE)
     fields = json.dumps({name: value for name, value in SMALL.items() if name != "impl"})
     assert cli.main(["convert", str(tmp_path), str(tmp_path / "ours"), "--config", fields]) == 0
+
+
+def test_the_sizes_of_an_allocator_are_read_from_its_weights_and_what_they_do_not_tell_is_said(tmp_path, capsys):
+    model = igva_model(allocator_num_heads=4)
+    patched_llava(tmp_path, model)
+    assert cli.main(["convert", str(tmp_path), str(tmp_path / "ours"), "--config", '{"mix_groups": 2}']) == 0
+    said = "assumed sentence_encoder 'sentence-transformers/all-mpnet-base-v2' and allocator_num_heads 4; --config"
+    assert said in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="assumed"):
+        loaded = from_repo(tmp_path, image_token=IMAGE, config_fields={"mix_groups": 2, "impl": "reference"})
+    assert same(loaded, model)
+    for name in ("sentence_embed_dim", "allocator_hidden_dim", "allocator_num_blocks"):
+        assert getattr(loaded.config, name) == SMALL[name]
+
+
+def test_a_patched_llava_whose_config_records_the_plan_needs_nothing_else(tmp_path):
+    model = igva_model(balance_coefficient=0.5, allocator_num_heads=2)
+    patched_llava(tmp_path, model)
+    file = tmp_path / "config.json"
+    allocator = {"kind": "WeightAllocator", "sentence_dim": 12, "vision_dim": 16, "num_weights": 2, "hidden_dim": 16,
+                 "num_blocks": 2, "num_heads": 2}  # fmt: skip
+    record = {"plan": model.config.plan.to_dict(), "allocator": allocator, "balance_coefficient": 0.5}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "mm_hidden_size": 32, "igva_kernels": record}))
+    loaded = from_repo(tmp_path, image_token=IMAGE, config_fields={"impl": "reference"})
+    assert same(loaded, model)
+    assert (loaded.config.plan, loaded.config.balance_coefficient) == (model.config.plan, 0.5)
+
+
+def test_config_fields_are_heard_for_the_checkpoints_of_the_igva_repository_too(tmp_path, capsys):
+    command = spoilt(tmp_path)
+    assert cli.main([*command, "--config", '{"sentence_encoder": null, "balance_coefficient": 0.5}']) == 0
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert (config["sentence_encoder"], config["balance_coefficient"]) == (None, 0.5)
+    for fields, said in (
+        ({"mix_group": 2}, "config_fields: got mix_group, need some of aggregation"),
+        ({"text_config": {}}, "config_fields: got text_config"),
+        ({"mix_groups": "four"}, "an entry is (layer: int"),
+        ({"allocator_num_heads": 3}, "num_heads: got 3, need a divisor of hidden_dim=16"),
+        ({"aggregation": "uniform"}, "left over: model.vision_aggregator."),
+    ):
+        assert cli.main(["convert", command[1], str(tmp_path / "new"), "--config", json.dumps(fields)]) == 2
+        assert said in capsys.readouterr().err
+    assert cli.main(["convert", str(tmp_path / "ours"), str(tmp_path / "new"), "--config", "{}"]) == 2
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    to_repo(igva_model(), folder / "good")
+    return folder / "good"
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def set_config(folder, without=(), **fields):
+    data = {**json.loads((folder / "config.json").read_text()), **fields}
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in data.items() if k not in without}))
+
+
+def pickle(folder, weights, **options):
+    torch.save(weights, folder / "pytorch_model.bin", **options)
+    (folder / "model.safetensors").unlink()
+
+
+def shorten(file):
+    file.write_bytes(file.read_bytes()[:5000])
+
+
+def pickle_and_shorten(folder, **options):
+    pickle(folder, load_file(folder / "model.safetensors"), **options)
+    shorten(folder / "pytorch_model.bin")
+
+
+def point(file):
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
+def index(folder, data):
+    (folder / "model.safetensors.index.json").write_text(json.dumps(data))
+
+
+def another_tower(folder, **fields):
+    to_repo(igva_model(vision_config=vision_config(**fields)), folder / "other")
+    set_config(folder, mm_vision_tower=str(folder / "other" / "vision_tower"))
+
+
+def tower_without_weights(folder):
+    shutil.copytree(folder / "vision_tower", folder / "other")
+    file = folder / "other" / "model.safetensors"
+    weights = load_file(file)
+    weights["another.weight"] = weights.pop("vision_model.pre_layrnorm.weight")
+    save_torch_state_dict(weights, folder / "other")
+    set_config(folder, mm_vision_tower=str(folder / "other"))
+
+
+def only(folder, *names):
+    (folder / "model.safetensors").unlink()
+    for name in names:
+        (folder / name).touch()
+
+
+BROKEN = {
+    "truncated safetensors": (lambda d: shorten(d / "model.safetensors"), "model.safetensors: .*; .* get it again"),
+    "truncated pickle": (pickle_and_shorten, "pytorch_model.bin: .*get it again"),
+    "truncated old pickle": (
+        lambda d: pickle_and_shorten(d, _use_new_zipfile_serialization=False), "pytorch_model.bin: .*get it again",
+    ),
+    "Git LFS pointer": (lambda d: point(d / "model.safetensors"), "model.safetensors: .*`git lfs pull`"),
+    "Git LFS pointer for an index": (lambda d: point(d / "model.safetensors.index.json"), "json: .*`git lfs pull`"),
+    "pickle that runs code": (lambda d: pickle(d, {"a": Malicious()}), "never loaded; get it again"),
+    "pickle of a list": (lambda d: pickle(d, [torch.zeros(1)]), "pytorch_model.bin: got a pickled list"),
+    "config that is a list": (lambda d: (d / "config.json").write_text("[]"), "config.json: got a JSON list"),
+    "config that is no JSON": (lambda d: (d / "config.json").write_bytes(b"\xff{"), "config.json: .*need a JSON"),
+    **{
+        f"config without {name}": (lambda d, name=name: set_config(d, [name]), f"config.json.*{name}")
+        for name in ("model_type", "mm_vision_tower", "aggregate_by_average", "vit_base_layer")
+    },
+    "config with groups of words": (lambda d: set_config(d, vit_aggregate_groups="[[a]]"), "aggregate_groups: .*need"),
+    "config with a base of text": (lambda d: set_config(d, vit_base_layer="-2"), "vit_base_layer' is '-2', need int"),
+    "config of another width": (lambda d: set_config(d, hidden_size=64), r"mm_projector.0.weight is \[32, 32\] in pla"),
+    "config of fewer layers": (lambda d: set_config(d, num_hidden_layers=1), "left over: model.layers.1."),
+    "config of a billion layers": (lambda d: set_config(d, num_hidden_layers=10**9), "1000000000 layers and"),
+    "config that is no model's": (lambda d: set_config(d, num_attention_heads=5), "config.json: .*attention heads"),
+    "quantised": (lambda d: set_config(d, quantization_config={"load_in_4bit": True}), "quantised; need the weights"),
+    "index without weight_map": (lambda d: index(d, {}), "index.json: .*'weight_map'"),
+    "index of shards that are missing": (
+        lambda d: index(d, {"weight_map": {"a": "model.safetensors", "b": "2.safetensors"}}), "it names 2.safetensors",
+    ),
+    "foreign weights": (lambda d: pickle(d, {"transformer.h.0.weight": torch.zeros(2)}), "'transformer.h.0.w.* has no"),
+    "part of the weights": (lambda d: pickle(d, {"model.norm.weight": torch.zeros(2)}), "need a whole checkpoint"),
+    "no such tower": (lambda d: set_config(d, mm_vision_tower=str(d / "none")), "tower .*none: .*--vision-tower"),
+    "a tower that is none": (lambda d: set_config(d, mm_vision_tower=str(d)), "vision tower .*--vision-tower"),
+    "a narrower tower": (lambda d: another_tower(d, hidden_size=8), "model.mm_projector.0.weight is .* in place of"),
+    "a lower tower": (lambda d: another_tower(d, num_hidden_layers=2), r"config.json: .*layer"),
+    "a tower that lacks a weight": (tower_without_weights, "tower .*other: its weights lack 1 .*--vision-tower"),
+    "a LoRA adapter": (lambda d: only(d, "adapter_config.json"), "LoRA adapter; merge it"),
+    "a projector": (lambda d: only(d, "mm_projector.bin"), "the projector alone"),
+}  # fmt: skip
+"""What happens to a checkpoint of the IGVA repository, and what is said of it."""
+
+
+@pytest.mark.parametrize(("happen", "said"), BROKEN.values(), ids=BROKEN)
+def test_a_checkpoint_that_cannot_be_converted_is_told_in_one_line_and_nothing_is_written(
+    good, tmp_path, capsys, happen, said
+):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(good, folder)
+    happen(folder)
+    capsys.readouterr()
+    assert cli.main(["convert", str(folder), str(tmp_path / "ours")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("igva-kernels convert: ")
+    assert re.search(said, line), line
+    assert not (tmp_path / "ours").exists()
+
+
+def test_weights_pickled_as_before_torch_1_6_are_read(good, tmp_path):
+    shutil.copytree(good, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    pickle(tmp_path, weights, _use_new_zipfile_serialization=False)
+    assert all(torch.equal(value, weights[name]) for name, value in read_weights(tmp_path).items())
+    assert same(from_repo(tmp_path, image_token=IMAGE, config_fields={"impl": "reference"}), igva_model())
+
+
+OURS = {
+    "truncated": (lambda d: shorten(d / "model.safetensors"), "model.safetensors: .*get it again"),
+    "Git LFS pointer": (lambda d: point(d / "model.safetensors"), "`git lfs pull`"),
+    "config of 7 B parameters": (
+        lambda d: set_config(d, text_config=LlamaConfig().to_dict()), "0.0.* M values, .* has 6.* M: .*get the whole",
+    ),
+    "a weight by another name": (
+        lambda d: rename(d, "multi_modal_projector.linear_2.bias"), "its weights lack model.*projector.linear_2.bias;",
+    ),
+    "config that is no model's": (lambda d: set_config(d, mix_groups=3), "groups: 3 does not divide"),
+}  # fmt: skip
+
+
+def rename(folder, ending):
+    weights = load_file(folder / "model.safetensors")
+    (name,) = (name for name in weights if name.endswith(ending))
+    weights[name + ".another"] = weights.pop(name)
+    save_torch_state_dict(weights, folder)
+
+
+@pytest.mark.parametrize(("happen", "said"), OURS.values(), ids=OURS)
+def test_a_checkpoint_of_ours_with_anything_missing_is_refused_before_a_model_of_its_size_is_made(
+    tmp_path, capsys, happen, said
+):
+    igva_model().save_pretrained(tmp_path / "ours")
+    happen(tmp_path / "ours")
+    capsys.readouterr()
+    assert cli.main(["convert", str(tmp_path / "ours"), str(tmp_path / "theirs")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(said, line), line
+    assert not (tmp_path / "theirs").exists()
+
+
+def sentencepiece_model(folder):
+    """``tokenizer.model`` as Llama's tokenizers are, and what is beside it in a checkpoint of Vicuna."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("sentencepiece.sentencepiece_model_pb2", reason="protobuf", exc_type=Exception)
+    lines = ["the cup is on the saucer", "a spoon lies to the right of the cup", "what colour is the saucer"]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines * 9), model_prefix=str(folder / "tokenizer"), vocab_size=60, model_type="bpe",
+        byte_fallback=False, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2,
+    )  # fmt: skip
+    fields = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "unk_token": "<unk>", "bos_token": "<s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**fields, "eos_token": "</s>"}))
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+
+def test_the_tokenizer_of_vicuna_which_is_sentencepiece_alone_gives_the_same_tokens(good, tmp_path):
+    shutil.copytree(good, tmp_path / "theirs")
+    vicuna = sentencepiece_model(tmp_path / "theirs")
+    assert cli.main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == 0
+    processor = AutoProcessor.from_pretrained(tmp_path / "ours")
+    for text in ("the cup lies on a spoon", "what is the colour"):
+        assert processor.tokenizer(text).input_ids == [1, *vicuna.encode(text)]
+
+
+def test_a_tokenizer_that_needs_packages_names_them(good, tmp_path, capsys, monkeypatch):
+    shutil.copytree(good, tmp_path / "theirs")
+    (tmp_path / "theirs" / "tokenizer.model").write_bytes(b"sentencepiece")
+    monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
+    assert cli.main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "tokenizer.model needs sentencepiece and a protobuf that fits it" in line
+    assert line.endswith("; pip install 'igva-kernels[models]'")

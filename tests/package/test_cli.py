@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -136,5 +137,91 @@ def test_module_and_command_are_the_same():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would tune")
 def test_tune_without_a_gpu_says_why_it_cannot(capsys, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert cli.main(["tune"]) == 1
+    assert cli.main(["tune"]) == 2
     assert "igva-kernels tune: " in capsys.readouterr().err
+
+
+def command(*args, **options):
+    """``igva-kernels`` as a process that buffers, whose output and errors are read unless ``options`` say otherwise."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    return subprocess.Popen([sys.executable, "-m", "igva_kernels", *args], **options, env=buffered, text=True)
+
+
+VERIFY = ["verify", "--quick", "--backend", "cpu", "--dtype", "fp32"]
+built = pytest.mark.skipif(native.load()[0] is None, reason=native.load()[1])
+
+
+@pytest.mark.parametrize("args", [["info"], ["--help"], pytest.param(VERIFY, marks=built)], ids=lambda args: args[0])
+def test_a_reader_that_goes_away_ends_the_command_quietly_as_sigpipe_would(args):
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = command(*args, stdout=writer)
+    os.close(writer)
+    assert (process.communicate(timeout=300)[1], process.returncode) == ("", 128 + signal.SIGPIPE)
+
+
+def test_the_demo_leaves_a_reader_that_goes_away_to_the_command(tmp_path):
+    """rich would exit with 1, which says that the fused connector is wrong."""
+    pytest.importorskip("igva_kernels.demo", reason="needs the extra 'demo'")
+    reader, writer = os.pipe()
+    process = command("demo", "--output", str(tmp_path), "--image", str(tmp_path), stdout=writer)
+    os.close(writer)
+    with open(reader) as opened:
+        opened.readline()  # the package prints it, the next line is rich's
+    assert (process.communicate(timeout=300)[1], process.returncode) == ("", 128 + signal.SIGPIPE)
+
+
+def test_output_that_cannot_be_written_is_a_message():
+    with open("/dev/full", "w") as full:
+        process = command("info", stdout=full)
+        said = process.communicate(timeout=300)[1]
+    assert (said, process.returncode) == ("igva-kernels info: [Errno 28] No space left on device\n", 2)
+
+
+@built
+def test_ctrl_c_ends_the_command_quietly():
+    process = command(*VERIFY)
+    process.stdout.readline()  # it comes with the first result, and many follow
+    process.send_signal(signal.SIGINT)
+    assert (process.communicate(timeout=300)[1], process.returncode) == ("", 128 + signal.SIGINT)
+
+
+@pytest.mark.parametrize("fault", [ValueError, KeyError, ImportError])
+def test_a_fault_of_the_package_keeps_its_traceback(monkeypatch, fault):
+    def collect():
+        raise fault("a fault")
+
+    monkeypatch.setattr(info, "collect", collect)
+    with pytest.raises(fault, match="a fault"):
+        cli.main(["info"])
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["convert", "a", "b", "--config", "{"], "--config: got '{', which is no JSON: "),
+        (["convert", "a", "b", "--config", "[]"], "--config: got '[]', need a JSON object"),
+        (["verify", "--seed", "-1"], "--seed: got '-1', need a whole number from 0"),
+        (["demo", "--steps", "few"], "--steps: got 'few', need a whole number from 0"),
+    ],
+)
+def test_an_argument_that_cannot_be_read_is_a_usage_error_that_names_it(capsys, args, said):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(args)
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args", [["demo", "--output"], ["convert", "source"]], ids=["demo", "convert"])
+def test_an_output_that_cannot_be_written_is_told_before_the_work_is_done(tmp_path, capsys, args):
+    (tmp_path / "file").touch()
+    assert cli.main([*args, str(tmp_path / "file" / "folder")]) == 2
+    assert f"cannot write to {tmp_path / 'file'}: Not a directory" in capsys.readouterr().err
+
+
+def test_bench_outside_a_checkout_says_where_the_benchmarks_are(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "igva_kernels" / "cli.py"))
+    assert cli.main(["bench", "--quick"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("igva-kernels bench: no benchmarks beside") and "pip install -e '.[bench]'" in line

@@ -1,6 +1,8 @@
 """The demo, with a small model in place of the full-size one."""
 
+import json
 import re
+import shutil
 from importlib.resources import files
 
 import pytest
@@ -179,18 +181,42 @@ def test_losses_of_zero_and_below_can_be_compared(capsys):
     }
     demo._print_agreement(Console(), runs)
     assert "the losses of 2 training steps by at most 2.5e-01" in " ".join(capsys.readouterr().out.split())
+    for run in runs.values():
+        run.losses.pop()
+    demo._print_agreement(Console(), runs)
+    assert "the losses of 1 training step by at most 0.0e+00" in " ".join(capsys.readouterr().out.split())
 
 
-def test_an_image_or_a_model_that_cannot_be_read_is_a_message(tmp_path, capsys):
+def test_an_image_or_a_model_that_cannot_be_read_is_a_message(tmp_path, capsys, monkeypatch):
+    photograph = tmp_path / "cut.jpg"
+    photograph.write_bytes((files(demo) / "coffee.jpg").read_bytes()[:5000])
     (tmp_path / "text.jpg").write_text("no image")
-    (tmp_path / "config.json").write_text('{"model_type": "llava_llama"}')
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text('{"model_type": "llava_llama"}')
+    save_checkpoint(tmp_path / "ours")
+    shutil.copytree(tmp_path / "ours", tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    config["text_config"] |= {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(config))
     for option, value, message in (
         ("--image", tmp_path / "none.jpg", "No such file"),
         ("--image", tmp_path / "text.jpg", "cannot identify image"),
-        ("--model", tmp_path, "got 'llava_llama'; `igva-kernels convert`"),
+        ("--image", photograph, "truncated"),
+        ("--image", tmp_path, "Is a directory"),
+        ("--model", tmp_path / "none", "none is not a directory"),
+        ("--model", tmp_path, "holds no config.json"),
+        ("--model", tmp_path / "theirs", "got 'llava_llama'; `igva-kernels convert`"),
+        ("--model", tmp_path / "cut", "model.safetensors: "),
+        ("--model", tmp_path / "ours", "they do not belong together"),  # that model would take 20 GB
     ):
-        assert cli.main(["demo", option, str(value), "--steps", "0"]) == 2
-        assert message in capsys.readouterr().err
+        assert cli.main(["demo", option, str(value), "--steps", "0", "--output", str(tmp_path / "out")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("igva-kernels demo: ") and message in line, line
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert cli.main(["demo", "--steps", "0", "--output", str(tmp_path / "out")]) == 2
+    assert "coffee.jpg: Image size (240000 pixels) exceeds limit" in capsys.readouterr().err
 
 
 def test_training_leaves_the_weights_as_they_were():

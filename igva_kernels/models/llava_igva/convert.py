@@ -1,8 +1,9 @@
 """Converts checkpoints of the IGVA repository and of LLaVA, which it grew from, to transformers' layout and back.
 
 Both repositories save a ``LlavaLlamaForCausalLM``, whose config has the ``model_type`` "llava_llama". If that config
-has ``vit_aggregate_groups``, the checkpoint is IGVA's and becomes a ``LlavaIgvaForConditionalGeneration``; otherwise it
-is LLaVA's and becomes transformers' own Llava. Neither repository is imported.
+has ``vit_aggregate_groups``, the checkpoint is IGVA's; if it has ``igva_kernels``, it is of a LLaVA that was patched
+with a plan, which the config records. Both become a ``LlavaIgvaForConditionalGeneration``. Otherwise it is a plain
+LLaVA's and becomes transformers' own Llava. Neither repository is imported.
 
 They differ from transformers in three ways:
 
@@ -16,15 +17,18 @@ They differ from transformers in three ways:
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import fields as fields_of
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, cat
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -38,23 +42,39 @@ from transformers import (
     LlavaProcessor,
 )
 
+from igva_kernels.models.llava_igva.checkpoint_files import (
+    check_depth,
+    check_size,
+    check_weights,
+    load_pretrained,
+    need,
+    read_config,
+    read_weights,
+)
 from igva_kernels.models.llava_igva.configuration_llava_igva import LlavaIgvaConfig
 from igva_kernels.models.llava_igva.modeling_llava_igva import LlavaIgvaForConditionalGeneration
 from igva_kernels.models.llava_igva.processing_llava_igva import LlavaIgvaProcessor
-from igva_kernels.models.llava_igva.upgrade import load_state_dict
-from igva_kernels.ops.weighted_mix import MixPlan
+from igva_kernels.models.llava_igva.upgrade import load_state_dict, quiet
+from igva_kernels.ops.weighted_mix import MixPlan, is_tap
+from igva_kernels.runtime.errors import UserError, reading
 
 REPO_TYPE = "llava_llama"
 IMAGE_TOKEN = "<image>"
+PATCH = "igva_kernels"
+"""The key under which a config of the LLaVA repository records the plan that its model was patched with."""
 
-_PREFIXES = (
+_TOWER = (
     ("model.vision_tower.vision_tower.vision_model.", "model.vision_tower."),
     ("model.vision_tower.vision_tower.", "model.vision_tower."),  # as transformers 5.10 and newer name it
-    ("model.mm_projector.0.", "model.multi_modal_projector.linear_1."),
-    ("model.mm_projector.2.", "model.multi_modal_projector.linear_2."),
+)
+_AGGREGATOR = (
     ("model.vision_aggregator.transformers.", "model.weight_allocator.blocks."),
     ("model.vision_aggregator.linear.", "model.weight_allocator.head."),
     ("model.vision_aggregator.", "model.weight_allocator."),
+)
+_OTHERS = (
+    ("model.mm_projector.0.", "model.multi_modal_projector.linear_1."),
+    ("model.mm_projector.2.", "model.multi_modal_projector.linear_2."),
     ("model.mm_projector.weight_allocator.", "model.weight_allocator."),  # a LLaVA that was patched with a plan
     ("model.", "model.language_model."),
     ("lm_head.", "lm_head."),
@@ -63,51 +83,73 @@ _PREFIXES = (
 
 _NOT_WEIGHTS = ("model.sentence_embedder.", ".rotary_emb.inv_freq", ".embeddings.position_ids")
 """Entries of a checkpoint whose names contain one of these are dropped."""
-_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+_EMBEDDINGS, _LINEAR_1 = "model.language_model.embed_tokens.weight", "model.multi_modal_projector.linear_1.weight"
+_AGGREGATIONS = {
+    None: "uniform",
+    "WeightAllocator": "instruction",
+    "TextAllocator": "text",
+    "LearnedWeights": "learned",
+}
+"""By the allocator of a patched LLaVA: the reference model's ``aggregation``."""
+_FEATURES = {"patch": "default", "cls_patch": "full"}
+"""By ``mm_vision_select_feature``: transformers' ``vision_feature_select_strategy``."""
+_OPTIONS = {field.name for field in fields_of(LlavaIgvaConfig)} - {field.name for field in fields_of(LlavaConfig)}
+_OPTIONS |= {"vision_feature_layer", "vision_feature_select_strategy"}
+"""The fields that ``config_fields`` may have: all but those that the checkpoint alone can know."""
+_HOW_TO_NAME_A_TOWER = "--vision-tower (vision_tower=) takes the directory of the tower that the model was trained with"
 
 
 def convert(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     vision_tower: str | os.PathLike[str] | None = None,
-    config_fields: dict[str, Any] | None = None,
+    config_fields: Mapping[str, Any] | None = None,
 ) -> LlavaIgvaForConditionalGeneration | LlavaForConditionalGeneration:
     """Write the checkpoint in the directory ``source`` to ``target`` in the other layout, and return the model.
 
-    If there is a tokenizer, it is written too; in transformers' layout it becomes part of a processor.
+    If there is a tokenizer, it is written too; in transformers' layout it becomes part of a processor. Nothing is
+    written before everything has been read.
 
     Args:
         source: a checkpoint of the IGVA or LLaVA repository, or of transformers' LLaVA-IGVA or Llava.
         target: a new or an empty directory.
         vision_tower: the tower's own checkpoint; None for the ``mm_vision_tower`` of the repository's config.
-        config_fields: for a LLaVA that was patched with a plan, the fields of ``LlavaIgvaConfig`` that the repository's
-            config lacks.
+        config_fields: fields of ``LlavaIgvaConfig`` in place of what the repository's checkpoint says, or in addition.
+            A LLaVA that was patched with a plan needs its plan here, unless its config records it.
 
     Raises:
         FileNotFoundError: ``source`` holds no checkpoint.
-        ValueError: ``target`` is not empty, or the other layout cannot hold the model.
+        UserError: a ValueError; a file cannot be read, or the files do not belong together.
+        ValueError: ``target`` is not empty, ``config_fields`` has an unknown field, or the other layout cannot hold the
+            model.
     """
     source, target = Path(source), Path(target)
-    if target.exists() and any(target.iterdir()):
-        raise ValueError(f"target: got {target}, which is not empty, need a new or an empty directory")
-    kind = _read_config(source)["model_type"]
-    tokenizer = None
-    if (source / "tokenizer_config.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(source, config=LlamaConfig())  # source's model_type is unknown
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"target: got {target}, which is not empty, need a new or an empty directory")
+    kind = read_config(source)["model_type"]
+    tokenizer = _read_tokenizer(source)
     if kind == REPO_TYPE:
+        image_processor = None if tokenizer is None else _image_processor(source, vision_tower)
         model = from_repo(source, vision_tower, _add_image_token(tokenizer), config_fields)
         model.save_pretrained(target)
         if tokenizer is not None:
-            _processor(model.config, _image_processor(source, vision_tower), tokenizer).save_pretrained(target)
+            _processor(model.config, image_processor, tokenizer).save_pretrained(target)
         return model
     classes = {LlavaIgvaConfig.model_type: LlavaIgvaForConditionalGeneration, "llava": LlavaForConditionalGeneration}
     if kind not in classes:
-        raise ValueError(f"source: got a {kind!r} checkpoint, need one of {', '.join((REPO_TYPE, *classes))}")
-    model = classes[kind].from_pretrained(source)
-    to_repo(model, target)
+        raise UserError(f"source: got a {kind!r} checkpoint, need one of {', '.join((REPO_TYPE, *classes))}")
+    for name, given in (("vision_tower", vision_tower), ("config_fields", config_fields)):
+        if given is not None:
+            raise UserError(f"{name}: got {given!r} for a {kind!r} checkpoint, which says all of itself; need None")
+    saved = {}
     if tokenizer is not None:
-        tokenizer.save_pretrained(target)
-        CLIPImageProcessor.from_pretrained(source).save_pretrained(target / "vision_tower")
+        with reading(f"{source}: the image processor", "need preprocessor_config.json beside the tokenizer"):
+            saved = {target: tokenizer, target / "vision_tower": CLIPImageProcessor.from_pretrained(source)}
+    model = load_pretrained(classes[kind], source)
+    to_repo(model, target)
+    for directory, part in saved.items():
+        part.save_pretrained(directory)
     return model
 
 
@@ -115,9 +157,12 @@ def from_repo(
     source: str | os.PathLike[str],
     vision_tower: str | os.PathLike[str] | None = None,
     image_token: int | None = None,
-    config_fields: dict[str, Any] | None = None,
+    config_fields: Mapping[str, Any] | None = None,
 ) -> LlavaIgvaForConditionalGeneration | LlavaForConditionalGeneration:
     """The model in a checkpoint of the IGVA or LLaVA repository.
+
+    The sizes of an allocator are read from its weights, which do not tell its heads: where no config does either, they
+    are the default of ``LlavaIgvaConfig``, and a warning says so.
 
     Args:
         source: the directory of the checkpoint, in safetensors or pickled, in one file or in shards.
@@ -127,32 +172,43 @@ def from_repo(
 
     Raises:
         FileNotFoundError: ``source`` holds no checkpoint.
-        ValueError: transformers' Llava cannot represent the model.
+        UserError: a ValueError; a file cannot be read, or the files do not belong together.
+        ValueError: ``config_fields`` has an unknown field, or transformers' Llava cannot represent the model.
     """
-    fields = _read_config(Path(source))
-    weights = {
-        _renamed(name, _PREFIXES): value
-        for name, value in _read_weights(Path(source)).items()
-        if not any(part in name for part in _NOT_WEIGHTS)
-    }
-    tower = vision_tower or fields["mm_vision_tower"]
-    vision_config = AutoConfig.from_pretrained(tower)
-    vision_config = getattr(vision_config, "vision_config", vision_config)
+    source = Path(source)
+    file = source / "config.json"
+    stated = read_config(source)
+    unknown = sorted(set(config_fields or ()) - _OPTIONS)
+    if unknown:
+        raise UserError(f"config_fields: got {', '.join(unknown)}, need some of {', '.join(sorted(_OPTIONS))}")
+    if stated.get("quantization_config"):
+        raise UserError(f"{file}: the checkpoint is quantised; need the weights before they were quantised")
+    loaded = read_weights(source)
+    names = {_renamed(name, (*_TOWER, *_AGGREGATOR, *_OTHERS)): name for name in loaded if not _is_dropped(name)}
+    weights = {ours: loaded[theirs] for ours, theirs in names.items()}
+    if _EMBEDDINGS not in weights or not weights[_EMBEDDINGS].is_floating_point() or _LINEAR_1 not in weights:
+        raise UserError(
+            f"{source}: the weights have no language model and projector in a floating dtype; need a whole checkpoint "
+            f"of the IGVA or LLaVA repository, neither an adapter nor a quantised one"
+        )
+    tower = vision_tower or need(stated, "mm_vision_tower", str, f"{file} ({_HOW_TO_NAME_A_TOWER})")
+    vision_config = _tower_config(tower)
     if not any(name.startswith("model.vision_tower.") for name in weights):
-        states = AutoModel.from_pretrained(tower, config=vision_config).state_dict()
-        weights |= {f"model.vision_tower.{name}": value for name, value in states.items()}
-    embeddings = "model.language_model.embed_tokens.weight"
-    vocabulary = weights[embeddings].shape[0]
+        weights |= {f"model.vision_tower.{name}": value for name, value in _tower_weights(tower, vision_config).items()}
+    vocabulary = weights[_EMBEDDINGS].shape[0]
     image_token = vocabulary if image_token is None else image_token
-    for name in {embeddings, "lm_head.weight"} & weights.keys():
+    for name in {_EMBEDDINGS, "lm_head.weight"} & weights.keys():
         row = weights[name].float().mean(dim=0, keepdim=True).to(weights[name].dtype)
-        weights[name] = torch.cat([weights[name], row.expand(max(0, image_token + 1 - vocabulary), -1)])
-    config = _transformers_config(fields, vision_config, image_token, weights[embeddings].shape[0], config_fields)
+        weights[name] = cat([weights[name], row.expand(max(0, image_token + 1 - vocabulary), -1)])
+    config = _transformers_config(file, stated, vision_config, image_token, weights, config_fields)
     is_igva = isinstance(config, LlavaIgvaConfig)
     model_class = LlavaIgvaForConditionalGeneration if is_igva else LlavaForConditionalGeneration
-    model = load_state_dict(model_class, config, weights, weights[embeddings].dtype)
-    if (Path(source) / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(source)
+    check_depth(len(weights), config, source)
+    check_weights(weights, partial(model_class, config), source, lambda name: names.get(name) or _in_repo(name))
+    model = load_state_dict(model_class, config, weights, weights[_EMBEDDINGS].dtype)
+    if (source / "generation_config.json").exists():
+        with reading(source / "generation_config.json"):
+            model.generation_config = GenerationConfig.from_pretrained(source)
     return model
 
 
@@ -160,6 +216,9 @@ def to_repo(
     model: LlavaIgvaForConditionalGeneration | LlavaForConditionalGeneration, target: str | os.PathLike[str]
 ) -> None:
     """Save a model as a checkpoint of the IGVA repository or, if it is a plain Llava, of the LLaVA repository.
+
+    A model with a plan of its own (``mix_plan``) becomes a checkpoint of a LLaVA that was patched with this plan; its
+    config records the plan, the allocator and the balance coefficient.
 
     The vision tower goes to ``target/vision_tower``, whose absolute path is ``mm_vision_tower`` in the config: edit it
     after moving the checkpoint. If the last token of the vocabulary is the image token, it is left out.
@@ -170,13 +229,13 @@ def to_repo(
     target = Path(target)
     tower = target / "vision_tower"
     fields = _repo_config(model.config, str(tower.resolve()))
-    back = [(theirs, ours) for ours, theirs in _PREFIXES[2:]]
+    aggregator = () if PATCH in fields else _AGGREGATOR
     weights, of_tower = {}, {}
     for name, value in model.state_dict().items():
         if name.startswith("model.vision_tower."):
             of_tower["vision_model." + name.removeprefix("model.vision_tower.")] = value
         else:
-            weights[_renamed(name, back)] = value
+            weights[_in_repo(name, aggregator)] = value
     for name in ("lm_head.weight", "model.embed_tokens.weight"):
         if len(weights[name]) > fields["vocab_size"]:
             weights[name] = weights[name][:-1].clone()
@@ -190,72 +249,157 @@ def to_repo(
     CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}).save_pretrained(tower)
 
 
-def _read_config(source: Path) -> dict[str, Any]:
-    file = source / "config.json"
-    if not file.exists():
-        raise FileNotFoundError(f"source: {source} holds no config.json")
-    return json.loads(file.read_text())
+def _is_dropped(name: str) -> bool:
+    return any(part in name for part in _NOT_WEIGHTS)
 
 
-def _read_weights(source: Path) -> dict[str, Tensor]:
-    for name in _WEIGHT_FILES:
-        index = source / f"{name}.index.json"
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [name]
-        if (source / files[0]).exists():
-            return {k: v for file in files for k, v in _load(source / file).items()}
-    raise FileNotFoundError(f"source: {source} holds neither {' nor '.join(_WEIGHT_FILES)}, whole or in shards")
-
-
-def _load(file: Path) -> dict[str, Tensor]:
-    if file.suffix == ".safetensors":
-        return load_file(file)
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-
-
-def _renamed(name: str, prefixes: Any) -> str:
+def _renamed(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
     for old, new in prefixes:
         if name.startswith(old):
             return new + name.removeprefix(old)
-    raise ValueError(f"source: the weight {name!r} has no counterpart in the other layout")
-
-
-def _transformers_config(
-    fields: dict[str, Any], vision_config: Any, image_token: int, vocabulary: int, config_fields: dict[str, Any] | None
-) -> LlavaConfig:
-    for name, needed in (("mm_projector_type", "mlp2x_gelu"), ("mm_patch_merge_type", "flat")):
-        if fields.get(name, needed) != needed:
-            raise ValueError(f"{name}: got {fields[name]!r}, transformers' Llava supports only {needed!r}")
-    known = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling"} - {"model_type", "architectures"}
-    text = {name: value for name, value in fields.items() if name in known}
-    shared: dict[str, Any] = {
-        "vision_config": vision_config,
-        "text_config": LlamaConfig(**{**text, "vocab_size": vocabulary}),
-        "image_token_index": image_token,
-        "tie_word_embeddings": fields.get("tie_word_embeddings", False),
-    }
-    if "vit_aggregate_groups" not in fields:
-        strategy = {"patch": "default", "cls_patch": "full"}[fields.get("mm_vision_select_feature", "patch")]
-        shared |= {
-            "vision_feature_layer": fields["mm_vision_select_layer"],
-            "vision_feature_select_strategy": strategy,
-        }
-        return LlavaConfig(**shared) if config_fields is None else LlavaIgvaConfig(**{**shared, **config_fields})
-    if not fields["aggregate_by_average"]:
-        shared |= {ours: fields[theirs] for theirs, ours in _ALLOCATOR_FIELDS.items()}
-    return LlavaIgvaConfig(
-        **shared,
-        aggregation="uniform" if fields["aggregate_by_average"] else "instruction",
-        mix_groups=ast.literal_eval(fields["vit_aggregate_groups"]),
-        vision_feature_layer=fields["vit_base_layer"],
+    raise UserError(
+        f"source: the weight {name!r} has no counterpart in the other layout; need a checkpoint of the IGVA or LLaVA "
+        f"repository, or of transformers' LLaVA-IGVA or Llava"
     )
 
 
-_ALLOCATOR_FIELDS = {
-    "sentence_embedder": "sentence_encoder",
+def _in_repo(name: str, aggregator: Iterable[tuple[str, str]] = _AGGREGATOR) -> str:
+    return _renamed(name, [(theirs, ours) for ours, theirs in (*_TOWER[1:], *aggregator, *_OTHERS)])
+
+
+def _tower_config(tower: str | os.PathLike[str]) -> Any:
+    with reading(f"the vision tower {tower}", _HOW_TO_NAME_A_TOWER):
+        config = AutoConfig.from_pretrained(tower)
+    config = getattr(config, "vision_config", config)
+    if config.model_type not in ("clip_vision_model", "siglip_vision_model"):
+        raise UserError(f"the vision tower {tower}: got a {config.model_type!r} model; {_HOW_TO_NAME_A_TOWER}")
+    return config
+
+
+def _tower_weights(tower: str | os.PathLike[str], config: Any) -> dict[str, Tensor]:
+    if Path(tower).is_dir():
+        check_size(Path(tower), config, partial(AutoModel.from_config, config))
+    with quiet(), reading(f"the vision tower {tower}", _HOW_TO_NAME_A_TOWER):
+        model, info = AutoModel.from_pretrained(tower, config=config, output_loading_info=True)
+    if info["missing_keys"]:
+        raise UserError(
+            f"the vision tower {tower}: its weights lack {len(info['missing_keys'])} of the model's, such as "
+            f"{min(info['missing_keys'])}; {_HOW_TO_NAME_A_TOWER}"
+        )
+    return model.state_dict()
+
+
+def _transformers_config(
+    file: Path,
+    stated: dict[str, Any],
+    vision_config: Any,
+    image_token: int,
+    weights: Mapping[str, Tensor],
+    config_fields: Mapping[str, Any] | None,
+) -> LlavaConfig:
+    for name, needed in (("mm_projector_type", "mlp2x_gelu"), ("mm_patch_merge_type", "flat")):
+        if stated.get(name, needed) != needed:
+            raise UserError(f"{file}: {name} is {stated[name]!r}, transformers' Llava supports only {needed!r}")
+    known = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling"} - {"model_type", "architectures"}
+    text = {name: value for name, value in stated.items() if name in known}
+    with reading(file, "need the config that was saved with these weights"):
+        text_config = LlamaConfig(**{**text, "vocab_size": weights[_EMBEDDINGS].shape[0]})
+    shared: dict[str, Any] = {
+        "vision_config": vision_config,
+        "text_config": text_config,
+        "image_token_index": image_token,
+        "tie_word_embeddings": stated.get("tie_word_embeddings", False),
+    }
+    if "vit_aggregate_groups" in stated:
+        shared |= _igva_fields(file, stated)
+    else:
+        feature = need(stated, "mm_vision_select_feature", str, file, default="patch")
+        if feature not in _FEATURES:
+            raise UserError(f"{file}: mm_vision_select_feature is {feature!r}, need {' or '.join(_FEATURES)}")
+        shared |= {
+            "vision_feature_layer": need(stated, "mm_vision_select_layer", int, file),
+            "vision_feature_select_strategy": _FEATURES[feature],
+        }
+        if PATCH in stated:
+            shared |= _patch_fields(file, need(stated, PATCH, dict, file))
+        elif config_fields is None:
+            _check_is_plain(file, weights, vision_config.hidden_size)
+            return LlavaConfig(**shared)
+    shared = {**_allocator_fields(weights), **shared, **(config_fields or {})}
+    with reading(file, "--config (config_fields=) takes fields of LlavaIgvaConfig in place of what it says"):
+        config = LlavaIgvaConfig(**shared)
+    _tell_assumptions(file, config, shared)
+    return config
+
+
+def _igva_fields(file: Path, stated: dict[str, Any]) -> dict[str, Any]:
+    groups = need(stated, "vit_aggregate_groups", (str, list), file)
+    with reading(f"{file}: vit_aggregate_groups", "need lists of layers, such as '[[1, 2], [3, 4]]'"):
+        groups = ast.literal_eval(groups) if isinstance(groups, str) else groups
+    fields = {"mix_groups": groups, "vision_feature_layer": need(stated, "vit_base_layer", int, file)}
+    if need(stated, "aggregate_by_average", bool, file):
+        return {**fields, "aggregation": "uniform"}
+    return {**fields, "aggregation": "instruction", **_present(stated, _ALLOCATOR_FIELDS)}
+
+
+def _patch_fields(file: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """What the patch of a LLaVA has recorded in its config."""
+    where = f"{file}: {PATCH!r}"
+    with reading(f"{where}: plan", "need what MixPlan.to_dict writes"):
+        plan = MixPlan.from_dict(need(record, "plan", dict, where))
+    allocator = need(record, "allocator", dict, where, default={})
+    kind = allocator.get("kind")
+    if kind not in _AGGREGATIONS:
+        raise UserError(f"{where}: the allocator is a {kind!r}, need one of {', '.join(filter(None, _AGGREGATIONS))}")
+    heads = _present(allocator, {"num_heads": "allocator_num_heads"})
+    balance = need(record, "balance_coefficient", (int, float), where, default=0.0)
+    return {"mix_plan": plan, "aggregation": _AGGREGATIONS[kind], "balance_coefficient": float(balance), **heads}
+
+
+def _present(stated: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {ours: stated[theirs] for theirs, ours in names.items() if stated.get(theirs) is not None}
+
+
+def _allocator_fields(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the weights tell of the allocator: its kind and its sizes."""
+    prefix = "model.weight_allocator."
+    shapes = {name.removeprefix(prefix): value.shape for name, value in weights.items() if name.startswith(prefix)}
+    for name, aggregation in (("sentence_proj.weight", "instruction"), ("linear_1.weight", "text")):
+        if name in shapes:
+            blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
+            sizes = {"sentence_embed_dim": shapes[name][-1], "allocator_hidden_dim": shapes[name][0]}
+            return {"aggregation": aggregation, **sizes, **({"allocator_num_blocks": len(blocks)} if blocks else {})}
+    return {"aggregation": "learned" if "scores" in shapes else "uniform"}
+
+
+def _check_is_plain(file: Path, weights: Mapping[str, Tensor], width: int) -> None:
+    reads = weights[_LINEAR_1].shape[-1]
+    if _allocator_fields(weights)["aggregation"] != "uniform" or (reads > width and reads % width == 0):
+        raise UserError(
+            f"{file}: it records no plan, but the model was patched with one: model.mm_projector.0 reads {reads} "
+            f"channels, the vision tower has {width}, and an allocator is model.mm_projector.weight_allocator; "
+            f"--config (config_fields=) takes the plan, such as '{{\"mix_groups\": 4}}'"
+        )
+
+
+def _tell_assumptions(file: Path, config: LlavaIgvaConfig, known: Mapping[str, Any]) -> None:
+    """Warns of what neither the checkpoint nor the caller has said, and what was taken for it."""
+    reads = {"instruction": ("sentence_encoder", "allocator_num_heads"), "text": ("sentence_encoder",)}
+    assumed = [name for name in reads.get(config.aggregation, ()) if config.plan.num_columns and name not in known]
+    if assumed:
+        values = " and ".join(f"{name} {getattr(config, name)!r}" for name in assumed)
+        warnings.warn(
+            f"{file} does not say {' and '.join(assumed)}: assumed {values}; --config (config_fields=) takes others",
+            stacklevel=4,
+        )
+
+
+_ALLOCATOR_FIELDS = {"sentence_embedder": "sentence_encoder", "aggregator_num_heads": "allocator_num_heads"}
+"""What the weights of an allocator do not tell, by the names of the IGVA repository."""
+_ALLOCATOR_SIZES = {
     "sentence_embed_dim": "sentence_embed_dim",
     "aggregator_hidden_dim": "allocator_hidden_dim",
     "aggregator_num_transformers": "allocator_num_blocks",
-    "aggregator_num_heads": "allocator_num_heads",
 }
 
 
@@ -266,8 +410,9 @@ def _repo_config(config: LlavaConfig, tower: str) -> dict[str, Any]:
         ("vision_config", config.vision_config.model_type, "clip_vision_model"),
         ("projector_hidden_act", config.projector_hidden_act, "gelu"),
         ("multimodal_projector_bias", config.multimodal_projector_bias, True),
-        *((("mix_plan", config.mix_plan, None), ("projector_layernorm_eps", config.projector_layernorm_eps, None),
-           ("vision_feature_select_strategy", config.vision_feature_select_strategy, "default")) if is_igva else ()),
+        *((("projector_layernorm_eps", config.projector_layernorm_eps, None),) if is_igva else ()),
+        *((("vision_feature_select_strategy", config.vision_feature_select_strategy, "default"),)
+          if is_igva and config.mix_plan is None else ()),
     ):  # fmt: skip
         if given != needed:
             raise ValueError(f"{name}: got {given!r}, the repository supports only {needed!r}")
@@ -288,18 +433,56 @@ def _repo_config(config: LlavaConfig, tower: str) -> dict[str, Any]:
         "mm_use_im_patch_token": False,
         "use_mm_proj": True,
     }
-    if not is_igva:
-        feature = {"default": "patch", "full": "cls_patch"}[config.vision_feature_select_strategy]
-        return {**fields, "mm_vision_select_layer": config.vision_feature_layer, "mm_vision_select_feature": feature}
+    if not is_igva or config.mix_plan is not None:
+        feature = {ours: theirs for theirs, ours in _FEATURES.items()}[config.vision_feature_select_strategy]
+        fields |= {"mm_vision_select_layer": config.vision_feature_layer, "mm_vision_select_feature": feature}
+        return {**fields, **_patch_record(config)} if is_igva else fields
     plan = MixPlan.igva(config.vision_config.num_hidden_layers, config.mix_groups, config.vision_feature_layer)
     groups = [[e.layer for e in plan.blocks[1] if e.column == k] for k in range(plan.num_columns)]
+    allocator = {**_ALLOCATOR_FIELDS, **_ALLOCATOR_SIZES}
     return {
         **fields,
-        **{theirs: getattr(config, ours) for theirs, ours in _ALLOCATOR_FIELDS.items()},
+        **{theirs: getattr(config, ours) for theirs, ours in allocator.items()},
         "vit_aggregate_groups": repr(groups),
         "vit_base_layer": config.vision_feature_layer,
         "aggregate_by_average": config.aggregation == "uniform",
     }
+
+
+def _patch_record(config: LlavaIgvaConfig) -> dict[str, Any]:
+    """What the config of a LLaVA that was patched with the model's plan says of it."""
+    plan, width = config.plan, config.vision_config.hidden_size
+    hidden, sentence = {"hidden_dim": config.allocator_hidden_dim}, {"sentence_dim": config.sentence_embed_dim}
+    blocks = {"num_blocks": config.allocator_num_blocks, "num_heads": config.allocator_num_heads}
+    sizes = {"instruction": {**sentence, "vision_dim": width, **hidden, **blocks}, "text": {**sentence, **hidden}}
+    allocator = None
+    if plan.num_columns:
+        kind = {aggregation: kind for kind, aggregation in _AGGREGATIONS.items()}[config.aggregation]
+        allocator = {"kind": kind, "num_weights": plan.num_columns, **sizes.get(config.aggregation, {})}
+    taps = [block[0].layer for block in plan.blocks if is_tap(block)]
+    layers = config.vision_config.num_hidden_layers + 1
+    read = config.vision_feature_layer
+    # A plain LLaVA reads one layer, and a plan takes the place of that layer's block.
+    if taps and not (isinstance(read, int) and read % layers in taps):
+        read = taps[0] - layers
+    return {
+        "mm_hidden_size": plan.num_blocks * width,
+        "mm_vision_select_layer": read if isinstance(read, int) else -2,
+        "sentence_embedder": config.sentence_encoder,
+        PATCH: {"plan": plan.to_dict(), "allocator": allocator, "balance_coefficient": config.balance_coefficient},
+    }
+
+
+def _read_tokenizer(source: Path) -> Any:
+    """The tokenizer of a checkpoint; None if there is none."""
+    if not any((source / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    if not (source / "tokenizer.json").is_file() and (file := source / "tokenizer.model").is_file():
+        # Without them transformers takes the file for one of tiktoken's, and says so.
+        with reading(f"{file} needs sentencepiece and a protobuf that fits it", "pip install 'igva-kernels[models]'"):
+            importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    with reading(f"{source}: the tokenizer"):
+        return AutoTokenizer.from_pretrained(source, config=LlamaConfig())  # source's model_type is unknown
 
 
 def _add_image_token(tokenizer: Any) -> int | None:
@@ -312,9 +495,11 @@ def _add_image_token(tokenizer: Any) -> int | None:
 
 
 def _image_processor(source: Path, vision_tower: str | os.PathLike[str] | None) -> Any:
-    fields = _read_config(source)
-    processor = CLIPImageProcessor.from_pretrained(vision_tower or fields["mm_vision_tower"])
-    if fields.get("image_aspect_ratio") != "pad":
+    stated = read_config(source)
+    tower = vision_tower or need(stated, "mm_vision_tower", str, f"{source / 'config.json'} ({_HOW_TO_NAME_A_TOWER})")
+    with reading(f"the vision tower {tower}", _HOW_TO_NAME_A_TOWER):
+        processor = CLIPImageProcessor.from_pretrained(tower)
+    if stated.get("image_aspect_ratio") != "pad":
         return processor
     return LlavaImageProcessor(**{**processor.to_dict(), "do_pad": True})  # CLIP's, on an image padded to a square
 

@@ -51,7 +51,7 @@ def load_state_dict(
     Raises:
         ValueError: any other weight is missing, left over or of another shape.
     """
-    with _quiet():
+    with quiet():
         model, info = model_class.from_pretrained(
             None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -68,7 +68,7 @@ def load_state_dict(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silences transformers' report on the weights and its progress bar; what matters in the report is raised here."""
     verbosity, draws = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
