@@ -4,9 +4,11 @@
 #   make demo ARGS="--image cat.jpg"    the same about your photograph; see: igva-kernels demo --help
 #   make test                           ruff, mypy and the tests
 #   make test-all                       the slow tests too, every instruction set of this CPU, the sanitizers, the CUDA
-#                                       module for every architecture, the oldest supported transformers, patching on 4.x
+#                                       module for every architecture, the oldest supported transformers, patching on 4.x,
+#                                       and what people run on a Llava: peft, bitsandbytes, torchao, trl, lmms-eval, ...
 #   make sanitize                       the CPU kernels under AddressSanitizer and UBSan: their tests and 10,000 random calls
-#   make compatibility                  docs/compatibility.md: which transformers models can be patched, in three versions
+#   make compatibility                  docs/compatibility.md: clients on three models, and which models of transformers
+#                                       can be patched, in three versions
 #   make bench                          the benchmark suite on the GPU, or on the CPU if there is none (8 to 10 minutes)
 #   make plots                          pictures, benchmarks/RESULTS.md and the README's tables from the CSV files
 #   make learn                          train small models on drawn pictures, plain beside fused (about 10 minutes)
@@ -17,6 +19,11 @@ PYTHON ?= python3
 ARGS ?=
 OLDEST_TRANSFORMERS := 5.17.0
 TRANSFORMERS_4 := 4.57.6
+
+# What tests/clients run on a model, and what lmms-eval imports. All that lmms-eval asks for is 1 GB more, and a
+# torchvision, which without its torch, the one for CUDA, breaks every import of transformers.
+CLIENTS := bitsandbytes torchao trl datasets onnx onnxscript onnxruntime fastapi uvicorn openai sentencepiece protobuf \
+	tiktoken evaluate jsonlines loguru numexpr pytablewriter python-dotenv sacrebleu tenacity
 
 BUILD := pyproject.toml setup.py CMakeLists.txt igva_kernels/version.py $(shell find csrc -type f)
 PYTHON_FILES := $(shell find igva_kernels -name '*.py' -o -name '*.json' -not -name build_info.json)
@@ -31,7 +38,9 @@ PARALLEL := -n 2 --dist worksteal
 
 # Where the kernels are tested, and what a version of transformers can break.
 KERNEL_TESTS := tests/ops tests/runtime
-MODEL_TESTS := tests/models tests/integrations tests/training tests/package/test_demo.py
+CLIENT_TESTS := tests/clients
+EVERY_VERSION := $(CLIENT_TESTS)/test_transformers.py
+MODEL_TESTS := tests/models tests/integrations tests/training tests/package/test_demo.py $(EVERY_VERSION)
 CPU_KERNEL_TESTS := tests/ops/weighted_mix/test_cpu.py tests/runtime/test_cpu_dense.py tests/runtime/test_products.py \
 	tests/runtime/test_native.py
 
@@ -53,14 +62,15 @@ test: lint
 	$(RUN) "tests" -- $(TEST)/pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
 	$(STEPS) summary
 
-test-all: test isas sanitize .venv-oldest/installed .venv-transformers4/installed
+test-all: test isas sanitize .venv-oldest/installed .venv-transformers4/installed .venv-clients/installed
 	$(RUN) "Triton kernels, interpreted, slow" -- env TRITON_INTERPRET=1 $(TEST)/pytest $(PARALLEL) -m slow \
 		$(KERNEL_TESTS) $(ARGS)
-	$(RUN) "slow tests" -- $(TEST)/pytest $(PARALLEL) -m "slow and not gpu" $(ARGS)
+	$(RUN) "slow tests" -- $(TEST)/pytest $(PARALLEL) -m "slow and not gpu" --ignore $(CLIENT_TESTS) $(ARGS)
+	$(RUN) "clients" -- .venv-clients/bin/python -m pytest $(PARALLEL) -m "not gpu" $(CLIENT_TESTS) $(ARGS)
 	$(RUN) "transformers $(OLDEST_TRANSFORMERS)" -- .venv-oldest/bin/python -m pytest $(PARALLEL) -m "not slow and not gpu" \
 		$(MODEL_TESTS) $(ARGS)
 	$(RUN) "transformers $(TRANSFORMERS_4)" -- .venv-transformers4/bin/python -m pytest $(PARALLEL) \
-		tests/integrations/test_patch_transformers.py $(ARGS)
+		tests/integrations/test_patch_transformers.py $(EVERY_VERSION) $(ARGS)
 	$(STEPS) summary
 
 # Every instruction set of this CPU below the best one, which `make test` uses; tests/conftest.py restricts torch's
@@ -89,8 +99,9 @@ $(SANITIZED)/installed: $(BUILD) $(PYTHON_FILES) .venv-test/installed
 		$(TEST)/python -m pip install --quiet --no-deps --upgrade --target $(SANITIZED) .
 	touch $@
 
-compatibility: .venv-test/installed .venv-oldest/installed .venv-transformers4/installed
-	$(TEST)/python tests/helpers/compatibility.py $(TEST)/python .venv-oldest/bin/python .venv-transformers4/bin/python
+compatibility: .venv-test/installed .venv-oldest/installed .venv-transformers4/installed .venv-clients/installed
+	$(TEST)/python tests/helpers/compatibility.py $(TEST)/python .venv-oldest/bin/python .venv-transformers4/bin/python \
+		--clients .venv-clients/bin/python
 
 lint: .venv-test/installed
 	$(RUN) "ruff" -- $(TEST)/ruff check .
@@ -107,7 +118,7 @@ learn: .venv-test/installed
 	$(TEST)/python examples/learn_shapes.py $(ARGS)
 
 clean:
-	rm -rf .venv-demo .venv-test .venv-oldest .venv-transformers4
+	rm -rf .venv-demo .venv-test .venv-oldest .venv-transformers4 .venv-clients
 
 # --megabytes: to download and on disk, with torch for CPUs.
 .venv-test/installed: constraints.txt $(BUILD)
@@ -118,7 +129,7 @@ clean:
 	@$(NO_CUDA) $(PYTHON) tools/steps.py install .venv-demo demo --megabytes 630 2200
 	@touch $@
 
-# The next two environments find all of .venv-test below them, the kernels too.
+# The next three environments find all of .venv-test below them, the kernels too.
 .venv-oldest/installed: .venv-test/installed
 	$(STEPS) layer .venv-oldest .venv-test transformers==$(OLDEST_TRANSFORMERS) --free transformers huggingface_hub
 	@touch $@
@@ -127,4 +138,8 @@ clean:
 .venv-transformers4/installed: .venv-test/installed
 	$(STEPS) layer .venv-transformers4 .venv-test transformers==$(TRANSFORMERS_4) \
 		--free transformers huggingface_hub tokenizers
+	@touch $@
+
+.venv-clients/installed: .venv-test/installed
+	$(STEPS) layer .venv-clients .venv-test $(CLIENTS) --bare lmms-eval --megabytes 700
 	@touch $@

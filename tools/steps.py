@@ -102,16 +102,20 @@ def install(folder: Path, extra: str, editable: bool, sizes: tuple[int, int]) ->
     say(f"    {folder} takes {size / 1e9:.1f} GB")
 
 
-def layer(folder: Path, base: Path, packages: Sequence[str], free: Sequence[str]) -> None:
-    """Makes a virtual environment that has all of another one, and some packages in other versions.
+def layer(
+    folder: Path, base: Path, packages: Sequence[str], free: Sequence[str], bare: Sequence[str], megabytes: int
+) -> None:
+    """Makes a virtual environment that has all of another one, and further packages, or some in other versions.
 
     Args:
         folder: of the new environment.
         base: the environment below, which is read and not changed.
         packages: requirements that win over those of the base.
         free: packages whose versions constraints.txt does not fix here.
+        bare: packages that are installed without what they require.
+        megabytes: on disk, as measured.
     """
-    say(f"==> {folder}: {base} with {', '.join(packages)}; about 150 MB on disk")
+    say(f"==> {folder}: {base} with {', '.join([*packages, *bare])}; about {megabytes} MB on disk")
     make(folder, "--clear", "--without-pip")  # the base has pip
     below, own = (site_packages(environment) for environment in (base, folder))
     # addsitedir and not a bare path, because the editable installation is a .pth file itself.
@@ -119,7 +123,10 @@ def layer(folder: Path, base: Path, packages: Sequence[str], free: Sequence[str]
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     constraints = folder / "constraints.txt"
     constraints.write_text("\n".join(line for line in lines if re.split("[=<>;]", line)[0] not in free) + "\n")
-    timed(f"{folder.name}, packages", lambda: run_pip(folder, "-c", str(constraints), *packages))
+    pinned = ("-c", str(constraints))
+    timed(f"{folder.name}, packages", lambda: run_pip(folder, *pinned, *packages))
+    if bare:
+        timed(f"{folder.name}, bare packages", lambda: run_pip(folder, "--no-deps", *pinned, *bare))
 
 
 def make(folder: Path, *options: str) -> None:
@@ -196,6 +203,8 @@ def main() -> None:
     other.add_argument("base", type=Path)
     other.add_argument("packages", nargs="+")
     other.add_argument("--free", nargs="+", default=[])
+    other.add_argument("--bare", nargs="+", default=[])
+    other.add_argument("--megabytes", type=int, default=150)
     commands.add_parser("summary")
     args = parser.parse_args()
     if args.command == "run":
@@ -203,7 +212,7 @@ def main() -> None:
     elif args.command == "install":
         install(args.folder, args.extra, args.editable, tuple(args.megabytes))
     elif args.command == "layer":
-        layer(args.folder, args.base, args.packages, args.free)
+        layer(args.folder, args.base, args.packages, args.free, args.bare, args.megabytes)
     else:
         summary()
 

@@ -4,9 +4,7 @@ Each test says with ``client_row`` which cell of docs/compatibility.md it stands
 """
 
 import pytest
-
-MODELS = ("plain", "patched", "reference")
-"""Columns of the table."""
+from compatibility import MODELS
 
 
 @pytest.fixture

@@ -3,14 +3,14 @@
 from types import MethodType
 
 import torch
+from compatibility import MODELS
 from harness import quick_impls
 from hosts import gradients, host_inputs, host_model
 
 from igva_kernels.ops.weighted_mix import layer_mix
 from igva_kernels.runtime.activations import ACTIVATIONS
 
-MODELS = ("plain", "patched", "reference")
-"""Columns of the table of clients in docs/compatibility.md."""
+__all__ = ["MODELS"]
 
 LAYERS = [-2, -3, 1]
 """Of the Llava: a list, so that a patch has a concat to save."""

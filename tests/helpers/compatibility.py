@@ -1,19 +1,29 @@
-"""docs/compatibility.md from the outcomes of test_patch_transformers.py under several versions of transformers.
+"""docs/compatibility.md from the outcomes of tests, under several versions of transformers and with what is used on it.
 
-    python tests/helpers/compatibility.py .venv-test/bin/python .venv-oldest/bin/python .venv-transformers4/bin/python
+    python tests/helpers/compatibility.py .venv-test/bin/python .venv-oldest/bin/python .venv-transformers4/bin/python \
+        --clients .venv-clients/bin/python
 
-Each interpreter runs the tests; a cell of the table sums up all tests of that model and check.
+Each interpreter runs the tests of the patch; a cell of its table sums up all tests of that model and check. The one of
+the clients runs tests/clients, the others only what every version of transformers can run of it; these tests say with
+``client_row`` which cell they stand for.
 """
 
 import argparse
 import subprocess
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[2]
-TESTS = "tests/integrations/test_patch_transformers.py"
+PATCH_TESTS = "tests/integrations/test_patch_transformers.py"
+CLIENT_TESTS = "tests/clients"
+EVERY_VERSION = "tests/clients/test_transformers.py"
+MODELS = ("plain", "patched", "reference")
+"""Columns of the table of clients."""
+
 CHECKS = {
     "test_forward": "forward",
     "test_generate": "generate",
@@ -30,10 +40,32 @@ CHECKS = {
 }
 """Columns: the tests behind them. The last ones run on two or three models, which stand for all."""
 
-HEAD = """# Which transformers models `ik.patch` serves
+HEAD = """# What works with what
 
 `make compatibility` writes this page from the outcomes of the tests: tiny models with random weights on a CPU, each
-compared with the same model before the patch. [patching.md](patching.md) says how to patch.
+compared with the same model before the patch, or with plain code. [patching.md](patching.md) says how to patch.
+
+yes: every test passed. FAILS: at least one did not. not run: a library is missing, or has no such thing for these
+models. An empty cell: there is no such test. Any other word is the right answer of the tests that passed.
+
+1. [Clients and models](#clients-and-models)
+2. [Models of transformers that `ik.patch` serves](#models-of-transformers-that-ikpatch-serves)
+
+## Clients and models
+
+A client is what people run on a Llava: loading, adapters, quantisation, offload, serving, evaluation. **plain**: a
+Llava of transformers that reads three layers. **patched**: the same after `ik.patch`, before and after the client came.
+**reference**: `LlavaIgvaForConditionalGeneration`. Tested with {versions}.
+
+* **accelerate, hooks, peft, tensor parallelism**: loss, logits and all gradients of plain code; merged adapters;
+  nothing is left after `revert`.
+* **bitsandbytes, torchao**: logits and layer weights of plain code over the numbers that the quantised weights stand
+  for. In 8 bit, bitsandbytes rounds the activations too.
+* **torch.export, ONNX**: what was exported answers other images. ONNX knows plain PyTorch only (`impl="reference"`).
+* **transformers**: saved, loaded, trained for a step, asked.
+"""
+
+PATCH_HEAD = """## Models of transformers that `ik.patch` serves
 
 * **forward**: equal logits in fp32. **generate**: the same greedy tokens. **gradients**: those of every parameter of
   the model. All three are tested with one, three and four layers; CLIP towers have a CLS token, SigLIP towers have
@@ -43,45 +75,106 @@ compared with the same model before the patch. [patching.md](patching.md) says h
 * **checkpointing**: reentrant and not. **offload**: accelerate's, to CPU and disk. **LoRA**: peft's on the projector,
   with dropout, DoRA, modules_to_save. **FSDP2**: units down to the single Linear. The last three are tested with the
   patch before and after.
-* yes: every test passed. FAILS: at least one did not. not run: a library is missing. An empty cell: this model has no
-  such test.
 """
 
+CLIENTS = ("accelerate", "bitsandbytes", "lmms-eval", "onnxruntime", "peft", "torch", "torchao", "transformers", "trl")
+"""Distributions whose versions the page names."""
 
-def outcomes(python: str) -> tuple[str, dict[tuple[str, str], set[str]]]:
-    """The version of transformers, and ``{(model, check): outcomes}``."""
-    version = subprocess.check_output([python, "-c", "import transformers; print(transformers.__version__)"], text=True)
+
+PEFT = "peft: "
+"""What the rows of peft's methods begin with, which have a table of their own."""
+
+
+class Outcome(NamedTuple):
+    """Of one test: its function, the properties that it recorded, and the word for a cell."""
+
+    test: str
+    properties: dict[str, str]
+    word: str
+
+
+def outcomes(python: str, *tests: str) -> list[Outcome]:
+    """What becomes of the tests under an interpreter."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [python, "-m", "pytest", "-q", "--junitxml", report, ROOT / TESTS]
+        parallel = ("-n", "2", "--dist", "worksteal")
+        command = [python, "-m", "pytest", "-q", "-m", "not gpu", *parallel, "--junitxml", report, *tests]
         subprocess.run(command, cwd=ROOT)  # failures are in the report
-        cases = ElementTree.parse(report).iter("testcase")
-        found = defaultdict(set)
-        for case in cases:
-            host = case.find("properties/property[@name='host']")
-            check = CHECKS.get(case.attrib["name"].partition("[")[0])
-            if host is not None and check is not None:
-                bad = case.find("failure") is not None or case.find("error") is not None
-                outcome = "FAILS" if bad else "not run" if case.find("skipped") is not None else "yes"
-                found[host.attrib["value"], check].add(outcome)
-    return version.strip(), found
+        return [outcome(case) for case in ElementTree.parse(report).iter("testcase")]
 
 
-def table(found: dict[tuple[str, str], set[str]]) -> str:
-    rows = [["model", *CHECKS.values()], ["---"] * (len(CHECKS) + 1)]
-    for host in dict.fromkeys(host for host, _ in found):
-        cells = (found.get((host, check), {""}) for check in CHECKS.values())
-        rows.append([host, *(next(word for word in ("FAILS", "not run", "yes", "") if word in cell) for cell in cells)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def outcome(case: ElementTree.Element) -> Outcome:
+    """Of a test case of a JUnit report; of a property that was recorded twice, the last value counts."""
+    properties = {each.attrib["name"]: each.attrib["value"] for each in case.iterfind("properties/property")}
+    bad = case.find("failure") is not None or case.find("error") is not None
+    skipped = case.find("skipped") is not None
+    word = "FAILS" if bad else "not run" if skipped else properties.get("passed", "yes")
+    return Outcome(case.attrib["name"].partition("[")[0], properties, word)
+
+
+def cell(words: set[str]) -> str:
+    """The worst of the words decides; what tests say in place of "yes" is listed beside it."""
+    if not words or words & {"FAILS", "not run"}:
+        return next((word for word in ("FAILS", "not run") if word in words), "")
+    return ", ".join(sorted(words, key=lambda word: (word != "yes", word)))
+
+
+def table(first: str, columns: Sequence[str], cells: Iterable[tuple[str, str, str]]) -> str:
+    """A Markdown table of ``(row, column, word)``, its rows in the order in which they come."""
+    found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for row, column, word in cells:
+        found[row][column].add(word)
+    lines = [[first, *columns], ["---"] * (len(columns) + 1)]
+    lines += [[row, *(cell(words.get(column, set())) for column in columns)] for row, words in found.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def patch_cells(found: Sequence[Outcome]) -> Iterator[tuple[str, str, str]]:
+    """Of the tests of the patch: ``(model, check, word)``."""
+    for each in found:
+        if "host" in each.properties and each.test in CHECKS:
+            yield each.properties["host"], CHECKS[each.test], each.word
+
+
+def client_cells(found: Sequence[Outcome]) -> list[tuple[str, str, str]]:
+    """Of the tests of clients: ``(client, model, word)``, by name."""
+    cells = [
+        (each.properties["client"], each.properties["model"], each.word)
+        for each in found
+        if "client" in each.properties
+    ]
+    return sorted(cells, key=lambda each: each[0].casefold())
+
+
+def version(python: str, *distributions: str) -> str:
+    """Of the distributions that the interpreter has: ``"peft 0.21.2, ..."``."""
+    code = (
+        "import importlib.metadata as m, sys\n"
+        "have = {d.name.lower().replace('_', '-'): d.version for d in m.distributions()}\n"
+        "print(', '.join(f'{name} {have[name]}' for name in sys.argv[1:] if name in have))"
+    )
+    return subprocess.check_output([python, "-c", code, *distributions], text=True).strip()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pythons", nargs="+", help="interpreters, each with another version of transformers")
+    parser.add_argument("--clients", required=True, help="the interpreter that has the clients")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "compatibility.md")
     args = parser.parse_args()
-    sections = [f"## transformers {version}\n\n{table(found)}\n" for version, found in map(outcomes, args.pythons)]
-    args.output.write_text("\n".join([HEAD, *sections]))
+
+    of_clients, sections = outcomes(args.clients, CLIENT_TESTS), []
+    for python in args.pythons:
+        found = outcomes(python, PATCH_TESTS, EVERY_VERSION)
+        of_clients += found
+        patched = table("model", list(CHECKS.values()), patch_cells(found))
+        sections.append(f"### {version(python, 'transformers')}\n\n{patched}")
+    rows = client_cells(of_clients)
+    methods = [(client.removeprefix(PEFT), *rest) for client, *rest in rows if client.startswith(PEFT)]
+    others = [row for row in rows if not row[0].startswith(PEFT)]
+    clients = [table("client", MODELS, others), table("method of peft", MODELS, methods)]
+    head = HEAD.format(versions=version(args.clients, *CLIENTS))
+    args.output.write_text("\n".join([head, *clients, PATCH_HEAD, *sections]))
 
 
 if __name__ == "__main__":
