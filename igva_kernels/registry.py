@@ -131,8 +131,7 @@ class Operator:
             return backend
         if impl != "auto":
             raise NotImplementedError(
-                f"impl={impl!r} cannot serve the call while {reason}: the kernels have first derivatives in reverse "
-                f"mode only; impl='reference' or 'auto' can"
+                f"impl={impl!r} cannot serve the call while {reason}; impl='reference' or 'auto' can"
             )
         warn_of_fallback(self.name, reason)
         return REFERENCE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable
@@ -68,10 +69,21 @@ def why_only_torch(values: Iterable[Any]) -> str | None:
     """
     # torch's own check; in a torch without it, the operators themselves refuse a transform (``torch_op``).
     if getattr(torch._C, "_are_functorch_transforms_active", bool)():
-        return f"{transform()} is active"
+        return f"{transform()} is active and the kernels {_DERIVATIVES}"
+    if _exports_to_onnx():
+        return "torch.onnx exports it and ONNX has no such operator"
     # Code that is being compiled shows no tangents; when it runs, the operators look again.
     seen = not torch.compiler.is_compiling() and has_tangent(values)
-    return "forward-mode AD is active and a tensor carries a tangent" if seen else None
+    return f"forward-mode AD is active, a tensor carries a tangent and the kernels {_DERIVATIVES}" if seen else None
+
+
+_DERIVATIVES = "have first derivatives in reverse mode only"
+
+
+@constant_under_compile
+def _exports_to_onnx() -> bool:
+    exporter = sys.modules.get("torch.onnx")  # recent versions of torch import it when it is first used
+    return exporter is not None and exporter.is_in_onnx_export()
 
 
 def transform() -> str:
@@ -139,6 +151,12 @@ def saveable(tensor: _Tensor) -> _Tensor:
     if tensor is None or torch.compiler.is_compiling() or not tensor.is_inference():
         return tensor
     return tensor.clone()
+
+
+def records_gradients() -> bool:
+    """Whether a call must keep what its backward needs; a trace of torch.jit is checked, and may later be run, in
+    another mode than it was made in."""
+    return torch.is_grad_enabled() or torch.jit.is_tracing()
 
 
 class PerThread(threading.local):

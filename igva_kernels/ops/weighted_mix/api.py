@@ -14,7 +14,7 @@ from igva_kernels.ops.weighted_mix.checks import Mix, check_image_range, check_m
 from igva_kernels.ops.weighted_mix.plan import MixPlan
 from igva_kernels.ops.weighted_mix.steps import Keep, Projector
 from igva_kernels.registry import REFERENCE
-from igva_kernels.runtime.context import autocast_dtype, saveable
+from igva_kernels.runtime.context import autocast_dtype, records_gradients, saveable
 from igva_kernels.runtime.dense import Norm
 
 
@@ -186,7 +186,7 @@ def _project(impl: str, mix: Mix, projector: Projector) -> Tensor:
 
 def _what_to_keep(mix: Mix, projector: Projector) -> tuple[Keep, bool]:
     """What the backward will need of the mixed row, and whether it needs z."""
-    if not torch.is_grad_enabled():
+    if not records_gradients():
         return Keep.NOTHING, False
     weight1, bias1, weight2, _, norm, activation = projector
     into_rows = mix.weights_need_grad or any(layer.requires_grad for layer in mix.layers)

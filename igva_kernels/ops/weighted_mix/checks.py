@@ -12,7 +12,7 @@ from igva_kernels.ops.weighted_mix.plan import MixPlan
 from igva_kernels.ops.weighted_mix.program import lower
 from igva_kernels.ops.weighted_mix.steps import Projector
 from igva_kernels.runtime.activations import check_activation
-from igva_kernels.runtime.context import cached_constant, check_storage, has_values, is_distributed
+from igva_kernels.runtime.context import cached_constant, check_storage, has_values, is_distributed, records_gradients
 from igva_kernels.runtime.dense import accumulation_dtype, why_no_float
 
 
@@ -83,7 +83,7 @@ def check_mix(
         check_image_index(image_index, layers[0].device, num_images)
         num_rows = image_index.shape[0]
     mix_weights = check_mix_weights(mix_weights, num_columns, num_rows, layers[0])
-    need_grad = mix_weights is not None and mix_weights.requires_grad and torch.is_grad_enabled()
+    need_grad = mix_weights is not None and mix_weights.requires_grad and records_gradients()
     return Mix(layers, mix_weights, image_index, skip_tokens, code, num_blocks * width, only_taps, need_grad)
 
 

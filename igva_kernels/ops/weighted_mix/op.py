@@ -25,7 +25,7 @@ from igva_kernels.ops.weighted_mix.steps import (
     Shapes,
     WeightedMix,
 )
-from igva_kernels.registry import Operator
+from igva_kernels.registry import Operator, choose
 from igva_kernels.runtime.context import check_storage
 from igva_kernels.runtime.torch_op import Differentiate, define, no_second_derivative
 
@@ -177,12 +177,19 @@ def _backward_flops(given: SimpleNamespace) -> int:
     return 2 * given.grad_out.shape[0] * given.grad_out.shape[1] * weights
 
 
+def _implementation(given: SimpleNamespace, tensor: Tensor) -> WeightedMix:
+    """The code of the backend that the call names; the public functions chose it, but an exported program may have been
+    moved to another device since."""
+    choose(OPERATOR.name, given.impl, tensor.device, tensor.dtype, ())
+    return OPERATOR.implementation(given.impl)
+
+
 def _register(forward: str, backward: str) -> Callable[..., Any]:
     """Registers a forward and its backward from their schemas; the forward as a function of its arguments by name."""
 
     def run_backward(given: SimpleNamespace) -> list[Tensor]:
         _check_storages(given)
-        return _backward(given, OPERATOR.implementation(given.impl))
+        return _backward(given, _implementation(given, given.grad_out))
 
     differentiate = _differentiate(
         define(
@@ -191,7 +198,7 @@ def _register(forward: str, backward: str) -> Callable[..., Any]:
         )
     )  # fmt: skip
     return define(
-        forward, lambda given: _forward(given, OPERATOR.implementation(given.impl)),
+        forward, lambda given: _forward(given, _implementation(given, given.layers[0])),
         lambda given: _forward(given, Shapes()), _save, differentiate, _LEFT_OUT, _flops,
     )  # fmt: skip
 
