@@ -579,7 +579,8 @@ class LlavaIgvaForConditionalGeneration(_FrozenTowerMixin, LlavaForConditionalGe
             if start + ids.shape[1] > length:
                 raise NotImplementedError(
                     f"prefill_chunk_size: the cache holds {start} tokens, and {ids.shape[1]} more are beyond the "
-                    f"{length} of the prompt; need a prompt that starts with the tokens of the cache"
+                    f"{length} of the prompt; need a prompt that starts with the cached tokens and a version of "
+                    f"transformers that skips them, or no chunks"
                 )
         if start < length:
             embeds = prompt_embeds[:, start : start + ids.shape[1]].contiguous()
