@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from clients import KERNEL, build, inputs_of, plain_code
+from clients import KERNEL, MODELS, assert_same_step, build, inputs_of, plain_code, step
+from seeds import seeded
 from torch import nn
 
 import igva_kernels as ik
@@ -121,3 +122,39 @@ def test_torchao(kind, fields, first, client_row):
         assert_close_to(answer(model, inputs), found, 1e-5)
     elif kind == "patched":
         assert_patched_or_refused(model, inputs, found, client_row, "torchao int8")
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_adapters_of_a_4_bit_model_learn_as_over_plain_code(kind, client_row, tmp_path):
+    client_row("bitsandbytes 4 bit with peft", kind)
+    pytest.importorskip("bitsandbytes")
+    peft = pytest.importorskip("peft")
+    from transformers import BitsAndBytesConfig
+
+    original = build(kind)
+    original.save_pretrained(tmp_path)
+
+    def learn(first, then):
+        settings = BitsAndBytesConfig(load_in_4bit=True)
+        model = type(original).from_pretrained(tmp_path, quantization_config=settings)
+        first(model)
+        model = peft.prepare_model_for_kbit_training(model)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "linear_1", "linear_2"], init_lora_weights=False)
+        torch.manual_seed(seeded(1))
+        model = peft.get_peft_model(model, config).train()
+        then(model)
+        return step(model, inputs_of(kind, labels=True))
+
+    def nothing(model):
+        pass
+
+    def patch(model):
+        ik.patch(model, impl=KERNEL)
+
+    expected = learn(plain_code, nothing)
+    assert any("multi_modal_projector" in name for name in expected[2])
+    if kind != "patched":
+        assert_same_step(learn(nothing, nothing), expected)
+    else:
+        assert_same_step(learn(patch, nothing), expected)
+        assert_same_step(learn(nothing, patch), expected)
