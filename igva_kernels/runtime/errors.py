@@ -26,7 +26,8 @@ def reading(what: object, advice: str = DAMAGED) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = " ".join(said.split()) or type(error).__name__
         if len(reason) > LONGEST_REASON:
             reason = f"{reason[:LONGEST_REASON].rsplit(' ', 1)[0]} ..."
         raise UserError(f"{what}: {reason.rstrip('.')}; {advice}") from error

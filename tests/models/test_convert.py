@@ -178,6 +178,8 @@ def test_a_tokenizer_becomes_a_processor_and_the_model_reads_what_it_makes(tmp_p
     assert cli.main(["convert", str(tmp_path / "ours"), str(tmp_path / "back")]) == 0
     images = json.loads((tmp_path / "back" / "vision_tower" / "preprocessor_config.json").read_text())
     assert (images["crop_size"], images["size"]) == ({"height": 28, "width": 28}, {"shortest_edge": 28})
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert back["image_aspect_ratio"] == ("pad" if ratio == "pad" else None)
 
 
 UNFIT = {

@@ -60,8 +60,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     file = directory / "config.json"
     if not file.is_file():
         if not directory.is_dir():
-            raise FileNotFoundError(f"source: {directory} is not a directory; need the directory of a checkpoint")
-        raise FileNotFoundError(f"source: {directory} holds no config.json{_what_it_is(directory)}")
+            raise FileNotFoundError(f"{directory} is not a directory; need the directory of a checkpoint")
+        raise FileNotFoundError(f"{directory} holds no config.json{_what_it_is(directory)}")
     fields = read_json(file)
     need(fields, "model_type", str, file)
     return fields
@@ -106,7 +106,7 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
             continue
         return {key: value for file in files for key, value in _load(directory / file).items()}
     raise FileNotFoundError(
-        f"source: {directory} holds neither {' nor '.join(WEIGHT_FILES)}, whole or in shards{_what_it_is(directory)}"
+        f"{directory} holds neither {' nor '.join(WEIGHT_FILES)}, whole or in shards{_what_it_is(directory)}"
     )
 
 

@@ -142,12 +142,15 @@ def convert(
     for name, given in (("vision_tower", vision_tower), ("config_fields", config_fields)):
         if given is not None:
             raise UserError(f"{name}: got {given!r} for a {kind!r} checkpoint, which says all of itself; need None")
-    saved = {}
+    saved: dict[Path, Any] = {}
+    aspect = None
     if tokenizer is not None:
         with reading(f"{source}: the image processor", "need preprocessor_config.json beside the tokenizer"):
-            saved = {target: tokenizer, target / "vision_tower": CLIPImageProcessor.from_pretrained(source)}
+            images = CLIPImageProcessor.from_pretrained(source)
+        saved = {target: tokenizer, target / "vision_tower": images}
+        aspect = "pad" if images.to_dict().get("do_pad") else None
     model = load_pretrained(classes[kind], source)
-    to_repo(model, target)
+    to_repo(model, target, aspect)
     for directory, part in saved.items():
         part.save_pretrained(directory)
     return model
@@ -213,7 +216,9 @@ def from_repo(
 
 
 def to_repo(
-    model: LlavaIgvaForConditionalGeneration | LlavaForConditionalGeneration, target: str | os.PathLike[str]
+    model: LlavaIgvaForConditionalGeneration | LlavaForConditionalGeneration,
+    target: str | os.PathLike[str],
+    image_aspect_ratio: str | None = None,
 ) -> None:
     """Save a model as a checkpoint of the IGVA repository or, if it is a plain Llava, of the LLaVA repository.
 
@@ -223,12 +228,17 @@ def to_repo(
     The vision tower goes to ``target/vision_tower``, whose absolute path is ``mm_vision_tower`` in the config: edit it
     after moving the checkpoint. If the last token of the vocabulary is the image token, it is left out.
 
+    Args:
+        model: of the transformers layout.
+        target: a directory.
+        image_aspect_ratio: the repository's setting of this name, "pad" if images are padded to squares.
+
     Raises:
         ValueError: the repository cannot represent the model.
     """
     target = Path(target)
     tower = target / "vision_tower"
-    fields = _repo_config(model.config, str(tower.resolve()))
+    fields = {**_repo_config(model.config, str(tower.resolve())), "image_aspect_ratio": image_aspect_ratio}
     aggregator = () if PATCH in fields else _AGGREGATOR
     weights, of_tower = {}, {}
     for name, value in model.state_dict().items():
