@@ -5,7 +5,7 @@ import harness
 import pytest
 import strides
 import torch
-from recording import registered_calls
+from recording import NAMESPACE, registered_calls
 from seeds import seeded
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
@@ -67,6 +67,16 @@ def test_any_argument_of_a_registered_operator_may_have_any_strides(subject, cas
 def test_opcheck_passes_for_every_operator_that_a_call_runs(subject, case, dtype):
     for operator, args in registered_calls(case, subject.impl, seeded()).items():
         torch.library.opcheck(operator, args)
+
+
+@pytest.mark.interpreted  # only Triton has kernels of every operator
+def test_the_cases_call_every_operator_that_is_registered_so_that_opcheck_sees_it():
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{NAMESPACE}::")}
+    for subject in (param.values[0] for param in harness.subjects(device="cpu")):
+        for case in subject.operator.cases():
+            if not case.is_large and registered:
+                registered -= {operator.name() for operator in registered_calls(case, subject.impl, seeded())}
+    assert not registered
 
 
 @pytest.mark.parametrize(("subject", "case", "dtype"), harness.calls(device="cpu", dtypes=("fp32",), few=1))

@@ -6,6 +6,8 @@ import block
 import pytest
 import torch
 from harness import quick_impls
+from hosts import host_inputs, host_model
+from tiny import batch, igva_model
 from torch.export import Dim, export
 
 import igva_kernels as ik
@@ -87,6 +89,22 @@ def test_a_trace_of_torch_jit_gives_the_answers_and_gradients_of_the_module(impl
     traced = torch.jit.trace(call, (weights, *states))
     states, weights = draw(3)
     torch.testing.assert_close(traced(weights, *states), call(weights, *states))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["patched Llava", "reference model"])
+def test_transformers_exporter_takes_a_whole_model_with_its_operator(kind):
+    """Of dynamic sizes; what of a model leaves for ONNX is tested with the clients."""
+    exporters = pytest.importorskip("transformers.exporters", reason="only newer versions of transformers export")
+    model = igva_model(impl="auto") if kind == "reference model" else host_model("Llava", [-2, -3])
+    inputs = batch() if kind == "reference model" else host_inputs(model)
+    with torch.no_grad():
+        expected = model(**inputs).logits  # transformers installs its hooks at the first call
+        if kind == "patched Llava":
+            ik.patch(model)
+        exported = exporters.DynamoExporter().export(model, inputs, config=exporters.DynamoConfig(dynamic=True))
+        torch.testing.assert_close(exported(**inputs).logits, expected, rtol=1e-4, atol=3e-5)
+    assert "igva_kernels.projector.default" in ours(exported.program)
 
 
 # ---- ONNX ----

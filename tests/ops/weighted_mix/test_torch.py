@@ -279,3 +279,15 @@ assert "triton" not in set(sys.modules) - before, "triton is imported on first u
 igva_kernels.backends()
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_torchs_flop_counter_may_be_imported_afterwards():
+    script = """
+import igva_kernels as ik
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    ik.layer_mix_linear([torch.rand(2, 5, 8)], ik.MixPlan.concat([0]), None, torch.rand(4, 8))
+assert counter.get_total_flops() == 2 * 2 * 5 * 8 * 4, counter.get_total_flops()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
