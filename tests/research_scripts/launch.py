@@ -1,7 +1,8 @@
 """Runs a training script of a repository: ``python launch.py LOSSES SCRIPT ARGUMENTS``, in the repository's folder.
 
 It seeds torch, as the scripts build the projector before the Trainer seeds anything; it writes the losses, which the
-Trainer rounds, to the file LOSSES; and it lets the scripts wait for CUDA, which they do before DeepSpeed saves.
+Trainer rounds, to the file LOSSES; and it lets DeepSpeed run on a CPU: the scripts wait for CUDA before it saves, and
+accelerate 0.21 asks its state for a name that it lacks there.
 """
 
 import os
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from transformers import Trainer
 
 losses = Path(sys.argv[1])
@@ -26,6 +28,11 @@ def training_step(self, *args, **kwargs):
 
 Trainer.training_step = training_step
 torch.cuda.synchronize = lambda *_: None
+AcceleratorState.use_ipex = False
+if "--deepspeed" in sys.argv:
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
 torch.manual_seed(0)
 sys.argv = sys.argv[2:]
 sys.path.insert(0, ".")

@@ -34,6 +34,7 @@ state = model.state_dict()
 differ = [
     name
     for name, value in saved.items()
+    if "vision_tower" not in name  # which LLaVA reads from the tower's own checkpoint
     for there in [name.removeprefix("base_model.model.")]
     if there not in state or not torch.equal(state[there], value.to(state[there].dtype))
 ]
