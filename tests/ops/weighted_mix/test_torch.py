@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import igva_kernels as ik
 from igva_kernels import MixPlan
+from igva_kernels.ops.weighted_mix.steps import Needs
 from igva_kernels.testing import relative_error, within_rule
 
 make = partial(block.make, grad=True)
@@ -32,6 +33,27 @@ def test_opcheck_passes_where_the_mixed_row_is_kept(impl, dtype):
     states, _, (w1, b1, w2, b2) = make(dtype=dtype, layers_grad=True)
     args = (states[1:], None, None, w1, b1, None, None, w2, b2, plan.code, 1, 1e-5, "gelu", "rows", True, impl)
     torch.library.opcheck(torch.ops.igva_kernels.projector.default, args)
+
+
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("activation", ["gelu", None])
+def test_no_two_gradients_share_memory_whichever_are_asked_for(impl, activation, norm):
+    """opcheck compares results and arguments with the schema, which knows no alias, and with the fake kernel."""
+    plan, rows, hidden = MixPlan.igva(4, 2).compact()[1], 2, 5
+    sources = [torch.randn(1, 3, 4), torch.randn(1, rows, 4), torch.randn(1, rows, 4)]
+    w1, w2, z, weights = torch.randn(hidden, 8), torch.randn(6, hidden), torch.randn(rows, hidden), torch.rand(1, 2)
+    gamma, beta, eps = (torch.randn(8), torch.randn(8), 1e-5) if norm else (None, None, None)
+    stats = [torch.randn(1, rows), torch.rand(1, rows)] if norm else []
+    fields = [name for name in Needs._fields if norm or not name.startswith("norm")]
+    for asked in (*([name] for name in fields), fields):
+        needs = [name in asked for name in Needs._fields] + ["layers" in asked] * len(plan.layers)
+        args = (
+            torch.randn(1, rows, 6), sources, None, stats, z, weights, None, w1, gamma, beta, w2, plan.code, 1, eps,
+            activation, [1, 3, 4], torch.float32, needs, impl,
+        )  # fmt: skip
+        operator = torch.ops.igva_kernels.projector_backward.default
+        torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_a_second_derivative_is_refused_by_name(impl):
