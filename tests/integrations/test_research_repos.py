@@ -7,7 +7,7 @@ EIT-NLP/Layer_Select_Fuse_for_MLLM, Linchenchen/TGIF. Three of them are a packag
 process of its own. Their code is used as it is; stubs stand for packages that it imports and these models never use.
 """
 
-import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -71,6 +71,29 @@ def test_converted_checkpoints_give_the_same_logits_in_the_repository(tmp_path, 
     assert found["to the repository"] < 1e-5
     assert found["from the repository"] < 1e-5
     assert found["tokens"]
+
+
+PAGES = {"igva": "IGVA", "dense_connector": "DenseConnector", "layer_select_fuse": "Layer_Select_Fuse_for_MLLM",
+         "tgif": "TGIF", "llava": "LLaVA"}  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_changes_that_a_page_shows_find_their_places_in_the_repository(tmp_path, page):
+    """``tests/research_scripts/run.py`` runs what they make of it."""
+    clone = CLONES / PAGES[page]
+    if not clone.exists():
+        pytest.skip(f"no clone of {clone.name}: RESEARCH_REPOS={CLONES}")
+    script = Path(__file__).parents[1] / "research_scripts/run.py"
+    spec = importlib.util.spec_from_file_location("research_scripts", script)
+    run = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(run)
+    diffs = run.changes(f"{page}.md")
+    for file in {file for file, _ in diffs}:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text((clone / file).read_text())
+    run.apply(tmp_path, diffs)
+    changed = "".join(path.read_text() for path in tmp_path.rglob("*.py"))
+    assert "handle = ik.patch(model" in changed and "import igva_kernels as ik" in changed
 
 
 # ---- in the child ----
