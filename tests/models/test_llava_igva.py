@@ -461,6 +461,12 @@ def test_a_penalty_on_the_tokens_of_the_prompt_sees_them():
     close(out.scores[0], torch.where(seen, louder, scores))
 
 
+def test_a_prompt_with_images_is_not_written_anew():
+    model = igva_model()
+    with pytest.raises(NotImplementedError, match=r"token_healing: .* image tokens"):
+        model.generate(**batch((1,), "left"), max_new_tokens=1, token_healing=True)
+
+
 def test_an_answer_goes_on_from_the_cache_of_the_one_before():
     model, inputs = without_eos(igva_model()), batch((1,), "left")
     first = tokens_of(model, inputs, 3, return_dict_in_generate=True)

@@ -533,12 +533,11 @@ class LlavaIgvaForConditionalGeneration(_FrozenTowerMixin, LlavaForConditionalGe
         images = {name: kwargs.pop(name) for name in _IMAGE_ARGUMENTS if name in kwargs}
         images["mm_encoder_outputs"] = images.get("mm_encoder_outputs") or None  # transformers hands assistants a {}
         if any(value is not None for value in images.values()):
-            input_ids, inputs_embeds = (
-                kwargs.get("input_ids") if inputs is None else inputs,
-                kwargs.get("inputs_embeds"),
-            )
-            embeds, _ = self.model.embed(input_ids if inputs_embeds is None else None, inputs_embeds, **images)
-            kwargs["prompt_embeds" if inputs_embeds is None else "inputs_embeds"] = embeds
+            embeds = kwargs.get("inputs_embeds")
+            input_ids = None if embeds is not None else kwargs.get("input_ids") if inputs is None else inputs
+            embeds, outputs = self.model.embed(input_ids, embeds, **images)
+            if outputs.image_hidden_states is not None:
+                kwargs["inputs_embeds" if input_ids is None else "prompt_embeds"] = embeds
         return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
@@ -589,6 +588,19 @@ class LlavaIgvaForConditionalGeneration(_FrozenTowerMixin, LlavaForConditionalGe
                 embeds = torch.cat([embeds, self.get_input_embeddings()(new).to(embeds.device)], dim=1)
             inputs.update(input_ids=None, inputs_embeds=embeds)
         return inputs
+
+    def heal_tokens(self, input_ids: Tensor, tokenizer: Any = None) -> Tensor:
+        """``GenerationMixin.heal_tokens``, for prompts of text.
+
+        Raises:
+            NotImplementedError: the prompt has images; transformers drops their tokens when it writes the prompt anew.
+        """
+        if (input_ids == self.config.image_token_id).any():
+            raise NotImplementedError(
+                "token_healing: it writes the prompt anew without its image tokens, got a prompt that has some; need "
+                "token_healing=False"
+            )
+        return super().heal_tokens(input_ids, tokenizer)
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         """Another model that assists decoding reads the prompt's tokens: these embeddings are not its own."""
