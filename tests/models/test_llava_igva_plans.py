@@ -10,7 +10,8 @@ pytest.importorskip("transformers")
 
 from compare_connectors import SYSTEMS, make_config
 from hosts import gradients
-from tiny import EMBED, FUSED, IMAGE, PATCHES, batch, liven, text_config
+from huggingface_hub.errors import StrictDataclassError
+from tiny import EMBED, FUSED, IMAGE, PATCHES, batch, igva_config, liven, text_config
 from torch.nn.functional import gelu, layer_norm
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
@@ -196,3 +197,11 @@ def test_allocators_refuse_what_does_not_fit():
     with pytest.raises(ValueError, match="sentence_embeds"):
         TextAllocator(4, 2)(torch.zeros(3, 5))
     assert LearnedWeights(3).to(torch.bfloat16)(2).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"), [("aggregation", "bogus"), ("allocator_hidden_dim", "wide"), ("balance_coefficient", "x")]
+)
+def test_a_field_of_the_config_that_cannot_be_meant_is_refused_by_its_name(field, wrong):
+    with pytest.raises(StrictDataclassError, match=field):
+        igva_config(**{field: wrong})

@@ -1,6 +1,6 @@
 """Configuration of LLaVA-IGVA."""
 
-from __future__ import annotations
+# No annotations from __future__: strict checks the fields by their types, and would skip types that are strings.
 
 from typing import Any, Literal
 
@@ -57,14 +57,15 @@ class LlavaIgvaConfig(CarriesRemoteCode, LlavaConfig):
     Raises:
         ValueError: the plan does not fit the tower, the tower is unknown and ``vision_has_cls`` is None, or the
             strategy or the activation is not supported.
+        StrictDataclassFieldValidationError: a field of another type, or an ``aggregation`` that there is not.
     """
 
     model_type = "llava_igva"
 
     aggregation: Literal["instruction", "text", "learned", "uniform"] = "instruction"
-    mix_groups: int | list[list[int]] = 4
+    mix_groups: int | list | tuple = 4
     mix_plan: Any = None
-    projector_layernorm_eps: float | None = None
+    projector_layernorm_eps: float | int | None = None
     vision_has_cls: bool | None = None
     vision_feature_select_strategy: Literal["default", "full"] | None = None
     sentence_encoder: str | None = "sentence-transformers/all-mpnet-base-v2"
@@ -72,7 +73,7 @@ class LlavaIgvaConfig(CarriesRemoteCode, LlavaConfig):
     allocator_hidden_dim: int = 1024
     allocator_num_blocks: int = 4
     allocator_num_heads: int = 4
-    balance_coefficient: float = 0.02
+    balance_coefficient: float | int = 0.02
     freeze_vision_tower: bool = True
     stream_hidden_states: bool = True
     impl: str = "auto"
