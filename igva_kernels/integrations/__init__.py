@@ -36,21 +36,23 @@ def patch(model: nn.Module, **options: Any) -> PatchHandle:
     """Swap the fused operator into this model instance, until ``revert``.
 
     No class is changed and no parameter moved: keys and values of the ``state_dict`` stay as they are. The exception is
-    a plain LLaVA that is given a ``plan``: its projector is widened.
+    a plain LLaVA that is given a ``plan``: its projector is widened, and its config records the plan.
 
     Args:
         model: a model of a known family, bare or wrapped (peft, DDP, ...).
         options: as the family takes them. All take ``impl``, as in ``layer_mix`` ("auto" by default); the LLaVA
-            repository takes ``plan``, ``allocator`` and ``balance_coefficient``, see ``llava_repo.apply``.
+            repository takes ``plan``, ``allocator``, ``balance_coefficient`` and ``weights``, see ``llava_repo.apply``.
 
     Returns:
-        A handle with ``revert()``; as a context manager it reverts at the end of the block.
+        A handle with ``revert()``; as a context manager it reverts at the end of the block. Printed, it says what was
+        replaced and which implementation serves it.
 
     Raises:
         TypeError: ``model`` is no module, or the family does not take one of the options.
-        ValueError: the model belongs to no known family, or is patched already.
-        NotImplementedError: a setting of the model that its family cannot serve, or an explicit ``impl`` that cannot
-            serve the model here.
+        ValueError: the model belongs to no known family, is patched already, or has a method that something else has
+            replaced.
+        NotImplementedError: a setting of the model that its family cannot serve, or an explicit ``impl`` that nothing
+            here can serve; one that cannot serve the model where it is raises it when the model runs.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, need a torch.nn.Module")
