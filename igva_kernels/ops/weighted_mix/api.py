@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from igva_kernels.ops.weighted_mix import op, spec
-from igva_kernels.ops.weighted_mix.checks import Mix, check_image_range, check_mix, check_projector
+from igva_kernels.ops.weighted_mix.checks import Mix, check_image_range, check_mix, check_projector, plan_of
 from igva_kernels.ops.weighted_mix.plan import MixPlan
 from igva_kernels.ops.weighted_mix.steps import Keep, Projector
 from igva_kernels.registry import REFERENCE
@@ -160,7 +160,7 @@ def _reference_rows(mix: Mix) -> Tensor:
         # Plain torch saves these for its backward; of the layers it saves only what it computes from them.
         mix_weights, index = saveable(mix_weights), saveable(index)
     return spec.layer_mix_as_published(
-        layers, mix.plan, mix_weights, skip_tokens=mix.skip_tokens, image_index=index
+        layers, plan_of(mix), mix_weights, skip_tokens=mix.skip_tokens, image_index=index
     )  # fmt: skip
 
 

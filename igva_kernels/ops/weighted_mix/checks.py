@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from igva_kernels.ops.weighted_mix.plan import MixPlan
+from igva_kernels.ops.weighted_mix.plan import Block, MixPlan
 from igva_kernels.ops.weighted_mix.program import lower
 from igva_kernels.ops.weighted_mix.steps import Projector
 from igva_kernels.runtime.activations import check_activation
@@ -44,10 +44,17 @@ class Mix(NamedTuple):
     only_taps: bool
     weights_need_grad: bool
 
-    @property
-    def plan(self) -> MixPlan:
-        """The plan over the layers."""
-        return MixPlan.from_code(self.code)
+
+def plan_of(mix: Mix) -> MixPlan:
+    """The plan over the layers of a mix. A function, because torch 2.8 traces no property of a named tuple."""
+    if torch.compiler.is_compiling():  # blocks are constants for it; a plan is none in torch 2.8
+        return MixPlan(_blocks(mix.code))
+    return MixPlan.from_code(mix.code)
+
+
+@cached_constant
+def _blocks(code: str) -> tuple[Block, ...]:
+    return MixPlan.from_code(code).blocks
 
 
 @cached_constant
