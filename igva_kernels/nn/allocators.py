@@ -148,7 +148,8 @@ class _AllocatorBlock(nn.Module):
         return self.norm2(query + self.ffn(query))
 
 
-_BLOCK_TYPES = tuple(type(module) for module in _AllocatorBlock(1, 1).modules())
+with torch.device("meta"):  # so that an import does not advance the random state
+    _BLOCK_TYPES = tuple(type(module) for module in _AllocatorBlock(1, 1).modules())
 
 
 class TextAllocator(nn.Module):
