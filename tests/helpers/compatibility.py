@@ -11,6 +11,7 @@ the clients runs tests/clients, the others only what every version of transforme
 import argparse
 import subprocess
 import tempfile
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -55,7 +56,9 @@ models. An empty cell: there is no such test. Any other word is the right answer
 
 A client is what people run on a Llava: loading, adapters, quantisation, offload, serving, evaluation. **plain**: a
 Llava of transformers that reads three layers. **patched**: the same after `ik.patch`, before and after the client came.
-**reference**: `LlavaIgvaForConditionalGeneration`. Tested with {versions}.
+**reference**: `LlavaIgvaForConditionalGeneration`.
+
+{versions}
 
 * **accelerate, hooks, peft, tensor parallelism**: loss, logits and all gradients of plain code; merged adapters;
   nothing is left after `revert`.
@@ -173,7 +176,7 @@ def main() -> None:
     methods = [(client.removeprefix(PEFT), *rest) for client, *rest in rows if client.startswith(PEFT)]
     others = [row for row in rows if not row[0].startswith(PEFT)]
     clients = [table("client", MODELS, others), table("method of peft", MODELS, methods)]
-    head = HEAD.format(versions=version(args.clients, *CLIENTS))
+    head = HEAD.format(versions=textwrap.fill(f"Tested with {version(args.clients, *CLIENTS)}.", 120))
     args.output.write_text("\n".join([head, *clients, PATCH_HEAD, *sections]))
 
 
