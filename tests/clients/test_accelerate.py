@@ -11,6 +11,8 @@ pytest.importorskip("accelerate")
 import accelerate
 from accelerate.hooks import remove_hook_from_submodules
 
+pytestmark = pytest.mark.slow
+
 AGGREGATIONS = ("instruction", "text", "learned", "uniform")
 
 
