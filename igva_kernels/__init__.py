@@ -6,11 +6,13 @@ The per-layer weighted sum and the projector that reads it, in one operator.
 from igva_kernels.integrations import PatchHandle, patch, patched
 from igva_kernels.ops.weighted_mix import MixPlan, layer_mix, layer_mix_linear, layer_mix_mlp
 from igva_kernels.registry import BackendStatus, backends
+from igva_kernels.runtime.context import FallbackWarning
 from igva_kernels.streaming import HiddenStateStream, stream_hidden_states
 from igva_kernels.version import __version__
 
 __all__ = [
     "BackendStatus",
+    "FallbackWarning",
     "HiddenStateStream",
     "MixPlan",
     "PatchHandle",

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from igva_kernels.integrations.handle import PatchHandle, describe, is_held
-from igva_kernels.nn import Connector, LayerMixLinear, LayerMixNorm, MixInput, connect
+from igva_kernels.nn import Connector, LayerMixLinear, LayerMixNorm, MixInput, connect, is_one_operator
 from igva_kernels.nn.sharding import below_adapter, finds_forward, forward_attribute, is_watched
 from igva_kernels.ops.weighted_mix import MixPlan, check_impl
 from igva_kernels.registry import REFERENCE, all_backends, backends, implementations, operators
@@ -268,7 +268,7 @@ def _projector_forward(children: Children, activation: str, impl: str) -> Callab
             mixed = rows._replace(activation=activation, impl=impl)
         else:
             if isinstance(rows, Tensor):
-                if rows.dim() != 3 or not modules.is_one_operator:
+                if rows.dim() != 3 or not is_one_operator(modules):
                     return type(self).forward(self, rows)
                 rows = LazyConcat((rows,))
             plan = MixPlan.concat(range(len(rows.layers)))

@@ -182,27 +182,13 @@ class Connector(NamedTuple):
     """The activation, where the host has a module for it."""
     linear_2: nn.Module
 
-    @property
-    def is_one_operator(self) -> bool:
-        """Whether nothing happens in a module's forward but what its class does."""
-        plain = all(is_plain(module) for module in (self.norm, self.linear_1, self.linear_2) if module is not None)
-        return plain and (self.act is None or is_untouched(self.act))
-
-    @property
-    def take_layers(self) -> bool:
-        """Whether norm and ``linear_1`` take layers, so that ``linear_1`` mixes in its own forward, as sharding and
-        offload need it. Otherwise the modules are given tensors: stand-ins (LoRA's, quantised ones) and hooks expect
-        them."""
-        takers = (self.linear_1,) if self.norm is None else (self.norm, self.linear_1)
-        return all(map(takes_layers, takers)) and not any(is_watched(module) for module in self if module is not None)
-
     def explain(self) -> str:
         """In words: what runs as one, and why not everything does."""
-        if self.is_one_operator:
+        if is_one_operator(self):
             return "one operator for layers, Linears and activation"
         names = ("the norm", "linear_1", "the activation", "linear_2")
         present = [(name, module) for name, module in zip(names, self, strict=True) if module is not None]
-        if self.take_layers:
+        if mixes_in_linear(self):
             touched = (name for name, m in present if not (is_untouched(m) if m is self.act else is_plain(m)))
             return f"linear_1 mixes in its own forward: {', '.join(touched)} sharded, offloaded or quantised"
         for name, module in present:
@@ -213,17 +199,38 @@ class Connector(NamedTuple):
         return ""
 
 
+# Functions, because torch 2.8 cannot trace a property of a NamedTuple.
+
+
+def is_one_operator(modules: Connector) -> bool:
+    """Whether nothing happens in a module's forward but what its class does."""
+    norm, linear_1, act, linear_2 = modules
+    plain = all(is_plain(module) for module in (norm, linear_1, linear_2) if module is not None)
+    return plain and (act is None or is_untouched(act))
+
+
+def mixes_in_linear(modules: Connector) -> bool:
+    """Whether norm and ``linear_1`` take layers, so that ``linear_1`` mixes in its own forward, as sharding and offload
+    need it.
+
+    Otherwise the modules are given tensors: stand-ins (LoRA's, quantised ones) and hooks expect them.
+    """
+    norm, linear_1, _, _ = modules
+    takers = (linear_1,) if norm is None else (norm, linear_1)
+    return all(map(takes_layers, takers)) and not any(is_watched(module) for module in modules if module is not None)
+
+
 def connect(mixed: MixInput, modules: Connector) -> Tensor:
     """Layers through norm, ``linear_1``, activation and ``linear_2``: ``[B, P, H]``."""
     norm, linear_1, act, linear_2 = modules
-    if modules.is_one_operator:
+    if is_one_operator(modules):
         return layer_mix_mlp(
             mixed.hidden_states, mixed.plan, mixed.mix_weights,
             linear_1.weight, linear_1.bias, linear_2.weight, linear_2.bias, activation=mixed.activation,
             norm=None if norm is None else (norm.weight, norm.bias, norm.eps),
             skip_tokens=mixed.skip_tokens, image_index=mixed.image_index, impl=mixed.impl,
         )  # fmt: skip
-    if modules.take_layers:
+    if mixes_in_linear(modules):
         return linear_2(linear_1(mixed if norm is None else norm(mixed)))
     rows = _mixed_row(mixed)
     rows = linear_1(rows if norm is None else norm(rows))

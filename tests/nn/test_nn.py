@@ -23,7 +23,9 @@ from igva_kernels.nn import (
     balance_loss,
     column_plan,
     column_summaries,
+    is_one_operator,
     is_plain,
+    mixes_in_linear,
     negative_entropy,
     widen,
 )
@@ -366,8 +368,8 @@ def test_a_patched_norm_may_lack_its_weight_and_its_bias(options, way, impl):
         host.linear_2 = nn.Sequential(host.linear_2)
     with PatchHandle() as edits:
         patch_projector(edits, host, children, "gelu", impl, "host")
-        assert children(host).is_one_operator == (way == "one operator")
-        assert children(host).take_layers == (way != "hooked")
+        assert is_one_operator(children(host)) == (way == "one operator")
+        assert mixes_in_linear(children(host)) == (way != "hooked")
         results = run_host(MixInput(tuple(hidden), weights, None, None, PLAN, 1, "gelu", impl))
     assert seen == ([(torch.Tensor, torch.Tensor)] if way == "hooked" else [])
     for got, want in zip(results, expected, strict=True):

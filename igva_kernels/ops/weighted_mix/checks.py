@@ -112,7 +112,8 @@ def check_projector(mix: Mix, projector: Projector, names: Sequence[str]) -> Pro
     for i, param in enumerate((norm_weight, norm_bias)):
         if param is not None:
             check_weight(f"norm[{i}]", param, device, None, (mix.row_width,))
-    return projector._replace(norm=(norm_weight, norm_bias, float(eps)))
+    # Not by _replace, which torch 2.8 cannot trace.
+    return Projector(*projector[:4], (norm_weight, norm_bias, float(eps)), projector.activation)
 
 
 def check_layers(hidden_states: Sequence[Tensor | None], used: tuple[int, ...]) -> list[Tensor]:
