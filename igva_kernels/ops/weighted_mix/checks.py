@@ -112,8 +112,8 @@ def check_projector(mix: Mix, projector: Projector, names: Sequence[str]) -> Pro
     for i, param in enumerate((norm_weight, norm_bias)):
         if param is not None:
             check_weight(f"norm[{i}]", param, device, None, (mix.row_width,))
-    # Not by _replace, which torch 2.8 cannot trace.
-    return Projector(*projector[:4], (norm_weight, norm_bias, float(eps)), projector.activation)
+    weight1, bias1, weight2, bias2, _, activation = projector  # torch 2.8 can trace this, and no _replace
+    return Projector(weight1, bias1, weight2, bias2, (norm_weight, norm_bias, float(eps)), activation)
 
 
 def check_layers(hidden_states: Sequence[Tensor | None], used: tuple[int, ...]) -> list[Tensor]:
