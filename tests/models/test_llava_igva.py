@@ -604,3 +604,17 @@ def test_every_patch_token_counts_where_the_strategy_is_full():
     model = igva_model(vision_feature_select_strategy="full")
     features = model.get_image_features(torch.randn(1, 3, 28, 28), torch.randn(1, EMBED))
     assert features.pooler_output[0].shape[0] == PATCHES + 1
+
+
+def test_a_training_forward_whose_loss_will_lack_the_balance_loss_says_so(recwarn):
+    model = igva_model().train()
+    model(**batch(labels=True))
+    model(**batch((0,)))  # no images, so no weights to balance
+    model.eval()(**batch())
+    core = model.train().model
+    core.trainer_adds_balance = True
+    model(**batch())
+    core.trainer_adds_balance = False
+    assert not [warning for warning in recwarn if "balance" in str(warning.message)]
+    with pytest.warns(UserWarning, match="BalanceLossMixin adds it"):
+        model(**batch())

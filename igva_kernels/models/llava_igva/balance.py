@@ -11,7 +11,7 @@ from torch import nn
 from igva_kernels.models.llava_igva.modeling_llava_igva import (
     LlavaIgvaCausalLMOutputWithPast,
     LlavaIgvaModel,
-    _share_of_loss,
+    share_of_loss,
 )
 from igva_kernels.nn import balance_loss
 
@@ -47,9 +47,7 @@ class BalanceLossMixin:
         # The first forward is that of the loss; trl makes another one for its metrics.
         if has_own or not backbone or backbone[0].layer_weights is None or not core.config.balance_coefficient:
             return result
-        share = _share_of_loss(
-            labels, backbone[0].images_per_sample, len(backbone[0].layer_weights), num_items_in_batch
-        )
+        share = share_of_loss(labels, backbone[0].images_per_sample, len(backbone[0].layer_weights), num_items_in_batch)
         added = core.config.balance_coefficient * balance_loss(backbone[0].layer_weights, share)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:  # type: ignore[attr-defined]
             # The number counts the tokens of every rank, and DDP averages over ranks; both trainers undo that.
@@ -68,8 +66,10 @@ def _forwards(model: nn.Module) -> Iterator[tuple[LlavaIgvaModel, list[Any], lis
     whole: list[Any] = []
     hooks = [cores[0].register_forward_hook(lambda module, args, output: backbone.append(output))]
     hooks += [head.register_forward_hook(lambda module, args, output: whole.append(output)) for head in heads]
+    cores[0].trainer_adds_balance = True
     try:
         yield cores[0], backbone, whole
     finally:
+        cores[0].trainer_adds_balance = False
         for hook in hooks:
             hook.remove()

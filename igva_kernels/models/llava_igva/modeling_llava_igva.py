@@ -12,6 +12,7 @@ language model.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +96,8 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
     """Vision tower, weight allocator, projector over the mixed layers, and language model without its head."""
 
     config_class = LlavaIgvaConfig
+    trainer_adds_balance = False
+    """Whether the loss that is being computed has the balance loss, although the model was given no labels."""
 
     def __init__(self, config: LlavaIgvaConfig) -> None:
         LlavaPreTrainedModel.__init__(self, config)  # LlavaModel's would build a projector for one layer
@@ -291,11 +294,25 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
             sentence_embeds=sentence_embeds, instructions=instructions, mm_encoder_outputs=mm_encoder_outputs,
             always_connect=always_connect,
         )  # fmt: skip
+        self._check_balance(images.layer_weights, always_connect)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, **kwargs,
         )  # fmt: skip
         return LlavaIgvaModelOutputWithPast(**{**images, **outputs})
+
+    def _check_balance(self, layer_weights: Tensor | None, is_in_loss: bool) -> None:
+        """Warns where a trainer computes a loss of its own, in which the balance loss is missing without a trace."""
+        if is_in_loss or self.trainer_adds_balance or not self.training or torch.compiler.is_compiling():
+            return
+        learns = layer_weights is not None and len(layer_weights) > 0 and layer_weights.requires_grad
+        if learns and self.config.balance_coefficient:
+            warnings.warn(
+                "LLaVA-IGVA learns without its balance loss, because the model was given no labels; "
+                "igva_kernels.models.BalanceLossMixin adds it to the loss of a trainer, and balance_coefficient=0 in "
+                "the config says that none is wanted",
+                stacklevel=2,
+            )
 
     def _check_settled(self, layer: Any, strategy: str | None, image_sizes: Any) -> None:
         """Llava takes these arguments per call; here the weights of the connector fit one answer."""
@@ -508,7 +525,7 @@ class LlavaIgvaForConditionalGeneration(_FrozenTowerMixin, LlavaForConditionalGe
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
             if outputs.layer_weights is not None and self.config.balance_coefficient:
-                share = _share_of_loss(labels, outputs.images_per_sample, len(outputs.layer_weights), **kwargs)
+                share = share_of_loss(labels, outputs.images_per_sample, len(outputs.layer_weights), **kwargs)
                 loss = loss + self.config.balance_coefficient * balance_loss(outputs.layer_weights, share)
         return LlavaIgvaCausalLMOutputWithPast(
             loss=loss,
@@ -651,7 +668,7 @@ def _check_one_is_given(**arguments: Any) -> None:
         raise ValueError(f"{', '.join(arguments)}: got {got}, need exactly one of the two")
 
 
-def _share_of_loss(
+def share_of_loss(
     labels: Tensor, images_per_sample: Tensor, rows: int, num_items_in_batch: Tensor | int | None = None, **_: Any
 ) -> Tensor:
     """``[R]``: the share of the supervised tokens that belong to each image place."""
