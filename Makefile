@@ -59,7 +59,7 @@ demo: .venv-demo/installed
 test: lint
 	$(RUN) "Triton kernels, interpreted" -- env TRITON_INTERPRET=1 $(TEST)/pytest $(PARALLEL) -m "not slow" \
 		$(KERNEL_TESTS) $(ARGS)
-	$(RUN) "tests" -- $(TEST)/pytest $(PARALLEL) -m "not slow and not gpu" $(ARGS)
+	$(RUN) "tests" -- $(TEST)/pytest $(PARALLEL) -m "not slow and not gpu" --ignore $(CLIENT_TESTS) $(ARGS)
 	$(STEPS) summary
 
 test-all: test isas sanitize .venv-oldest/installed .venv-transformers4/installed .venv-clients/installed

@@ -231,9 +231,15 @@ def test_a_method_that_hooks_moved_since_the_patch_is_found_and_restored(hooks):
     handle.revert()
 
 
-def test_what_wraps_a_patched_method_is_named_and_a_revert_works_once_it_is_gone():
+@pytest.fixture
+def accelerator():
     accelerate = pytest.importorskip("accelerate")
-    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # a process has one at a time
+    yield accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_what_wraps_a_patched_method_is_named_and_a_revert_works_once_it_is_gone(accelerator):
     linear, handle = nn.Linear(2, 2), PatchHandle()
     set_forward(handle, linear, lambda self, x: x)
     wrapped = accelerator.prepare(linear)

@@ -63,7 +63,7 @@ class LlavaIgvaConfig(CarriesRemoteCode, LlavaConfig):
     model_type = "llava_igva"
 
     aggregation: Literal["instruction", "text", "learned", "uniform"] = "instruction"
-    mix_groups: int | list | tuple = 4
+    mix_groups: Any = 4
     mix_plan: Any = None
     projector_layernorm_eps: float | int | None = None
     vision_has_cls: bool | None = None
