@@ -94,7 +94,7 @@ def test_a_patched_projector():
         assert_one_graph(call, lambda size: (torch.randn(size, 16, 16),), dynamic=True)
 
 
-@pytest.mark.parametrize("dynamic", [True, None])
+@pytest.mark.parametrize("dynamic", [True, pytest.param(None, marks=pytest.mark.slow)])
 def test_a_patched_model_makes_its_plan_in_every_call(dynamic):
     """VipLlava, because Llava's own method splits its images into as many tensors, which need as many graphs."""
     model, images = host_model("VipLlava", [-2, -3]), lambda size: (torch.randn(size, 3, 56, 56),)

@@ -152,7 +152,9 @@ VERIFY = ["verify", "--quick", "--backend", "cpu", "--dtype", "fp32"]
 built = pytest.mark.skipif(native.load()[0] is None, reason=native.load()[1])
 
 
-@pytest.mark.parametrize("args", [["info"], ["--help"], pytest.param(VERIFY, marks=built)], ids=lambda args: args[0])
+@pytest.mark.parametrize(
+    "args", [["info"], ["--help"], pytest.param(VERIFY, marks=[built, pytest.mark.slow])], ids=lambda args: args[0]
+)
 def test_a_reader_that_goes_away_ends_the_command_quietly_as_sigpipe_would(args):
     reader, writer = os.pipe()
     os.close(reader)
@@ -161,6 +163,7 @@ def test_a_reader_that_goes_away_ends_the_command_quietly_as_sigpipe_would(args)
     assert (process.communicate(timeout=300)[1], process.returncode) == ("", 128 + signal.SIGPIPE)
 
 
+@pytest.mark.slow
 def test_the_demo_leaves_a_reader_that_goes_away_to_the_command(tmp_path):
     """rich would exit with 1, which says that the fused connector is wrong."""
     pytest.importorskip("igva_kernels.demo", reason="needs the extra 'demo'")
@@ -179,6 +182,7 @@ def test_output_that_cannot_be_written_is_a_message():
     assert (said, process.returncode) == ("igva-kernels info: [Errno 28] No space left on device\n", 2)
 
 
+@pytest.mark.slow
 @built
 def test_ctrl_c_ends_the_command_quietly():
     process = command(*VERIFY)

@@ -303,6 +303,7 @@ igva_kernels.backends()
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+@pytest.mark.slow
 def test_torchs_flop_counter_may_be_imported_afterwards():
     script = """
 import igva_kernels as ik
