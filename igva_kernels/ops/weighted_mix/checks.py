@@ -129,13 +129,12 @@ def check_layers(hidden_states: Sequence[Tensor | None], used: tuple[int, ...]) 
         if layer.dim() != 3 or layer.shape != first.shape:
             expected = "[I, T, D]" if layer is first or first.dim() != 3 else f"{list(first.shape)} as the others"
             raise ValueError(f"hidden_states[{index}]: need shape {expected}, got {list(layer.shape)}")
-        reason = why_no_float(layer)
-        if reason is not None:
-            raise TypeError(f"hidden_states[{index}]: {reason}")
-        if layer.dtype != first.dtype:
-            raise TypeError(
-                f"hidden_states[{index}]: need one dtype for all layers, got {layer.dtype} beside {first.dtype}"
-            )
+        if layer is first or layer.dtype != first.dtype:
+            reason = why_no_float(layer)
+            if reason is None and layer.dtype != first.dtype:
+                reason = f"need one dtype for all layers, got {layer.dtype} beside {first.dtype}"
+            if reason is not None:
+                raise TypeError(f"hidden_states[{index}]: {reason}")
         if layer.device != first.device:
             raise ValueError(f"hidden_states[{index}]: need all layers on {first.device}, got {layer.device}")
         layers.append(layer)

@@ -264,13 +264,15 @@ CONSTRUCTORS = ("igva", "igva_uniform", "concat", "dense_connector", "layer_sele
 
 
 def _constants(blocks: Any) -> tuple[Any, ...]:
-    """The blocks as tuples of plain values, whatever sequences they were.
-
-    Each value goes through a set, which looks at it: torch.compile(dynamic=True) makes a symbol of a number that a plan
-    is made of while it traces, and a plan is a constant of the graph.
-    """
+    """The blocks as tuples of plain values, whatever sequences they were."""
     try:
-        return tuple(tuple(tuple(next(iter({value})) for value in entry) for entry in block) for block in blocks)
+        if torch.compiler.is_compiling():
+            # Each value goes through a set, which looks at it: with dynamic=True a number in a plan that is made while
+            # it is traced would be a symbol, and a plan is a constant of the graph.
+            return tuple(tuple(tuple(next(iter({value})) for value in entry) for entry in block) for block in blocks)
+        plain = tuple(tuple(map(tuple, block)) for block in blocks)
+        hash(plain)  # fails for what is no plain value
+        return plain
     except TypeError:
         raise TypeError(f"blocks: need sequences of entries (layer, column or None, scale), got {blocks!r}") from None
 
