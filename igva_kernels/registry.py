@@ -193,6 +193,20 @@ def implementations() -> tuple[str, ...]:
     return "auto", REFERENCE, *all_backends()
 
 
+def check_here(impl: str) -> None:
+    """Checks that ``impl`` exists and can serve anything on this machine.
+
+    Raises:
+        ValueError: no such ``impl``.
+        NotImplementedError: it cannot; the message says why.
+    """
+    if impl not in implementations():
+        raise _unknown(impl)
+    for status in backends():
+        if status.name == impl and not status.available:
+            raise NotImplementedError(f"impl={impl!r} cannot serve a model on this machine: {status.reason}")
+
+
 def _unknown(impl: Any) -> ValueError:
     return ValueError(f"impl: got {impl!r}, need one of {', '.join(map(repr, implementations()))}")
 

@@ -116,8 +116,7 @@ class _Console(Console):
 
 def _sentence_dim(config: LlavaIgvaConfig) -> int | None:
     """The width of the sentence embeddings by which the model weighs layers; None if it does not read them."""
-    reads = config.plan.num_columns > 0 and config.aggregation in ("instruction", "text")
-    return config.sentence_embed_dim if reads else None
+    return config.sentence_embed_dim if config.reads_instructions else None
 
 
 def _count(number: int, what: str) -> str:

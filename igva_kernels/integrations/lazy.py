@@ -25,7 +25,8 @@ from igva_kernels.integrations.handle import PatchHandle, describe, is_held
 from igva_kernels.nn import Connector, LayerMixLinear, LayerMixNorm, MixInput, connect, is_one_operator
 from igva_kernels.nn.sharding import below_adapter, finds_forward, forward_attribute, is_watched
 from igva_kernels.ops.weighted_mix import MixPlan, check_impl
-from igva_kernels.registry import REFERENCE, all_backends, backends, implementations, operators
+from igva_kernels.ops.weighted_mix.op import OPERATOR
+from igva_kernels.registry import REFERENCE, all_backends, check_here
 from igva_kernels.runtime.activations import ACTIVATIONS
 
 
@@ -237,12 +238,8 @@ def check_patch_impl(impl: str, weight: Tensor | None, activation: str) -> None:
     """
     if weight is not None and weight.device.type not in ("cpu", "meta") and weight.is_floating_point():
         check_impl(impl, weight.device, weight.dtype, activation)
-        return
-    if impl not in implementations():
-        raise ValueError(f"impl: got {impl!r}, need one of {', '.join(map(repr, implementations()))}")
-    for status in backends():
-        if status.name == impl and not status.available:
-            raise NotImplementedError(f"impl={impl!r} cannot serve a model on this machine: {status.reason}")
+    else:
+        check_here(impl)
 
 
 def explain(modules: Connector, activation: str, impl: str) -> str:
@@ -250,15 +247,17 @@ def explain(modules: Connector, activation: str, impl: str) -> str:
     weight = getattr(below_adapter(modules.linear_1), "weight", None)
     if weight is None or weight.device.type == "meta" or not weight.is_floating_point():  # offloaded, quantised
         return f"impl={impl!r}; {modules.explain()}"
-    operator, device, dtype = operators()["weighted_mix"], weight.device, weight.dtype
+    device, dtype = weight.device, weight.dtype
     at = f"{str(dtype).removeprefix('torch.')} on {device}"
-    reasons = {name: operator.why_not(name, device, dtype, activation) for name in all_backends()}
-    served = next(iter(operator.candidates(device, dtype, activation)), REFERENCE) if impl == "auto" else impl
-    if served == REFERENCE:
-        why = [f"{name}: {reason}" for name, reason in reasons.items() if impl == "auto"]
-        return "; ".join([f"by plain PyTorch ({at})", *why])
-    cannot = reasons[served]
-    return f"by {served} ({at}); {modules.explain()}" if cannot is None else f"{served} cannot serve {at}: {cannot}"
+    served = impl
+    if impl == "auto":
+        served = next(iter(OPERATOR.candidates(device, dtype, activation)), REFERENCE)
+    if served != REFERENCE:
+        cannot = OPERATOR.why_not(served, device, dtype, activation)
+        return f"by {served} ({at}); {modules.explain()}" if cannot is None else f"{served} cannot serve {at}: {cannot}"
+    passed_over = all_backends() if impl == "auto" else ()
+    why = [f"{name}: {OPERATOR.why_not(name, device, dtype, activation)}" for name in passed_over]
+    return "; ".join([f"by plain PyTorch ({at})", *why])
 
 
 def _projector_forward(children: Children, activation: str, impl: str) -> Callable[..., Tensor]:

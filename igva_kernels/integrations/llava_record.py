@@ -7,10 +7,7 @@ belongs to the projector, the allocator in it included.
 
 from __future__ import annotations
 
-import json
 import os
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +16,8 @@ from torch import Tensor, nn
 
 from igva_kernels.nn import LearnedWeights, TextAllocator, WeightAllocator
 from igva_kernels.ops.weighted_mix import MixPlan
+from igva_kernels.runtime.errors import UserError
+from igva_kernels.runtime.files import read_tensors
 
 KEY = "igva_kernels"
 """The record's name in the config."""
@@ -34,7 +33,6 @@ FILES = (
 """Where a projector may be in a folder. A whole model comes first: published ones hold stage 1's projector as well."""
 
 _PROJECTOR = "mm_projector."
-_LFS_POINTER = b"version https://git-lfs"
 
 
 class Record(NamedTuple):
@@ -126,27 +124,7 @@ def read_projector(weights: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 def _of_projector(file: Path) -> dict[str, Tensor]:
     try:
-        if file.name.endswith(".index.json"):
-            shards = json.loads(file.read_text())["weight_map"]
-            files = {file.parent / shard for name, shard in shards.items() if _PROJECTOR in name}
-        else:
-            files = {file}
-        return {name.partition(_PROJECTOR)[2]: value for each in sorted(files) for name, value in _tensors(each)}
-    except Exception as error:  # readers raise exceptions of every kind at a file that is not what it should be
+        found = read_tensors(file, lambda name: _PROJECTOR in name)
+    except UserError as error:
         raise ValueError(f"weights: {str(file)!r} cannot be read: {error}") from error
-
-
-def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """The projector's tensors by their full names; no other is read into memory."""
-    with file.open("rb") as opened:
-        if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise ValueError(f"{file.name} is a Git LFS pointer in place of the file; run `git lfs pull`")
-    if file.suffix == ".safetensors":
-        from safetensors import safe_open
-
-        with safe_open(file, "pt") as opened:
-            yield from ((name, opened.get_tensor(name)) for name in opened.keys() if _PROJECTOR in name)  # noqa: SIM118
-        return
-    # The format of before torch 1.6 is no zip archive and cannot be mapped into memory.
-    data = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    yield from ((name, value) for name, value in data.items() if _PROJECTOR in name)
+    return {name.partition(_PROJECTOR)[2]: value for name, value in found.items()}

@@ -6,24 +6,20 @@ and says what to do. transformers would initialise what is missing at random and
 
 from __future__ import annotations
 
-import json
-import pickle
-import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from igva_kernels.models.llava_igva.upgrade import quiet
 from igva_kernels.runtime.errors import UserError, reading
+from igva_kernels.runtime.files import need, read_json, read_tensors, some
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _PARTS_OF_CHECKPOINTS = {
     "adapter_config.json": "it is a LoRA adapter; merge it into its base with scripts/merge_lora_weights.py of the "
     "LLaVA repository, and convert the result",
@@ -33,21 +29,6 @@ _PARTS_OF_CHECKPOINTS = {
     "load_pretrained_model(DIRECTORY, BASE, name), save that with save_pretrained, and convert the result",
 }
 """By a file that gives it away: what a directory without weights is, and what to do with it."""
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        UserError: it holds something else.
-    """
-    _refuse_pointer(file)
-    with reading(file, "need a JSON object"):
-        data = json.loads(file.read_bytes())
-    if not isinstance(data, dict):
-        raise UserError(f"{file}: got a JSON {type(data).__name__}, need an object")
-    return data
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -67,21 +48,6 @@ def read_config(directory: Path) -> dict[str, Any]:
     return fields
 
 
-def need(fields: Mapping[str, Any], name: str, kind: Any, where: object, default: Any = None) -> Any:
-    """``fields[name]``, or the default if it is absent or null.
-
-    Raises:
-        UserError: it is of another type, or absent without a default.
-    """
-    value = default if fields.get(name) is None else fields[name]
-    if value is None:
-        raise UserError(f"{where}: it has no {name!r}, which is needed")
-    if not isinstance(value, kind):
-        kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-        raise UserError(f"{where}: {name!r} is {value!r}, need {kinds}")
-    return value
-
-
 def read_weights(directory: Path) -> dict[str, Tensor]:
     """All weights of a checkpoint, in safetensors or pickled, in one file or in shards.
 
@@ -92,19 +58,9 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
         UserError: a file is damaged, missing, or holds something else.
     """
     for name in WEIGHT_FILES:
-        index = directory / f"{name}.index.json"
-        if index.is_file():
-            shards = need(read_json(index), "weight_map", dict, index)
-            files = sorted({str(shard) for shard in shards.values()})
-            missing = [file for file in files if not (directory / file).is_file()]
-            if missing or not files:
-                names = _some(missing) if missing else "no files"
-                raise UserError(f"{index}: it names {names}, not in this directory; get the whole checkpoint")
-        elif (directory / name).is_file():
-            files = [name]
-        else:
-            continue
-        return {key: value for file in files for key, value in _load(directory / file).items()}
+        for file in (directory / f"{name}.index.json", directory / name):
+            if file.is_file():
+                return read_tensors(file)
     raise FileNotFoundError(
         f"{directory} holds neither {' nor '.join(WEIGHT_FILES)}, whole or in shards{_what_it_is(directory)}"
     )
@@ -137,7 +93,7 @@ def check_weights(
     ]
     told = {"missing: ": missing, "left over: ": left, "": wrong}
     if any(told.values()):
-        details = "; ".join(f"{what}{_some(names)}" for what, names in told.items() if names)
+        details = "; ".join(f"{what}{some(names)}" for what, names in told.items() if names)
         raise UserError(f"{where}: the weights are not those of the model in its config.json: {details}")
 
 
@@ -177,7 +133,7 @@ def load_pretrained(model_class: Any, directory: Path) -> Any:
         model, info = model_class.from_pretrained(directory, output_loading_info=True)
     if info["missing_keys"]:
         raise UserError(
-            f"{directory}: its weights lack {_some(sorted(info['missing_keys']))}; need a checkpoint of a "
+            f"{directory}: its weights lack {some(sorted(info['missing_keys']))}; need a checkpoint of a "
             f"{model_class.__name__}"
         )
     return model
@@ -194,36 +150,5 @@ def check_depth(tensors: int, config: Any, where: object) -> None:
             )
 
 
-def _load(file: Path) -> dict[str, Tensor]:
-    _refuse_pointer(file)
-    with reading(file):
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        try:
-            # The format of before torch 1.6 is no zip archive, and cannot be mapped into memory.
-            data = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-        except pickle.UnpicklingError as error:  # torch's message proposes to load the file all the same
-            raise UserError(
-                f"{file}: it is no pickle of tensors alone: either damaged, or with objects that could run code, which "
-                f"are never loaded; get it again, or in safetensors"
-            ) from error
-    if not isinstance(data, dict) or not all(isinstance(value, Tensor) for value in data.values()):
-        raise UserError(f"{file}: got a pickled {type(data).__name__}, need tensors by their names")
-    return data
-
-
-def _refuse_pointer(file: Path) -> None:
-    with file.open("rb") as opened:
-        if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise UserError(
-                f"{file}: it is a Git LFS pointer in place of the file; run `git lfs pull` in {file.parent}"
-            )
-
-
 def _what_it_is(directory: Path) -> str:
     return next((f": {what}" for name, what in _PARTS_OF_CHECKPOINTS.items() if (directory / name).exists()), "")
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -42,12 +42,12 @@ from transformers import (
     LlavaProcessor,
 )
 
+from igva_kernels.integrations.llava_record import KEY, Record, describe
 from igva_kernels.models.llava_igva.checkpoint_files import (
     check_depth,
     check_size,
     check_weights,
     load_pretrained,
-    need,
     read_config,
     read_weights,
 )
@@ -57,11 +57,10 @@ from igva_kernels.models.llava_igva.processing_llava_igva import LlavaIgvaProces
 from igva_kernels.models.llava_igva.upgrade import load_state_dict, quiet
 from igva_kernels.ops.weighted_mix import MixPlan, is_tap
 from igva_kernels.runtime.errors import UserError, reading
+from igva_kernels.runtime.files import need
 
 REPO_TYPE = "llava_llama"
 IMAGE_TOKEN = "<image>"
-PATCH = "igva_kernels"
-"""The key under which a config of the LLaVA repository records the plan that its model was patched with."""
 
 _TOWER = (
     ("model.vision_tower.vision_tower.vision_model.", "model.vision_tower."),
@@ -238,8 +237,8 @@ def to_repo(
     """
     target = Path(target)
     tower = target / "vision_tower"
-    fields = {**_repo_config(model.config, str(tower.resolve())), "image_aspect_ratio": image_aspect_ratio}
-    aggregator = () if PATCH in fields else _AGGREGATOR
+    fields = {**_repo_config(model, str(tower.resolve())), "image_aspect_ratio": image_aspect_ratio}
+    aggregator = () if KEY in fields else _AGGREGATOR
     weights, of_tower = {}, {}
     for name, value in model.state_dict().items():
         if name.startswith("model.vision_tower."):
@@ -330,8 +329,8 @@ def _transformers_config(
             "vision_feature_layer": need(stated, "mm_vision_select_layer", int, file),
             "vision_feature_select_strategy": _FEATURES[feature],
         }
-        if PATCH in stated:
-            shared |= _patch_fields(file, need(stated, PATCH, dict, file))
+        if KEY in stated:
+            shared |= _patch_fields(file, need(stated, KEY, dict, file))
         elif config_fields is None:
             _check_is_plain(file, weights, vision_config.hidden_size)
             return LlavaConfig(**shared)
@@ -354,7 +353,7 @@ def _igva_fields(file: Path, stated: dict[str, Any]) -> dict[str, Any]:
 
 def _patch_fields(file: Path, record: dict[str, Any]) -> dict[str, Any]:
     """What the patch of a LLaVA has recorded in its config."""
-    where = f"{file}: {PATCH!r}"
+    where = f"{file}: {KEY!r}"
     with reading(f"{where}: plan", "need what MixPlan.to_dict writes"):
         plan = MixPlan.from_dict(need(record, "plan", dict, where))
     allocator = need(record, "allocator", dict, where, default={})
@@ -413,7 +412,8 @@ _ALLOCATOR_SIZES = {
 }
 
 
-def _repo_config(config: LlavaConfig, tower: str) -> dict[str, Any]:
+def _repo_config(model: Any, tower: str) -> dict[str, Any]:
+    config = model.config
     is_igva = isinstance(config, LlavaIgvaConfig)
     for name, given, needed in (
         ("text_config", config.text_config.model_type, "llama"),
@@ -446,7 +446,7 @@ def _repo_config(config: LlavaConfig, tower: str) -> dict[str, Any]:
     if not is_igva or config.mix_plan is not None:
         feature = {ours: theirs for theirs, ours in _FEATURES.items()}[config.vision_feature_select_strategy]
         fields |= {"mm_vision_select_layer": config.vision_feature_layer, "mm_vision_select_feature": feature}
-        return {**fields, **_patch_record(config)} if is_igva else fields
+        return {**fields, **_patch_record(model)} if is_igva else fields
     plan = MixPlan.igva(config.vision_config.num_hidden_layers, config.mix_groups, config.vision_feature_layer)
     groups = [[e.layer for e in plan.blocks[1] if e.column == k] for k in range(plan.num_columns)]
     allocator = {**_ALLOCATOR_FIELDS, **_ALLOCATOR_SIZES}
@@ -459,16 +459,11 @@ def _repo_config(config: LlavaConfig, tower: str) -> dict[str, Any]:
     }
 
 
-def _patch_record(config: LlavaIgvaConfig) -> dict[str, Any]:
+def _patch_record(model: LlavaIgvaForConditionalGeneration) -> dict[str, Any]:
     """What the config of a LLaVA that was patched with the model's plan says of it."""
-    plan, width = config.plan, config.vision_config.hidden_size
-    hidden, sentence = {"hidden_dim": config.allocator_hidden_dim}, {"sentence_dim": config.sentence_embed_dim}
-    blocks = {"num_blocks": config.allocator_num_blocks, "num_heads": config.allocator_num_heads}
-    sizes = {"instruction": {**sentence, "vision_dim": width, **hidden, **blocks}, "text": {**sentence, **hidden}}
-    allocator = None
-    if plan.num_columns:
-        kind = {aggregation: kind for kind, aggregation in _AGGREGATIONS.items()}[config.aggregation]
-        allocator = {"kind": kind, "num_weights": plan.num_columns, **sizes.get(config.aggregation, {})}
+    config, allocator = model.config, model.model.weight_allocator
+    plan = config.plan
+    record = Record(plan, None if allocator is None else describe(allocator), config.balance_coefficient)
     taps = [block[0].layer for block in plan.blocks if is_tap(block)]
     layers = config.vision_config.num_hidden_layers + 1
     read = config.vision_feature_layer
@@ -476,10 +471,10 @@ def _patch_record(config: LlavaIgvaConfig) -> dict[str, Any]:
     if taps and not (isinstance(read, int) and read % layers in taps):
         read = taps[0] - layers
     return {
-        "mm_hidden_size": plan.num_blocks * width,
+        "mm_hidden_size": plan.num_blocks * config.vision_config.hidden_size,
         "mm_vision_select_layer": read if isinstance(read, int) else -2,
         "sentence_embedder": config.sentence_encoder,
-        PATCH: {"plan": plan.to_dict(), "allocator": allocator, "balance_coefficient": config.balance_coefficient},
+        KEY: record.to_dict(),
     }
 
 
