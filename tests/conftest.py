@@ -107,11 +107,9 @@ def isa(request):
     cpu_kernels.MODULE.set_isa(best)
 
 
-@pytest.fixture(params=[*cpu_kernels.ROUTES[:2], pytest.param(cpu_kernels.ROUTES[2], marks=cpu_kernels.needs_onednn)])
+@pytest.fixture(params=cpu_kernels.ROUTES)
 def products(request, monkeypatch):
-    """Products by every library in turn, not only by the one that suits this CPU; in several blocks even if small."""
-    monkeypatch.setattr(cpu_kernels.gemm, "route", cpu_kernels.routes(request.param, 16))
-    monkeypatch.setattr(cpu_kernels.backend, "SCRATCH_BYTES", 0)
-    monkeypatch.setattr(cpu_kernels.gemm, "BLOCK_ROWS", 32)
-    monkeypatch.setattr(cpu_kernels.gemm, "TILE_BYTES", 16 * 16 * 4)
+    """Products by torch and by ourselves, not only by who suits this CPU; in several blocks even if small."""
+    monkeypatch.setattr(cpu_kernels.gemm, "route", cpu_kernels.routes(request.param))
+    monkeypatch.setattr(cpu_kernels.backend, "BLOCK_BYTES", 0)
     return request.param

@@ -5,12 +5,15 @@
 
 #include "cpu/kernels.h"
 #include "dense/cpu/kernels.h"
+#include "dense/cpu/operand.h"
 #include "weighted_mix/cpu/kernels.h"
+#include "weighted_mix/cpu/product.h"
 
 namespace {
 
 constexpr igva::cpu::Kernels kernels_of(const char* isa) {
-  return {isa, {epilogue, activation_grad}, {mix, dots, layer_grads}};
+  return {isa, {epilogue, activation_grad, linear, linear_grad},
+          {mix, dots, layer_grads, mixed_linear, mixed_linear_grad, linear_dots}};
 }
 
 } // namespace

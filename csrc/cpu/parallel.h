@@ -42,4 +42,26 @@ inline void parallel_tasks(int64_t total, int threads, F f) {
   for (int64_t i = 0; i < total; ++i) f(i, 0);
 }
 
+// f(phase, i, thread) for i in 0..count(phase), phase by phase: each begins when the one before it has ended.
+template <class Count, class F>
+inline void parallel_phases(int64_t phases, int threads, Count count, F f) {
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    {
+      const int thread = omp_get_thread_num();
+      for (int64_t phase = 0; phase < phases; ++phase) {
+        const int64_t total = count(phase);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < total; ++i) f(phase, i, thread);
+      }
+    }
+    return;
+  }
+#endif
+  for (int64_t phase = 0; phase < phases; ++phase) {
+    for (int64_t i = 0; i < count(phase); ++i) f(phase, i, 0);
+  }
+}
+
 } // namespace

@@ -26,6 +26,8 @@ inline float float_of(uint32_t bits) {
   return x;
 }
 
+inline float to_float(float x) { return x; }
+
 inline float to_float(bf16 x) { return float_of(uint32_t(x.bits) << 16); }
 
 inline float to_float(f16 x) {

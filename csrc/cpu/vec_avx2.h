@@ -10,6 +10,8 @@ namespace {
 struct Avx2 {
   using Scalar = float;
   static constexpr int width = 8;
+  // A product holds this many rows by two vectors of its result in registers, which leaves 4 of the 16 for operands.
+  static constexpr int product_rows = 6;
   __m256 v;
 
   static Avx2 set(float x) { return {_mm256_set1_ps(x)}; }
@@ -69,6 +71,25 @@ inline Avx2 scale_by_power(Avx2 x, Avx2 n) {
 }
 
 inline void stream_fence() { _mm_sfence(); }
+
+// Eight rows of eight lanes become eight columns.
+inline void transpose(Avx2 (&rows)[8]) {
+  __m256 pairs[8], quads[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    pairs[i + 1] = _mm256_unpackhi_ps(rows[i].v, rows[i + 1].v);
+  }
+  for (int half = 0; half < 8; half += 4) {
+    for (int i = 0; i < 2; ++i) {
+      quads[half + 2 * i] = _mm256_shuffle_ps(pairs[half + i], pairs[half + i + 2], 0x44);
+      quads[half + 2 * i + 1] = _mm256_shuffle_ps(pairs[half + i], pairs[half + i + 2], 0xee);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    rows[i].v = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20);
+    rows[i + 4].v = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
+  }
+}
 
 } // namespace
 

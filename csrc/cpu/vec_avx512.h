@@ -3,13 +3,14 @@
 
 #include <immintrin.h>
 
-#include "cpu/storage.h"
+#include "cpu/vec_avx2.h" // transposes, and what does not depend on the width of a vector
 
 namespace {
 
 struct Avx512 {
   using Scalar = float;
   static constexpr int width = 16;
+  static constexpr int product_rows = 12; // 24 of the 32 registers hold a tile of the result, see Avx2
   __m512 v;
 
   static Avx512 set(float x) { return {_mm512_set1_ps(x)}; }
@@ -58,8 +59,4 @@ inline Avx512 round(Avx512 x) {
 }
 inline Avx512 scale_by_power(Avx512 x, Avx512 n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 
-inline void stream_fence() { _mm_sfence(); }
-
 } // namespace
-
-#include "cpu/vec_exp.h"

@@ -11,6 +11,7 @@ template <class S>
 struct Lane {
   using Scalar = S;
   static constexpr int width = 1;
+  static constexpr int product_rows = 4;
   S v;
 
   static Lane set(S x) { return {x}; }

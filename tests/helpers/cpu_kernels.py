@@ -12,7 +12,6 @@ from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs
 from igva_kernels.runtime import native
 from igva_kernels.runtime.cpu import dense
 from igva_kernels.runtime.cpu import products as gemm
-from igva_kernels.runtime.cpu.features import this_cpu
 from igva_kernels.testing import relative_error
 
 MODULE, WHY_NOT = native.load()
@@ -39,17 +38,12 @@ def isas():
     return [MODULE.isa()] if native.forced_isa() else MODULE.isas()
 
 
-def routes(name, depth):
-    """A replacement of ``products.route``: products by torch in every dtype, or by a library that has fp32 only."""
-    if name == "torch":
-        return lambda dtype: gemm.Route("torch", dtype, None, "")
-    library = name.removesuffix(" in fp32")
-    fp32 = gemm.Route(library, torch.float32, depth if library == "oneDNN" else None, "")
-    return lambda dtype: fp32._replace(library="torch", dtype=dtype) if dtype == torch.float64 else fp32
+ROUTES = [gemm.TORCH, gemm.OWN]
 
 
-ROUTES = ["torch", "torch in fp32", "oneDNN in fp32"]
-needs_onednn = pytest.mark.skipif(not this_cpu().onednn, reason="this torch has no oneDNN")
+def routes(library):
+    """A replacement of ``products.route``: every dtype by this one."""
+    return lambda dtype: gemm.Route(library, "")
 
 
 class Near:

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "dense/cpu/operand_from_python.h"
 #include "weighted_mix/plan.h"
 
 namespace py = pybind11;
@@ -161,46 +162,125 @@ struct Tiles {
   }
 };
 
-std::vector<Layer> patches_of(const Layers& layers) {
-  std::vector<Layer> found;
-  found.reserve(layers.views.size());
-  for (size_t i = 0; i < layers.views.size(); ++i) found.push_back(layers.patches_of(i));
-  return found;
-}
+// What a MixSource points to, alive while a kernel reads it.
+class Source {
+ public:
+  // Throws unless everything that the plan names was handed in.
+  Source(const Program& program, const Layers& layers, const std::optional<MixWeights>& weights, const Batch& batch,
+         const Norm* norm, int threads)
+      : layers_(patches_of(layers)) {
+    check_images(batch, layers.images);
+    if (norm) check_norm(*norm, accumulation_dtype(layers.dtype));
+    const Tables plan = program.tables(layers.views.size(), weights ? weights->columns : 0);
+    row_pointers_.resize(int64_t(threads) * plan.longest_term);
+    source_ = {plan, layers_.data(), weights.value_or(MixWeights{}), batch, layers.patches(), layers.width, norm,
+               row_pointers_.data()};
+  }
+  Source(const Source&) = delete;
+
+  const MixSource& operator*() const { return source_; }
+
+ private:
+  static std::vector<Layer> patches_of(const Layers& layers) {
+    std::vector<Layer> found;
+    found.reserve(layers.views.size());
+    for (size_t i = 0; i < layers.views.size(); ++i) found.push_back(layers.patches_of(i));
+    return found;
+  }
+
+  std::vector<Layer> layers_;
+  std::vector<const void*> row_pointers_;
+  MixSource source_;
+};
 
 void mix(const Program& program, const Layers& layers, const std::optional<MixWeights>& weights, const Batch& batch,
          const RowBlock& out, const Norm* norm, Address scratch, int threads) {
-  check_images(batch, layers.images);
-  if (norm) check_norm(*norm, accumulation_dtype(layers.dtype));
-  MixJob job = {};
-  job.plan = program.tables(layers.views.size(), weights ? weights->columns : 0);
+  const Source source(program, layers, weights, batch, norm, threads);
   py::gil_scoped_release release;
   const int64_t width = layers.width, scratch_row = program.scratch_row(width, norm != nullptr);
-  const std::vector<Layer> patches = patches_of(layers);
   const Tiles tiles(layers, batch, out, tile_patches(scratch_row));
-  threads = threads_for((out.end - out.begin) * width * int64_t(patches.size()), threads);
-  std::vector<const void*> row_pointers(int64_t(threads) * job.plan.longest_term);
-  job.layers = patches.data();
-  if (weights) job.weights = *weights;
+  threads = threads_for((out.end - out.begin) * width * int64_t(layers.views.size()), threads);
+  MixJob job = {*source};
   job.tiles = tiles.tiles.data();
   job.num_tiles = int64_t(tiles.tiles.size());
   job.batch_rows = tiles.batch_rows.data();
-  job.num_patches = layers.patches();
-  job.width = width;
   job.first_row = out.begin;
   job.rows = out.rows;
   job.raw_rows = out.raw_rows;
   job.sums = out.sums.data();
-  job.norm = norm;
   job.scratch = pointer(scratch);
   job.scratch_stride = tiles.step * scratch_row;
-  job.row_pointers = row_pointers.data();
   const auto whole_lines = [](uint64_t bytes) { return bytes % 64 == 0; }; // cache lines, which are written unread
   job.stream = out.stream && whole_lines(width * size_of(out.dtype)) && whole_lines(width * size_of(layers.dtype)) &&
                whole_lines(Address(out.rows)) &&
                std::all_of(out.sums.begin(), out.sums.end(), [&](void* sum) { return whole_lines(Address(sum)); });
   check_served(kernels_for(layers.dtype).mix.mix(layers.dtype, out.dtype, job, threads));
 }
+
+// The Linear of the mixed rows first_row..first_row + y.rows.
+void mixed_linear(const Program& program, const Layers& layers, const std::optional<MixWeights>& weights,
+                  const Batch& batch, const Norm* norm, int64_t first_row, const Operand& w, Address bias,
+                  Activation activation, const Matrix& y, const std::optional<Matrix>& z, const Scratch& scratch,
+                  int threads) {
+  const Source source(program, layers, weights, batch, norm, threads);
+  const ProductMemory memory = memory_of(y.rows, w.rows, &y, false, threads);
+  check_product(memory, (*source).plan.num_blocks * layers.width, w, &y, or_null(z), scratch);
+  if (first_row < 0 || first_row + y.rows > batch.rows * layers.patches()) {
+    throw py::value_error("rows: there are " + std::to_string(batch.rows * layers.patches()) + " mixed rows, got " +
+                          std::to_string(first_row) + " to " + std::to_string(first_row + y.rows));
+  }
+  py::gil_scoped_release release;
+  const Product product = plan_product(memory, w.depth, &y, scratch);
+  threads = threads_for_product(product, threads);
+  const LinearEnd end = {pointer<float>(bias), activation, y, or_null(z)};
+  const MixKernels& kernels = kernels_for(layers.dtype).mix;
+  check_served(kernels.mixed_linear(product, layers.dtype, *source, first_row, w, end, threads));
+}
+
+// The gradient of that Linear's weight, where x is the gradient of its result, transposed.
+void mixed_linear_grad(const Operand& x, const Program& program, const Layers& layers,
+                       const std::optional<MixWeights>& weights, const Batch& batch, const Norm* norm,
+                       const Matrix& grad, const Scratch& scratch, int threads) {
+  const Source source(program, layers, weights, batch, norm, threads);
+  const ProductMemory memory = memory_of(x.rows, (*source).plan.num_blocks * layers.width, &grad, false, threads);
+  const Operand rows = {layers.dtype, nullptr, memory.columns, batch.rows * layers.patches(), 0, 0, Activation::none};
+  check_product(memory, x.depth, rows, &grad, nullptr, scratch);
+  py::gil_scoped_release release;
+  const Product product = plan_product(memory, x.depth, &grad, scratch);
+  threads = threads_for_product(product, threads);
+  const MixKernels& kernels = kernels_for(layers.dtype).mix;
+  check_served(kernels.mixed_linear_grad(product, x, layers.dtype, *source, grad, threads));
+}
+
+// out[b, column] += scale * the sums of one entry over the chunks of row b, `dots` being [B, chunks, entries].
+void add_up(const Dots& dots, const std::vector<double>& sums, int64_t rows, int64_t chunks, int64_t columns,
+            DType dtype, Address out) {
+  const auto count = int64_t(dots.layers.size());
+  std::vector<double> row(columns);
+  for (int64_t b = 0; b < rows; ++b) {
+    row.assign(columns, 0.0);
+    for (int64_t e = 0; e < count; ++e) {
+      double sum = 0;
+      for (int64_t c = 0; c < chunks; ++c) sum += sums[(b * chunks + c) * count + e];
+      row[dots.columns[e]] += dots.scales[e] * sum;
+    }
+    for (int64_t c = 0; c < columns; ++c) {
+      if (dtype == DType::f64) pointer<double>(out)[b * columns + c] = row[c];
+      else pointer<float>(out)[b * columns + c] = float(row[c]);
+    }
+  }
+}
+
+// The entries of dots as kernels take them.
+struct DotEntries {
+  std::vector<Layer> layers;
+  std::vector<int64_t> offsets;
+
+  DotEntries(const Dots& dots, const Layers& all) {
+    for (int layer : dots.layers) layers.push_back(all.patches_of(layer));
+    for (int block : dots.blocks) offsets.push_back(block * all.width);
+  }
+};
 
 // `out` is [B, columns] in the accumulation dtype of the layers.
 void mix_weights_grad(const View& grad, const Dots& dots, const Layers& layers, const Batch& batch, int64_t columns,
@@ -210,29 +290,41 @@ void mix_weights_grad(const View& grad, const Dots& dots, const Layers& layers, 
   py::gil_scoped_release release;
   constexpr int64_t chunk = 32; // patches that one thread sums, so that a single image keeps several threads busy
   const int64_t patches = layers.patches(), width = layers.width;
-  std::vector<Layer> dot_layers;
-  std::vector<int64_t> offsets;
-  for (int layer : dots.layers) dot_layers.push_back(layers.patches_of(layer));
-  for (int block : dots.blocks) offsets.push_back(block * width);
-  const int64_t chunks = (patches + chunk - 1) / chunk, count = int64_t(offsets.size());
+  const DotEntries entries(dots, layers);
+  const int64_t chunks = (patches + chunk - 1) / chunk, count = int64_t(entries.offsets.size());
   std::vector<double> sums(batch.rows * chunks * count);
-  const DotsJob job = {batch,          patches,        width,       chunk, grad, int32_t(count), offsets.data(),
-                       dot_layers.data(), sums.data()};
+  const DotsJob job = {batch, patches, width, chunk, grad, int32_t(count), entries.offsets.data(),
+                       entries.layers.data(), sums.data()};
   threads = threads_for(batch.rows * patches * width * count, threads);
   check_served(kernels_for(grad.dtype).mix.dots(grad.dtype, layers.dtype, job, threads));
-  std::vector<double> row(columns);
-  for (int64_t b = 0; b < batch.rows; ++b) {
-    row.assign(columns, 0.0);
-    for (int64_t e = 0; e < count; ++e) {
-      double sum = 0;
-      for (int64_t c = 0; c < chunks; ++c) sum += sums[(b * chunks + c) * count + e];
-      row[dots.columns[e]] += dots.scales[e] * sum;
-    }
-    for (int64_t c = 0; c < columns; ++c) {
-      if (layers.dtype == DType::f64) pointer<double>(out)[b * columns + c] = row[c];
-      else pointer<float>(out)[b * columns + c] = float(row[c]);
-    }
-  }
+  add_up(dots, sums, batch.rows, chunks, columns, layers.dtype, out);
+}
+
+// The same where the gradient of the mixed rows is x @ w^T, which is not written to memory.
+void linear_mix_weights_grad(const Operand& x, const Operand& w, const Dots& dots, const Layers& layers,
+                             const Batch& batch, int64_t columns, Address out, const Scratch& scratch, int threads) {
+  check_images(batch, layers.images);
+  check_dots(dots, layers, columns);
+  const ProductMemory memory = memory_of(x.rows, w.rows, nullptr, false, threads);
+  check_product(memory, x.depth, w, nullptr, nullptr, scratch);
+  check_size("rows of the gradient", x.rows, batch.rows * layers.patches());
+  py::gil_scoped_release release;
+  const DotEntries entries(dots, layers);
+  const int64_t patches = layers.patches(), count = int64_t(entries.offsets.size());
+  const int64_t chunks = patches * ((w.rows + tile_columns - 1) / tile_columns);
+  std::vector<double> sums(batch.rows * chunks * count);
+  DotsJob job = {};
+  job.batch = batch;
+  job.num_patches = patches;
+  job.width = layers.width;
+  job.num_entries = int32_t(count);
+  job.offsets = entries.offsets.data();
+  job.layers = entries.layers.data();
+  job.dots = sums.data();
+  const Product product = plan_product(memory, x.depth, nullptr, scratch);
+  threads = threads_for_product(product, threads);
+  check_served(kernels_for(layers.dtype).mix.linear_dots(product, x, w, layers.dtype, job, threads));
+  add_up(dots, sums, batch.rows, chunks, columns, layers.dtype, out);
 }
 
 void layer_grads(const View& grad, const Shares& shares, const std::optional<MixWeights>& weights,
@@ -280,7 +372,10 @@ void bind_weighted_mix(py::module_& m) {
            }),
            py::arg("dtype"), py::arg("rows"), py::arg("raw_rows"), py::arg("range"), py::arg("sums"), py::arg("stream"));
   m.def("mix", mix);
+  m.def("mixed_linear", mixed_linear);
+  m.def("mixed_linear_grad", mixed_linear_grad);
   m.def("mix_weights_grad", mix_weights_grad);
+  m.def("linear_mix_weights_grad", linear_mix_weights_grad);
   m.def("layer_grads", layer_grads);
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/operands.h"
+#include "dense/cpu/table.h"
 #include "weighted_mix/operands.h"
 
 namespace igva::cpu {
@@ -35,24 +36,29 @@ struct Tile {
   int64_t end;
 };
 
-// Mixed rows, tile by tile. In every job the layers' `data` points to the first token not skipped.
-struct MixJob {
+// Where mixed rows come from. In every job the layers' `data` points to the first token not skipped.
+struct MixSource {
   Tables plan;
   const Layer* layers;
   MixWeights weights;
+  Batch batch;
+  int64_t num_patches;
+  int64_t width;
+  const Norm* norm;          // or null; its parameters are in the accumulation dtype
+  const void** row_pointers; // longest_term of them per thread
+};
+
+// Mixed rows, tile by tile.
+struct MixJob : MixSource {
   const Tile* tiles; // no patch of an image is in two of them
   int64_t num_tiles;
   const int64_t* batch_rows;
-  int64_t num_patches;
-  int64_t width;
   int64_t first_row; // row b * P + p of the mixed rows lies at rows[b * P + p - first_row]
-  void* rows;        // [.., G * D]
+  void* rows;        // [.., G * D], or null where only sums and the norm's statistics are asked for
   void* raw_rows;    // the rows before the norm, laid out as rows, or null
   void* const* sums; // num_sums of [I, P, D], in the layers' dtype
-  const Norm* norm;  // or null; its parameters are in the accumulation dtype
   void* scratch; // scratch_stride elements of the accumulation dtype per thread: a tile of a block, or of a norm's row
   int64_t scratch_stride;
-  const void** row_pointers; // longest_term of them per thread
   bool stream;               // write around the cache; rows and sums start at multiples of 64 bytes
 };
 
@@ -90,6 +96,16 @@ struct MixKernels {
   bool (*mix)(DType layers, DType rows, const MixJob& job, int threads);
   bool (*dots)(DType grad, DType layers, const DotsJob& job, int threads);
   bool (*layer_grads)(DType grad, DType layers, const LayerGradsJob& job, int threads);
+  // The Linear of the mixed rows `first_row` and on, which are computed as it reads them. Where a norm is given, its
+  // statistics are.
+  bool (*mixed_linear)(const Product& product, DType layers, const MixSource& source, int64_t first_row,
+                       const Operand& w, const LinearEnd& end, int threads);
+  // The gradient of that Linear's weight: x @ mixed rows, where x is the gradient of its result, transposed.
+  bool (*mixed_linear_grad)(const Product& product, const Operand& x, DType layers, const MixSource& source,
+                            const Matrix& grad, int threads);
+  // The dots of x @ w^T, which is the gradient of the mixed rows: dots[row, tile of the columns, e].
+  bool (*linear_dots)(const Product& product, const Operand& x, const Operand& w, DType layers, const DotsJob& job,
+                      int threads);
 };
 
 } // namespace igva::cpu

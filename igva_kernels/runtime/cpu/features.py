@@ -1,4 +1,4 @@
-"""What decides which library multiplies on this CPU: its vendor and features, and the libraries that torch brought."""
+"""What decides who multiplies on this CPU: its vendor and features, our kernels, the libraries that torch brought."""
 
 from __future__ import annotations
 
@@ -33,17 +33,21 @@ class Cpu(NamedTuple):
     mkl: bool
     """Whether torch multiplies with MKL."""
     onednn: bool
-    """Whether torch brought oneDNN, and its linear for dense tensors."""
+    """Whether torch brought oneDNN."""
+    isa: str
+    """The instruction set of our kernels; empty where they were not built."""
 
 
 def this_cpu() -> Cpu:
     """This CPU, limited to the instruction sets that the environment names."""
     vendor, features = _vendor_and_features()
+    module = native.load()[0]
     return Cpu(
         vendor,
         allowed(features, os.environ),
         torch.backends.mkl.is_available(),
-        torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"),
+        torch.backends.mkldnn.is_available(),
+        "" if module is None else module.isa(),
     )
 
 

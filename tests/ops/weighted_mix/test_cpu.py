@@ -13,7 +13,6 @@ from cpu_kernels import (
     ROUTES,
     make,
     needs_module,
-    needs_onednn,
     over_sources,
     plain_mix,
     plain_sums,
@@ -266,11 +265,11 @@ CLIP = MixPlan.igva(24, 4, -2).compact()[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("way", [*ROUTES[:2], pytest.param(ROUTES[2], marks=needs_onednn)])
+@pytest.mark.parametrize("way", ROUTES)
 def test_inference_at_real_widths_needs_less_than_64_mib_beside_the_output(dtype, way, monkeypatch):
-    if way == "torch" and gemm.is_emulated(dtype):
+    if way == gemm.TORCH and gemm.is_emulated(dtype):
         pytest.skip("no instructions for it here, and torch is slow")
-    monkeypatch.setattr(gemm, "route", routes(way, gemm.ONEDNN_DEPTH))
+    monkeypatch.setattr(gemm, "route", routes(way))
     layer = torch.randn(2, 577, 1024).to(dtype)
     args = MixArgs([layer] * len(CLIP.layers), CLIP, torch.rand(2, 4), None, 1)
     weights = projector(dtype, 2048, 4096, 4096)
