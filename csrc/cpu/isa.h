@@ -23,8 +23,4 @@ void check_served(bool served);
 // How many threads, at most `threads`, to use for work on `elements` elements.
 int threads_for(int64_t elements, int threads);
 
-// How many threads a parallel region that asks for `threads` is sure to get from here: fewer under OMP_THREAD_LIMIT,
-// OMP_DYNAMIC or OMP_MAX_ACTIVE_LEVELS, and inside another region.
-int granted_threads(int threads);
-
 } // namespace igva::cpu

@@ -13,5 +13,4 @@ PYBIND11_MODULE(_native, m) {
   m.def("isas", cpu::isas, "Instruction sets that this CPU and this build share, best last.");
   m.def("isa", cpu::isa);
   m.def("set_isa", cpu::set_isa);
-  m.def("granted_threads", cpu::granted_threads, "Threads that OpenMP is sure to grant the caller of so many.");
 }
