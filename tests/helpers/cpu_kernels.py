@@ -8,7 +8,7 @@ from igva_kernels import testing
 from igva_kernels.ops.weighted_mix import MixPlan, is_tap
 from igva_kernels.ops.weighted_mix import cpu as backend
 from igva_kernels.ops.weighted_mix.program import Shares
-from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs
+from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Needs, Projector, Saved
 from igva_kernels.runtime import native
 from igva_kernels.runtime.cpu import dense
 from igva_kernels.runtime.cpu import products as gemm
@@ -100,26 +100,55 @@ def over_sources(args, sources):
 
 
 def inputs_of_kernels():
-    """Inputs of every kernel, large enough for several threads."""
+    """Inputs of every kernel, large enough for several threads; products have several strips, slices and tiles."""
     torch.manual_seed(0)
-    args, _ = make(PLANS["igva"], torch.float32, images=2, tokens=40, width=256, index=[1, 0, 1])
-    sources = [torch.randn(2, 40 if is_tap(block) else 39, 256) for block in args.plan.reduced()[0].blocks]
-    return args, over_sources(args, sources), torch.randn(3, 39, 512), torch.randn(50, 3000), torch.randn(50, 3000)
+    args, _ = make(PLANS["igva"], torch.float32, images=2, tokens=40, width=300, index=[1, 0, 1])
+    sources = [torch.randn(2, 40 if is_tap(block) else 39, 300) for block in args.plan.reduced()[0].blocks]
+    norm = (torch.rand(600), torch.randn(600), 1e-5)
+    projector = Projector(torch.randn(530, 600) / 25, torch.randn(530), torch.randn(70, 530) / 23, None, norm, "gelu")
+    return args, over_sources(args, sources), torch.randn(3, 39, 600), projector, torch.randn(2, 50, 3000)
 
 
-def every_kernel(args, sources, grad_rows, z, grad_y):
+def every_kernel(args, sources, grad_rows, projector, rows):
     """What each kernel returns; sums depend on shapes only, so the number of threads must not change a bit."""
-    norm = (torch.ones(512), torch.zeros(512), 1e-5)
+    norm = (torch.ones(600), torch.zeros(600), 1e-5)
     mixed, normal = CPU.mix(args, torch.float32, None, Keep.SOURCES), CPU.mix(args, torch.float32, norm, Keep.ROWS)
+    z, grad_y = rows
     y, copy, grad_z, again = (torch.empty_like(z) for _ in range(4))
     dense.epilogue(z, "gelu", y, copy)
     dense.activation_grad(grad_y, z, "gelu", grad_z, again)
-    shape = LayerShape(2, 40, 256, torch.float32, args.skip_tokens)
+    shape = LayerShape(2, 40, 300, torch.float32, args.skip_tokens)
     wanted = Shares((0, 1, 0), (-1, 0, -1), (1.0, 0.5, 2.0), (1, 0, 1))
     layers = CPU.layer_grads(grad_rows, wanted, args.mix_weights, args.image_index, shape)
-    weights = CPU.mix_weights_grad(grad_rows[..., 256:], [1], sources)
+    weights = CPU.mix_weights_grad(grad_rows[..., 300:], [1], sources)
     of_mixes = [mixed.rows, *mixed.sums, normal.rows, normal.raw_rows, normal.mean, normal.rstd]
-    return [*of_mixes, y, copy, grad_z, again, weights, *layers]
+    products = [x for norm in (None, projector.norm) for x in a_step(args, projector._replace(norm=norm))]
+    return [*of_mixes, y, copy, grad_z, again, weights, *layers, *products]
+
+
+def a_step(args, projector, grad_out=None, keep=Keep.SOURCES):
+    """The output of a projector and every gradient, as a training step computes them; by name, see ``named_step``."""
+    return list(named_step(args, projector, grad_out, keep).values())
+
+
+def named_step(args, projector, grad_out=None, keep=Keep.SOURCES):
+    out, mixed, z = CPU.project(args, projector, keep, True)
+    grad_out = out / out.shape[-1] ** 0.5 if grad_out is None else grad_out
+    sources = rows = None
+    if keep == Keep.SOURCES:
+        sources = over_sources(args, args.program.gather(args.layers, mixed.sums))
+    else:
+        rows = mixed.rows if projector.norm is None else mixed.raw_rows
+    has_norm = projector.norm is not None and projector.norm[0] is not None
+    needs = Needs(
+        mix_weights=keep == Keep.SOURCES, layers=False, weight1=True, bias1=projector.bias1 is not None,
+        norm_weight=has_norm, norm_bias=has_norm, weight2=projector.weight2 is not None,
+        bias2=projector.bias2 is not None,
+    )  # fmt: skip
+    saved = Saved(sources, rows, mixed.mean, mixed.rstd, z)
+    grads = CPU.project_backward(grad_out, saved, projector, needs)
+    results = {"out": out, "z": z, **grads}
+    return {name: x for name, x in results.items() if x is not None}
 
 
 def assert_same(actual, expected):

@@ -9,7 +9,7 @@ from pathlib import Path
 import cpu_kernels
 import pytest
 import torch
-from cpu_kernels import MODULE, assert_same, every_kernel, inputs_of_kernels, needs_module, needs_onednn
+from cpu_kernels import MODULE, assert_same, every_kernel, inputs_of_kernels, needs_module
 
 import igva_kernels as ik
 from igva_kernels import cli, registry
@@ -67,7 +67,12 @@ def _threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("_threads")
+@pytest.fixture
+def _own(monkeypatch):
+    monkeypatch.setattr(gemm, "route", cpu_kernels.routes(gemm.OWN))
+
+
+@pytest.mark.usefixtures("_own", "_threads")
 @pytest.mark.parametrize("threads", [2, 3, 8])
 def test_no_number_of_threads_changes_a_bit(isa, threads):
     inputs = inputs_of_kernels()
@@ -77,7 +82,7 @@ def test_no_number_of_threads_changes_a_bit(isa, threads):
     assert_same(every_kernel(*inputs), alone)
 
 
-@pytest.mark.usefixtures("_threads")
+@pytest.mark.usefixtures("_own", "_threads")
 def test_several_python_threads_call_the_kernels_at_once():
     inputs = inputs_of_kernels()
     alone = every_kernel(*inputs)
@@ -100,6 +105,7 @@ SMALL_TEAM = """
 import ctypes, re, sys, torch, cpu_kernels as tests
 
 torch.use_deterministic_algorithms(True)
+tests.gemm.route = tests.routes(tests.gemm.OWN)
 inputs = tests.inputs_of_kernels()
 torch.set_num_threads(1)
 alone = tests.every_kernel(*inputs)
@@ -136,41 +142,37 @@ def test_every_kernel_is_right_where_openmp_grants_fewer_threads_than_asked_for(
     assert done.returncode == 0, done.stderr
 
 
-@needs_onednn
 @pytest.mark.skipif(native.build_info().get("openmp") == "OFF", reason="built without OpenMP")
 @pytest.mark.parametrize(
-    ("variable", "value", "granted"),
+    ("variable", "value"),
     [
-        ("OMP_THREAD_LIMIT", "1", (1, 1, 1)),
-        pytest.param("OMP_NUM_THREADS", "1", (1, 2, 3), marks=pytest.mark.slow),
-        pytest.param("OMP_DYNAMIC", "true", (1, 1, 1), marks=pytest.mark.slow),
-        pytest.param("OMP_MAX_ACTIVE_LEVELS", "0", (1, 1, 1), marks=pytest.mark.slow),
+        ("OMP_THREAD_LIMIT", "1"),
+        pytest.param("OMP_NUM_THREADS", "1", marks=pytest.mark.slow),
+        pytest.param("OMP_DYNAMIC", "true", marks=pytest.mark.slow),
+        pytest.param("OMP_MAX_ACTIVE_LEVELS", "0", marks=pytest.mark.slow),
     ],
 )
-def test_fewer_threads_than_torch_asks_for_change_no_answer(variable, value, granted):
-    """oneDNN leaves parts of a product undone there, so it must not be used."""
+def test_fewer_threads_than_torch_asks_for_change_no_answer(variable, value):
+    """A training step by our own products, and what it is without OpenMP."""
     done = run_python(
         "import torch, igva_kernels as ik\n"
-        "from igva_kernels.runtime import native\n"
         "from igva_kernels.runtime.cpu import products as gemm\n"
-        f"assert tuple(native.load()[0].granted_threads(n) for n in (1, 2, 3)) == {granted}\n"
-        "torch.manual_seed(0)\n"
-        "torch.set_num_threads(2)\n"
+        "gemm.route = lambda dtype: gemm.Route(gemm.OWN, '')\n"
         "plan = ik.MixPlan.concat([0, 1])\n"
-        "def run(impl, inputs):\n"
+        "def run(impl, inputs, threads):\n"
+        "    torch.set_num_threads(threads)\n"
         "    inputs = [x.detach().clone().requires_grad_() for x in inputs]\n"
         "    out = ik.layer_mix_mlp(inputs[:2], plan, None, *inputs[2:], impl=impl)\n"
         "    return [out.detach(), *torch.autograd.grad(out.square().sum(), inputs)]\n"
-        "own = gemm.route\n"
-        "fp32 = gemm.Route('oneDNN', torch.float32, 512, '')\n"
         "for dtype in (torch.float32, torch.bfloat16):\n"
-        "    shapes = [(4, 200, 256)] * 2 + [(64, 512), (64,), (64, 64), (64,)]\n"
+        "    torch.manual_seed(0)\n"
+        "    shapes = [(4, 200, 300)] * 2 + [(70, 600), (70,), (64, 70), (64,)]\n"
         "    inputs = [(torch.randn(shape) / shape[-1] ** 0.5).to(dtype) for shape in shapes]\n"
-        "    expected = run('reference', inputs)\n"
-        "    for gemm.route in (own, lambda dtype: fp32):\n"
-        "        for a, b in zip(run('cpu', inputs), expected, strict=True):\n"
-        "            error = float((a - b).float().norm() / b.float().norm())\n"
-        "            assert error < 8 * torch.finfo(dtype).eps, (dtype, tuple(a.shape), error)\n",
+        "    expected, alone, results = run('reference', inputs, 1), run('cpu', inputs, 1), run('cpu', inputs, 4)\n"
+        "    for a, b, c in zip(results, expected, alone, strict=True):\n"
+        "        error = float((a - b).float().norm() / b.float().norm())\n"
+        "        assert error < 8 * torch.finfo(dtype).eps, (dtype, tuple(a.shape), error)\n"
+        "        assert torch.equal(a, c), (dtype, tuple(a.shape))\n",
         {variable: value},
     )
     assert done.returncode == 0, done.stderr
@@ -227,8 +229,9 @@ def forced_isa(monkeypatch):
 def test_the_environment_forces_an_instruction_set(name, forced_isa, capsys):
     module, _ = forced_isa(f" {name.upper()}")
     assert module.isa() == name
+    assert this_cpu().isa == name
     if name != "avx512":
-        assert gemm.choose(torch.float32, this_cpu()).library == "torch"
+        assert gemm.choose(torch.float32, this_cpu()).library == (gemm.OWN if name == "avx2" else gemm.TORCH)
     assert cli.main(["info"]) == 0
     assert f"uses {name}, as IGVA_KERNELS_CPU_ISA says" in capsys.readouterr().out
 
