@@ -137,11 +137,11 @@ def named_step(args, projector, grad_out=None, keep=Keep.SOURCES):
     sources = rows = None
     if keep == Keep.SOURCES:
         sources = over_sources(args, args.program.gather(args.layers, mixed.sums))
-    else:
+    elif keep == Keep.ROWS:
         rows = mixed.rows if projector.norm is None else mixed.raw_rows
-    has_norm = projector.norm is not None and projector.norm[0] is not None
+    has_norm = keep != Keep.NOTHING and projector.norm is not None and projector.norm[0] is not None
     needs = Needs(
-        mix_weights=keep == Keep.SOURCES, layers=False, weight1=True, bias1=projector.bias1 is not None,
+        mix_weights=keep == Keep.SOURCES, layers=False, weight1=keep != Keep.NOTHING, bias1=projector.bias1 is not None,
         norm_weight=has_norm, norm_bias=has_norm, weight2=projector.weight2 is not None,
         bias2=projector.bias2 is not None,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from cpu_kernels import (
     PLANS,
     ROUTES,
     make,
+    named_step,
     needs_module,
     over_sources,
     plain_mix,
@@ -21,6 +22,7 @@ from cpu_kernels import (
     within_rule,
 )
 
+import igva_kernels as ik
 from igva_kernels.ops.weighted_mix import MixPlan
 from igva_kernels.ops.weighted_mix import cpu as backend
 from igva_kernels.ops.weighted_mix.program import Shares, shares
@@ -261,6 +263,50 @@ def test_project_of_nothing_and_of_one_row(images, skip, products):
         torch.testing.assert_close(out.double(), plain_project(exact, None, weights, "gelu"), rtol=1e-5, atol=1e-5)
 
 
+STEPS = {"mlp": 270, "norm": 270, "narrow": 23, "plain norm": 23, "shared images": 23}
+"""The width of a layer: a row of two is deeper than a slice of a product, or narrower than a tile of its columns."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", STEPS)
+@pytest.mark.parametrize("keep", Keep)
+def test_a_training_step_obeys_the_error_rule_whatever_it_keeps(isa, dtype, form, keep, monkeypatch):
+    """By our own products, beside plain torch with torch's."""
+    monkeypatch.setattr(gemm, "route", routes(gemm.OWN))
+    width, index = STEPS[form], [2, 0, 2, 2] if form == "shared images" else None
+    for judge in within_rule(dtype):
+        args, exact = make(PLANS["igva"], dtype, tokens=45, width=width, index=index)
+        affine = form == "norm"
+        params = [torch.rand(2 * width).to(dtype), torch.randn(2 * width).to(dtype)] if affine else [None, None]
+        weights = projector(dtype, 2 * width, 70, 33)._replace(activation="gelu")
+        grad_out = torch.randn(args.num_rows, args.num_patches, 33).to(dtype)
+        norm = (*params, 1e-5) if "norm" in form else None
+        actual = named_step(args, weights._replace(norm=norm), grad_out, keep)
+        actual.pop("z"), actual.pop("rows", None)
+        expected, plain = (autograd_of_step(a, norm, weights, grad_out) for a in (exact, args))
+        assert {"out", "bias1", "weight2", "bias2"} <= {*actual}
+        assert ("weight1" in actual) == (keep != Keep.NOTHING)
+        assert ("mix_weights" in actual) == (keep == Keep.SOURCES)
+        for name, result in actual.items():
+            judge.add(result, expected[name], plain[name], name)
+
+
+def autograd_of_step(args, norm, weights, grad_out):
+    """What ``named_step`` returns, by plain torch."""
+    dtype = args.layers[0].dtype
+    given = {**weights._asdict(), "norm_weight": norm and norm[0], "norm_bias": norm and norm[1]}
+    given = {n: x.to(dtype) for n, x in given.items() if isinstance(x, torch.Tensor)} | {"mix": args.mix_weights}
+    leaves = {n: x.detach().requires_grad_() for n, x in given.items()}
+    norm = None if norm is None else (leaves.get("norm_weight"), leaves.get("norm_bias"), norm[2])
+    first = leaves["weight1"], leaves["bias1"], leaves["weight2"], leaves["bias2"]
+    out = plain_torch.layer_mix_mlp(
+        args.layers, args.plan, leaves["mix"], *first, activation=weights.activation, norm=norm,
+        skip_tokens=args.skip_tokens, image_index=args.image_index,
+    )  # fmt: skip
+    out.backward(grad_out.to(dtype))
+    return {"out": out.detach(), "mix_weights": leaves.pop("mix").grad, **{n: x.grad for n, x in leaves.items()}}
+
+
 CLIP = MixPlan.igva(24, 4, -2).compact()[1]
 
 
@@ -278,6 +324,27 @@ def test_inference_at_real_widths_needs_less_than_64_mib_beside_the_output(dtype
     )
     assert memory.kept <= out.nbytes + 4096
     assert memory.peak <= out.nbytes + (64 << 20)
+
+
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_training_at_real_widths_needs_no_more_memory_than_plain_torch(dtype, monkeypatch):
+    """Plain torch needs Z, its gradient and the sources; it is slow in 16 bits on a CPU without such instructions."""
+    monkeypatch.setattr(gemm, "route", routes(gemm.OWN))
+    layer, mix_weights = torch.randn(2, 577, 1024).to(dtype), torch.rand(2, 4, requires_grad=True)
+    weights = [w.requires_grad_() for w in projector(dtype, 2048, 4096, 4096)[:4]]
+    grad_out = torch.randn(2, 576, 4096).to(dtype)
+
+    def step():
+        layers = [layer] * len(CLIP.layers)
+        out = ik.layer_mix_mlp(layers, CLIP, mix_weights, *weights, activation="gelu", skip_tokens=1, impl="cpu")
+        return out.detach(), *torch.autograd.grad(out, [mix_weights, *weights], grad_out)
+
+    results, memory = measure_memory(step)
+    of_results = sum(x.nbytes for x in results)
+    z, source = grad_out.nbytes, layer[:, 1:].nbytes
+    assert memory.kept <= of_results + 4096
+    assert memory.peak <= of_results + 2 * z + 4 * source + (3 << 20)
 
 
 # ---- anything ------------------------------------------------------------------------------------------------------
