@@ -14,8 +14,11 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
+from unittest.mock import patch
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # more threads than cores must not wait in a loop
 
@@ -28,8 +31,10 @@ from torch import Tensor
 
 import igva_kernels as ik
 from igva_kernels import MixPlan
+from igva_kernels.ops.weighted_mix import cpu as mix_backend
 from igva_kernels.runtime import native
 from igva_kernels.runtime.activations import ACTIVATIONS
+from igva_kernels.runtime.cpu import products as gemm
 
 WIDTHS = [0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 70]
 """Widths around those of one vector and of several that a loop unrolls."""
@@ -37,6 +42,9 @@ WIDTHS = [0, 1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 70]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 SCALES = [1.0, 0.5, 1 / 3, -1.0, 0.0, 3.0, 1e20]
 """The last one is drawn only where no norm squares it and no fp16 overflows."""
+
+LITTLE_MEMORY = "ours in the least memory"
+PRODUCTS = [gemm.TORCH, gemm.OWN, LITTLE_MEMORY]
 
 COLUMNS = [None, 0, 1, 3]
 EPS = 1e-5
@@ -69,6 +77,8 @@ class Call:
     layouts: dict[str, str]
     needs: frozenset[str]
     threads: int
+    products: str
+    """Who multiplies, one of ``PRODUCTS``."""
     values: int
     """Seed of all values."""
 
@@ -85,8 +95,13 @@ def calls(draw) -> Call:
     entry = st.sampled_from([*product(range(-states, states), COLUMNS, scales)])
     plan = MixPlan(draw(st.lists(st.lists(entry, min_size=1, max_size=7), min_size=1, max_size=3)))
     images, tokens, width = draw(st.integers(0, 3)), draw(st.integers(0, 6)), draw(st.sampled_from(WIDTHS))
-    if draw(st.integers(0, 19)) == 19:  # enough for several threads
+    hidden, out = draw(st.sampled_from([0, 1, 5, 16, 33])), draw(st.sampled_from([0, 1, 7, 16]))
+    if draw(st.integers(0, 19)) == 19:  # enough for several threads, and for several slices of a product
         images, tokens, width = 3, 12, draw(st.sampled_from([640, 1030]))
+    if draw(st.integers(0, 7)) == 3:  # and for several strips, tiles and slices of one, and for blocks of rows
+        op = draw(st.sampled_from(["layer_mix_linear", "layer_mix_mlp"]))
+        images, tokens, width = 3, draw(st.sampled_from([41, 67])), draw(st.sampled_from([7, 65, 180, 530]))
+        hidden, out = draw(st.sampled_from([1, 67, 530])), draw(st.sampled_from([1, 33, 130]))
     index = None
     if images and draw(st.booleans()):
         index = tuple(draw(st.lists(st.integers(0, images - 1), max_size=5)))
@@ -95,11 +110,11 @@ def calls(draw) -> Call:
     needs = draw(st.just(0) | st.integers(0, 2 ** len(names) - 1))  # none is a path of its own
     moved = draw(st.lists(st.sampled_from([*product(names, strides.LAYOUTS)]), max_size=4))
     return Call(
-        op, plan, states, images, tokens, width, draw(st.integers(0, tokens)), index, draw(st.booleans()),
-        (draw(st.sampled_from([0, 1, 5, 16, 33])), draw(st.sampled_from([0, 1, 7, 16]))), dtypes,
+        op, plan, states, images, tokens, width, draw(st.integers(0, min(tokens, 6))), index, draw(st.booleans()),
+        (hidden, out), dtypes,
         draw(st.sampled_from([None, *ACTIVATIONS])), draw(st.tuples(st.booleans(), st.booleans())), norm, dict(moved),
         frozenset(name for i, name in enumerate(names) if needs >> i & 1), draw(st.integers(1, 5)),
-        draw(st.integers(0, 2**31)),
+        draw(st.sampled_from(PRODUCTS)), draw(st.integers(0, 2**31)),
     )  # fmt: skip
 
 
@@ -213,7 +228,21 @@ def check(call: Call) -> None:
     expected, (bounds, factor) = run(call, wide(tensors), "reference"), bound(call, tensors)
     for isa in native.load()[0].isas():
         native.load()[0].set_isa(isa)
-        compare(call, tensors, run(call, tensors, "cpu"), expected, bounds, factor)
+        with products_by(call.products):
+            actual = run(call, tensors, "cpu")
+        compare(call, tensors, actual, expected, bounds, factor)
+
+
+@contextmanager
+def products_by(whom: str) -> Iterator[None]:
+    """Every product by this library, on every instruction set and not only on those that it suits."""
+    with ExitStack() as stack:
+        library = gemm.TORCH if whom == gemm.TORCH else gemm.OWN
+        stack.enter_context(patch.object(gemm, "route", lambda dtype: gemm.Route(library, "")))
+        for name in ("BLOCK_BYTES", "PRODUCT_BYTES", "TRAINING_BYTES"):
+            if whom == LITTLE_MEMORY:
+                stack.enter_context(patch.object(mix_backend, name, 0))
+        yield
 
 
 def compare(
