@@ -84,6 +84,11 @@ def swapped(dim):
     return lambda x: x.index_select(dim, torch.tensor([1, 0, *range(2, x.shape[dim])]))
 
 
+def without_the_last(dim):
+    """What a product makes of a weight if it forgets the last of its depth (dim 1) or of its columns (dim 0)."""
+    return lambda x: torch.cat([x.narrow(dim, 0, x.shape[dim] - 1), torch.zeros_like(x.narrow(dim, 0, 1))], dim)
+
+
 def to_tf32(x):
     return (x.view(torch.int32) & ~0x1FFF).view(torch.float32) if x.dtype == torch.float32 else x
 
@@ -100,6 +105,8 @@ READS = {
     "two weights swapped": (BLOCK, weights(swapped(1))),
     "two columns of weight1 swapped": (BLOCK, param("weight1", swapped(1))),
     "two rows of weight2 swapped": (BLOCK, param("weight2", swapped(0))),
+    "the end of a depth left out": (BLOCK, param("weight1", without_the_last(1))),
+    "the edge of a panel left out": (BLOCK, param("weight2", without_the_last(0))),
     "bias1 one further": (BLOCK, param("bias1", lambda b: b.roll(1))),
     "bias2 one further": (BLOCK, param("bias2", lambda b: b.roll(1))),
     "no bias1": (BLOCK, param("bias1", torch.zeros_like)),
