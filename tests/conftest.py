@@ -113,3 +113,17 @@ def products(request, monkeypatch):
     monkeypatch.setattr(cpu_kernels.gemm, "route", cpu_kernels.routes(request.param))
     monkeypatch.setattr(cpu_kernels.backend, "BLOCK_BYTES", 0)
     return request.param
+
+
+@pytest.fixture
+def own_products(monkeypatch):
+    """Every product by ourselves."""
+    monkeypatch.setattr(cpu_kernels.gemm, "route", cpu_kernels.routes(cpu_kernels.gemm.OWN))
+
+
+@pytest.fixture
+def restored_threads():
+    """torch's number of threads is afterwards what it was."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -78,6 +78,12 @@ inline void store(V v, T* p, int64_t n) {
   memcpy(p, lanes, n * sizeof(T));
 }
 
+// n elements in another dtype.
+template <class V, class In, class Out>
+inline void copy_row(const In* from, int64_t n, Out* to) {
+  for (int64_t i = 0; i < n; i += V::width) store(load<V>(from + i, n - i), to + i, n - i);
+}
+
 // The sum of what f(sum, i) adds for the vectors at i = 0, width, ..., the last of them partial. Several partial sums
 // keep the rounding error small and the additions independent.
 template <class V, class F>

@@ -27,6 +27,7 @@ struct MixWeights {
 struct Batch {
   const int64_t* image_index;
   int64_t rows;
+  int64_t image_of(int64_t row) const { return image_index ? image_index[row] : row; }
 };
 
 // What one block of the mixed row contributes to the gradient of a layer: scale * weights[b, column] * gradient of the

@@ -60,19 +60,7 @@ def test_without_an_openmp_runtime_the_import_fails_and_nothing_crashes():
     assert native.build_info()["openmp"] == "OFF" or "GOMP" in done.stdout or "omp_" in done.stdout
 
 
-@pytest.fixture
-def _threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def _own(monkeypatch):
-    monkeypatch.setattr(gemm, "route", cpu_kernels.routes(gemm.OWN))
-
-
-@pytest.mark.usefixtures("_own", "_threads")
+@pytest.mark.usefixtures("own_products", "restored_threads")
 @pytest.mark.parametrize("threads", [2, 3, 8])
 def test_no_number_of_threads_changes_a_bit(isa, threads):
     inputs = inputs_of_kernels()
@@ -82,7 +70,7 @@ def test_no_number_of_threads_changes_a_bit(isa, threads):
     assert_same(every_kernel(*inputs), alone)
 
 
-@pytest.mark.usefixtures("_own", "_threads")
+@pytest.mark.usefixtures("own_products", "restored_threads")
 def test_several_python_threads_call_the_kernels_at_once():
     inputs = inputs_of_kernels()
     alone = every_kernel(*inputs)

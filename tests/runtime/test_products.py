@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from cpu_kernels import CPU, LOW, MODULE, assert_same, needs_module, routes, within_rule
+from cpu_kernels import CPU, LOW, MODULE, assert_same, needs_module, within_rule
 from seeds import seeded
 from threads import in_threads
 
@@ -23,18 +23,6 @@ pytestmark = needs_module
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 TRIPLES = [(FP32,) * 3, (BF16,) * 3, (FP16,) * 3, (FP32, BF16, FP16), (FP16, FP32, BF16), (BF16, FP16, FP32)]
 """The dtypes of the two operands and of the result."""
-
-
-@pytest.fixture
-def _own(monkeypatch):
-    monkeypatch.setattr(gemm, "route", routes(gemm.OWN))
-
-
-@pytest.fixture
-def _threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def draw(*shape, dtype=FP32, scale=1.0):
@@ -75,7 +63,7 @@ def judge_linear(judge, x, weight, bias, activation, dtype, name="", **options):
         judge.add(got, exact, plain.to(dtype), f"{what} {name}")
 
 
-@pytest.mark.usefixtures("_own")
+@pytest.mark.usefixtures("own_products")
 @pytest.mark.parametrize("dtypes", TRIPLES, ids=lambda dtypes: "-".join(str(d)[6:] for d in dtypes))
 def test_every_size_obeys_the_error_rule(isa, dtypes):
     for (m, n, k), most in product(sizes(), (LITTLE, 1 << 30)):
@@ -84,7 +72,7 @@ def test_every_size_obeys_the_error_rule(isa, dtypes):
             judge_linear(judge, Operand(x), Operand(weight), draw(n), "gelu", dtypes[2], f"{m} x {n} x {k}", most=most)
 
 
-@pytest.mark.usefixtures("_own")
+@pytest.mark.usefixtures("own_products")
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_more_rows_than_a_block_holds(isa, dtype):
     """Three blocks, the last of them shorter."""
@@ -110,7 +98,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.usefixtures("_own")
+@pytest.mark.usefixtures("own_products")
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 def test_operands_of_any_layout_and_with_an_activation(isa, dtype):
     m, n, k = 105, 77, 530
@@ -122,7 +110,7 @@ def test_operands_of_any_layout_and_with_an_activation(isa, dtype):
             judge_linear(judge, x, weight, None, None, dtype, f"{of_x} @ {of_weight}, {acts}")
 
 
-@pytest.mark.usefixtures("_own")
+@pytest.mark.usefixtures("own_products")
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 def test_the_gradient_of_a_linear_and_of_its_bias_obeys_the_error_rule(isa, dtype, activation):
@@ -143,7 +131,7 @@ def test_the_gradient_of_a_linear_and_of_its_bias_obeys_the_error_rule(isa, dtyp
                 judge.add(grad_bias, exact.sum(0), plain.sum(0), f"grad_bias {m} x {n} x {k}, {kind}")
 
 
-@pytest.mark.usefixtures("_own")
+@pytest.mark.usefixtures("own_products")
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 def test_nothing_is_written_beside_the_results(isa, dtype):
     """Rows with numbers between them, which fp32 results take as the memory of their sums."""
@@ -160,7 +148,7 @@ def test_nothing_is_written_beside_the_results(isa, dtype):
             assert (each == 7.0).all()
 
 
-@pytest.mark.usefixtures("_own")
+@pytest.mark.usefixtures("own_products")
 def test_nothing_is_written_beside_the_scratch_memory(isa):
     x, weight, z = draw(200, 530), draw(530, 65), draw(200, 65, dtype=BF16)
     compiled = dense.module()
@@ -191,7 +179,7 @@ def products_of_every_kind(most=dense.PRODUCT_BYTES, lent=False):
     return results
 
 
-@pytest.mark.usefixtures("_own", "_threads")
+@pytest.mark.usefixtures("own_products", "restored_threads")
 def test_neither_threads_nor_memory_change_a_bit(isa):
     torch.set_num_threads(1)
     alone = products_of_every_kind()
@@ -200,7 +188,7 @@ def test_neither_threads_nor_memory_change_a_bit(isa):
         assert_same(products_of_every_kind(most, lent), alone)
 
 
-@pytest.mark.usefixtures("_own")
+@pytest.mark.usefixtures("own_products")
 def test_neither_do_other_callers(isa):
     """Two Python threads, which draw their numbers one after the other."""
     torch.manual_seed(seeded(2))
@@ -211,7 +199,7 @@ def test_neither_do_other_callers(isa):
             assert_same(each, alone)
 
 
-@pytest.mark.usefixtures("_own")
+@pytest.mark.usefixtures("own_products")
 @pytest.mark.parametrize("k", [256, 512, 1024, 2048, 4096])
 def test_a_long_product_is_as_exact_as_plain_torchs(isa, k):
     """The ratio of two means over 16 draws scatters by 0.7 %; at K = 256 it is 1.08, and less beyond."""

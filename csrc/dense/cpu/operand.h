@@ -17,14 +17,9 @@ inline void dispatch_operand(DType dtype, F f) {
   dispatch_second<float>(dtype, [&](float, auto type) { f(type); });
 }
 
-template <class T>
-inline void to_fp32(const T* from, int64_t n, float* to) {
-  for (int64_t i = 0; i < n; i += Vec::width) store(load<Vec>(from + i, n - i), to + i, n - i);
-}
-
 // to[j * to_stride + i] = from[i * row_stride + j * column_stride]
 template <class T>
-inline void to_fp32_transposed(const T* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns,
+inline void copy_transposed(const T* from, int64_t row_stride, int64_t column_stride, int64_t rows, int64_t columns,
                                float* to, int64_t to_stride) {
   int64_t done_rows = 0, done_columns = 0;
 #ifndef IGVA_SCALAR
@@ -63,9 +58,9 @@ class MatrixRows final : public Rows {
   void pack(int64_t row, int64_t rows, int64_t depth, int64_t count, float* to, int) const override {
     const T* from = static_cast<const T*>(a_.data) + row * a_.row_stride + depth * a_.depth_stride;
     if (a_.depth_stride == 1) {
-      for (int64_t i = 0; i < rows; ++i) to_fp32(from + i * a_.row_stride, count, to + i * row_stride);
+      for (int64_t i = 0; i < rows; ++i) copy_row<Vec>(from + i * a_.row_stride, count, to + i * row_stride);
     } else {
-      to_fp32_transposed(from, a_.depth_stride, a_.row_stride, count, rows, to, row_stride);
+      copy_transposed(from, a_.depth_stride, a_.row_stride, count, rows, to, row_stride);
     }
     for (int64_t i = 0; i < rows; ++i) activate(a_.activation, to + i * row_stride, count);
   }
@@ -84,9 +79,9 @@ class MatrixColumns final : public Columns {
       const int64_t n = columns - first < panel ? columns - first : panel;
       const T* from = static_cast<const T*>(a_.data) + (column + first) * a_.row_stride + depth * a_.depth_stride;
       if (a_.row_stride == 1) {
-        for (int64_t k = 0; k < count; ++k) to_fp32(from + k * a_.depth_stride, n, to + k * panel);
+        for (int64_t k = 0; k < count; ++k) copy_row<Vec>(from + k * a_.depth_stride, n, to + k * panel);
       } else {
-        to_fp32_transposed(from, a_.row_stride, a_.depth_stride, n, count, to, panel);
+        copy_transposed(from, a_.row_stride, a_.depth_stride, n, count, to, panel);
       }
       if (a_.activation == Activation::none) continue;
       for (int64_t k = 0; k < count; ++k) activate(a_.activation, to + k * panel, n);

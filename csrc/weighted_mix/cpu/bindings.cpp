@@ -86,11 +86,10 @@ struct RowsByImage {
   std::vector<int64_t> rows, begin;
 
   RowsByImage(const Batch& batch, int64_t images) : rows(batch.rows), begin(images + 1, 0) {
-    const auto image_of = [&](int64_t b) { return batch.image_index ? batch.image_index[b] : b; };
-    for (int64_t b = 0; b < batch.rows; ++b) ++begin[image_of(b) + 1];
+    for (int64_t b = 0; b < batch.rows; ++b) ++begin[batch.image_of(b) + 1];
     for (int64_t i = 0; i < images; ++i) begin[i + 1] += begin[i];
     std::vector<int64_t> at(begin.begin(), begin.end() - 1);
-    for (int64_t b = 0; b < batch.rows; ++b) rows[at[image_of(b)]++] = b;
+    for (int64_t b = 0; b < batch.rows; ++b) rows[at[batch.image_of(b)]++] = b;
   }
 };
 
@@ -149,7 +148,7 @@ struct Tiles {
     }
     for (int64_t b = 0; b < batch.rows; ++b) batch_rows.push_back(b);
     for (int64_t b = out.begin / patches; b * patches < out.end; ++b) {
-      add(batch.image_index ? batch.image_index[b] : b, std::max<int64_t>(out.begin - b * patches, 0),
+      add(batch.image_of(b), std::max<int64_t>(out.begin - b * patches, 0),
           std::min(out.end - b * patches, patches), b, b + 1);
     }
   }

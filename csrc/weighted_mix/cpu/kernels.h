@@ -115,11 +115,6 @@ inline void normalize(const typename V::Scalar* row, int64_t column, int64_t n, 
   }
 }
 
-template <class V, class Out>
-inline void store_row(const typename V::Scalar* row, int64_t n, Out* out) {
-  for (int64_t i = 0; i < n; i += V::width) store(load<V>(row + i, n - i), out + i, n - i);
-}
-
 template <class V, bool stream, class In, class Out>
 void mix_tiles(const MixJob& a, int threads) {
   using S = typename V::Scalar;
@@ -154,7 +149,7 @@ void mix_tiles(const MixJob& a, int threads) {
         const int64_t at = first + p * row_width;
         take_statistics<V>(row, row_width, *a.norm, m + p);
         if (a.rows) normalize<V>(row, 0, row_width, *a.norm, m + p, static_cast<Out*>(a.rows) + at);
-        if (a.raw_rows) store_row<V>(row, row_width, static_cast<Out*>(a.raw_rows) + at);
+        if (a.raw_rows) copy_row<V>(row, row_width, static_cast<Out*>(a.raw_rows) + at);
       }
     }
     if (stream) stream_fence();
@@ -192,7 +187,7 @@ bool dots(DType grad, DType layer, const DotsJob& a, int threads) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / chunks, first = i % chunks * a.chunk;
         const int64_t last = first + a.chunk < a.num_patches ? first + a.chunk : a.num_patches;
-        const int64_t image = a.batch.image_index ? a.batch.image_index[b] : b;
+        const int64_t image = a.batch.image_of(b);
         double* sums = a.dots + i * a.num_entries;
         for (int e = 0; e < a.num_entries; ++e) sums[e] = 0;
         for (int64_t p = first; p < last; ++p) {

@@ -15,7 +15,7 @@ inline void mix_part(const MixSource& a, int64_t row, int64_t rows, int64_t colu
   for (int64_t done = 0; done < rows;) {
     const int64_t b = (row + done) / a.num_patches, patch = (row + done) % a.num_patches;
     const int64_t patches = rows - done < a.num_patches - patch ? rows - done : a.num_patches - patch;
-    const int64_t image = a.batch.image_index ? a.batch.image_index[b] : b;
+    const int64_t image = a.batch.image_of(b);
     const float* weights = static_cast<const float*>(a.weights.data) + b * a.weights.row_stride;
     for (int64_t block = column / a.width; block * a.width < column + columns; ++block) {
       const int64_t from = block * a.width < column ? column : block * a.width;
@@ -65,7 +65,7 @@ class MixedColumns final : public Columns {
       for (int64_t j = 0; j < columns; j += panel) {
         const int64_t n = columns - j < panel ? columns - j : panel;
         float* at = to + j * slice_depth + k * panel;
-        for (int64_t i = 0; i < rows; ++i) to_fp32(mixed + i * tile_columns + j, n, at + i * panel);
+        for (int64_t i = 0; i < rows; ++i) copy_row<Vec>(mixed + i * tile_columns + j, n, at + i * panel);
       }
     }
   }
@@ -83,7 +83,7 @@ class DotsFinish final : public Finish {
     const int64_t end = column + columns;
     for (int64_t i = 0; i < rows; ++i, sums += panel) {
       const int64_t row = first_row + i, b = row / job_.num_patches, patch = row % job_.num_patches;
-      const int64_t image = job_.batch.image_index ? job_.batch.image_index[b] : b;
+      const int64_t image = job_.batch.image_of(b);
       double* dots = job_.dots + (row * tiles_ + column / tile_columns) * job_.num_entries;
       for (int e = 0; e < job_.num_entries; ++e) {
         if (column % tile_columns == 0) dots[e] = 0;

@@ -283,7 +283,7 @@ def _mix_rows(
     first, native, threads = args.layers[0], module(), torch.get_num_threads()
     native_norm, _parameters = _native_norm(norm, stats)
     program, *source = _source(args, bool(sums))
-    scratch = first.new_empty(
+    memory = first.new_empty(
         (threads, program.scratch(args.width, norm is not None)), dtype=accumulation_dtype(first.dtype)
     )
     stream = out is not None and out.nbytes > STREAM_BYTES
@@ -291,7 +291,7 @@ def _mix_rows(
         dtype_of(native, dtype), address(out), address(raw_rows), (rows.start, rows.stop),
         [s.data_ptr() for s in sums], stream,
     )  # fmt: skip
-    native.mix(program, *source, block, native_norm, address(scratch), threads)
+    native.mix(program, *source, block, native_norm, address(memory), threads)
 
 
 def _mixed_linear(

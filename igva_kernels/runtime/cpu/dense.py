@@ -159,7 +159,7 @@ def floats(memory: Tensor) -> tuple[int, int]:
 
 
 def dense_fp32(vector: Tensor) -> Tensor:
-    """A bias or a parameter of a norm, as our products read it."""
+    """A bias as our products read it."""
     return vector.to(torch.float32).contiguous()
 
 
