@@ -1,9 +1,10 @@
 """Fused multi-layer visual feature fusion for LLaVA-style models.
 
-The per-layer weighted sum and the projector that reads it, in one operator.
+The per-layer weighted sum and the projector that reads it, in one operator; features into the language model's layers.
 """
 
 from igva_kernels.integrations import PatchHandle, patch, patched
+from igva_kernels.ops.inject_tokens import inject_tokens, token_rows
 from igva_kernels.ops.weighted_mix import MixPlan, layer_mix, layer_mix_linear, layer_mix_mlp
 from igva_kernels.registry import BackendStatus, backends
 from igva_kernels.runtime.context import FallbackWarning
@@ -18,10 +19,12 @@ __all__ = [
     "PatchHandle",
     "__version__",
     "backends",
+    "inject_tokens",
     "layer_mix",
     "layer_mix_linear",
     "layer_mix_mlp",
     "patch",
     "patched",
     "stream_hidden_states",
+    "token_rows",
 ]
