@@ -5,6 +5,7 @@ The per-layer weighted sum and the projector that reads it, in one operator; fea
 
 from igva_kernels.integrations import PatchHandle, patch, patched
 from igva_kernels.ops.inject_tokens import inject_tokens, token_rows
+from igva_kernels.ops.layer_project import layer_project
 from igva_kernels.ops.weighted_mix import MixPlan, layer_mix, layer_mix_linear, layer_mix_mlp
 from igva_kernels.registry import BackendStatus, backends
 from igva_kernels.runtime.context import FallbackWarning
@@ -23,6 +24,7 @@ __all__ = [
     "layer_mix",
     "layer_mix_linear",
     "layer_mix_mlp",
+    "layer_project",
     "patch",
     "patched",
     "stream_hidden_states",

@@ -5,6 +5,7 @@ H language-model width, E width of the sentence embedding.
 """
 
 from igva_kernels.nn.allocators import LearnedWeights, TextAllocator, WeightAllocator
+from igva_kernels.nn.layer_projectors import LayerProjectors, connect_all
 from igva_kernels.nn.losses import balance_loss, negative_entropy
 from igva_kernels.nn.projector import (
     Connector,
@@ -27,6 +28,7 @@ __all__ = [
     "LayerMixLinear",
     "LayerMixNorm",
     "LayerMixProjector",
+    "LayerProjectors",
     "LearnedWeights",
     "MixInput",
     "TextAllocator",
@@ -35,6 +37,7 @@ __all__ = [
     "column_plan",
     "column_summaries",
     "connect",
+    "connect_all",
     "is_one_operator",
     "is_plain",
     "mixes_in_linear",

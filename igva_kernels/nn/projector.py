@@ -135,11 +135,17 @@ class LayerMixProjector(nn.Module):
         Raises:
             ValueError, TypeError, NotImplementedError: as in ``layer_mix_mlp``.
         """
-        mixed = MixInput(
+        return connect(self.mix_input(hidden_states, mix_weights, plan, image_index), self.connector)
+
+    def mix_input(
+        self, hidden_states: Sequence[Tensor | None], mix_weights: Tensor | None, plan: MixPlan | None,
+        image_index: Tensor | None,
+    ) -> MixInput:  # fmt: skip
+        """The arguments of a call, as ``connect`` takes them."""
+        return MixInput(
             _as_tuple(hidden_states), mix_weights, image_index, None, self.plan if plan is None else plan,
             self.skip_tokens, self.activation, self.impl,
         )  # fmt: skip
-        return connect(mixed, self.connector)
 
     @property
     def connector(self) -> Connector:

@@ -57,6 +57,13 @@ class Dense:
             return z, None
         return ACTIVATIONS[activation](z), z if keep_z else None
 
+    def linear_into(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """``x @ weight.T + bias`` into ``out``, where the elements of a row lie together."""
+        if bias is None:
+            torch.mm(x, weight.t(), out=out)
+        else:
+            torch.addmm(bias, x, weight.t(), out=out)
+
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         """``a @ b`` in the dtype of both; either may be a transposed view."""
         return a @ b

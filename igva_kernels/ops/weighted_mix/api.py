@@ -167,24 +167,33 @@ def _reference_rows(mix: Mix) -> Tensor:
 def _project(impl: str, mix: Mix, projector: Projector) -> Tensor:
     *weights, norm, activation = projector
     backend = _select(impl, mix, (weights, norm), activation)
-    norm_weight, norm_bias, norm_eps = (None, None, None) if norm is None else norm
     if backend == REFERENCE:
-        if torch.is_grad_enabled():
-            weights = [saveable(weight) for weight in weights]
-            norm = None if norm is None else (saveable(norm_weight), saveable(norm_bias), norm[2])
-        return spec.project(_reference_rows(mix), *weights, activation=activation, norm=norm)
-    dtype = autocast_dtype(mix.layers[0].device)
-    if dtype is not None and projector.weight1.dtype != torch.float64:
-        weights = [None if weight is None else weight.to(dtype) for weight in weights]
-    weight1, bias1, weight2, bias2 = weights
-    keep, keep_z = _what_to_keep(mix, projector)
+        return project_as_published(mix, projector)
+    norm_weight, norm_bias, norm_eps = (None, None, None) if norm is None else norm
+    weight1, bias1, weight2, bias2 = to_autocast(weights, mix.layers[0].device)
+    keep, keep_z = what_to_keep(mix, projector)
     return op.projector(
         **_arguments(mix), weight1=weight1, bias1=bias1, norm_weight=norm_weight, norm_bias=norm_bias, weight2=weight2,
         bias2=bias2, norm_eps=norm_eps, activation=activation, keep=keep.value, keep_z=keep_z, impl=backend,
     )[0]  # fmt: skip
 
 
-def _what_to_keep(mix: Mix, projector: Projector) -> tuple[Keep, bool]:
+def project_as_published(mix: Mix, projector: Projector) -> Tensor:
+    """What ``impl="reference"`` runs: the published code for the mixed row, and plain torch for what reads it."""
+    *weights, norm, activation = projector
+    if torch.is_grad_enabled():
+        weights = [saveable(weight) for weight in weights]
+        norm = None if norm is None else (saveable(norm[0]), saveable(norm[1]), norm[2])
+    return spec.project(_reference_rows(mix), *weights, activation=activation, norm=norm)
+
+
+def to_autocast(weights: Sequence[Tensor | None], device: torch.device) -> list[Tensor | None]:
+    """Weights of one dtype as a registered operator takes them: in autocast's dtype, if it is on."""
+    dtype = autocast_dtype(device)
+    return [w if w is None or dtype is None or w.dtype == torch.float64 else w.to(dtype) for w in weights]
+
+
+def what_to_keep(mix: Mix, projector: Projector) -> tuple[Keep, bool]:
     """What the backward will need of the mixed row, and whether it needs z."""
     if not records_gradients():
         return Keep.NOTHING, False

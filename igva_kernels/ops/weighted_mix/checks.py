@@ -33,6 +33,8 @@ class Mix(NamedTuple):
 
     layers: list[Tensor]
     """The layers in use."""
+    used: tuple[int, ...]
+    """Which of the hidden states they are."""
     mix_weights: Tensor | None
     """``[B, C]`` in the accumulation dtype."""
     image_index: Tensor | None
@@ -69,8 +71,10 @@ def check_mix(
     mix_weights: Tensor | None,
     skip_tokens: int,
     image_index: Tensor | None,
+    weights_name: str = "mix_weights",
 ) -> Mix:
-    """The arguments that every public operator has, without the layers that the plan does not use."""
+    """The arguments that every public operator has, without the layers that the plan does not use; errors call the mix
+    weights by ``weights_name``."""
     if not isinstance(plan, MixPlan):
         raise TypeError(f"plan: need a MixPlan, got {type(plan).__name__}")
     if isinstance(hidden_states, Tensor) or not isinstance(hidden_states, Sequence):
@@ -89,12 +93,12 @@ def check_mix(
     if image_index is not None:
         check_image_index(image_index, layers[0].device, num_images)
         num_rows = image_index.shape[0]
-    mix_weights = check_mix_weights(mix_weights, num_columns, num_rows, layers[0])
+    mix_weights = check_mix_weights(mix_weights, num_columns, num_rows, layers[0], weights_name)
     need_grad = mix_weights is not None and mix_weights.requires_grad and records_gradients()
-    return Mix(layers, mix_weights, image_index, skip_tokens, code, num_blocks * width, only_taps, need_grad)
+    return Mix(layers, used, mix_weights, image_index, skip_tokens, code, num_blocks * width, only_taps, need_grad)
 
 
-def check_projector(mix: Mix, projector: Projector, names: Sequence[str]) -> Projector:
+def check_projector(mix: Mix, projector: Projector, names: Sequence[str], norm_name: str = "norm") -> Projector:
     """The projector with its eps as a float; errors call its weights and biases by ``names``."""
     check_activation(projector.activation)
     device, width, dtype, hint = mix.layers[0].device, mix.row_width, None, " (G * D, the mixed row)"
@@ -107,11 +111,11 @@ def check_projector(mix: Mix, projector: Projector, names: Sequence[str]) -> Pro
     if projector.norm is None:
         return projector
     if not isinstance(projector.norm, (tuple, list)) or len(projector.norm) != 3:
-        raise TypeError(f"norm: need None or (weight or None, bias or None, eps), got {projector.norm!r}")
+        raise TypeError(f"{norm_name}: need None or (weight or None, bias or None, eps), got {projector.norm!r}")
     norm_weight, norm_bias, eps = projector.norm
     for i, param in enumerate((norm_weight, norm_bias)):
         if param is not None:
-            check_weight(f"norm[{i}]", param, device, None, (mix.row_width,))
+            check_weight(f"{norm_name}[{i}]", param, device, None, (mix.row_width,))
     weight1, bias1, weight2, bias2, _, activation = projector  # torch 2.8 can trace this, and no _replace
     return Projector(weight1, bias1, weight2, bias2, (norm_weight, norm_bias, float(eps)), activation)
 
@@ -166,31 +170,33 @@ def check_image_range(image_index: Tensor, num_images: int) -> None:
         )
 
 
-def check_mix_weights(mix_weights: Tensor | None, num_columns: int, num_rows: int, first: Tensor) -> Tensor | None:
-    """The weights as ``[B, C]`` in the accumulation dtype."""
+def check_mix_weights(
+    mix_weights: Tensor | None, num_columns: int, num_rows: int, first: Tensor, name: str = "mix_weights"
+) -> Tensor | None:
+    """The weights as ``[B, C]`` in the accumulation dtype; errors call them by ``name``."""
     if mix_weights is None:
         if num_columns:
             raise ValueError(
-                f"mix_weights: got None, need a tensor [B, {num_columns}] or [1, {num_columns}]: the plan has "
+                f"{name}: got None, need a tensor [B, {num_columns}] or [1, {num_columns}]: the plan has "
                 f"{num_columns} weight columns"
             )
         return None
     reason = why_no_float(mix_weights)
     if reason is not None:
-        raise TypeError(f"mix_weights: {reason}")
+        raise TypeError(f"{name}: {reason}")
     if not num_columns:
         raise ValueError(
-            f"mix_weights: got a tensor of shape {list(mix_weights.shape)}, need None: the plan has no weight column"
+            f"{name}: got a tensor of shape {list(mix_weights.shape)}, need None: the plan has no weight column"
         )
     fits = mix_weights.dim() == 2 and mix_weights.shape[1] == num_columns
     # Two comparisons and not ``in``, of which torch.compile makes a comparison of symbols, not of what they stand for.
     if not fits or (mix_weights.shape[0] != 1 and mix_weights.shape[0] != num_rows):
         raise ValueError(
-            f"mix_weights: need shape [{num_rows}, {num_columns}] or [1, {num_columns}] "
+            f"{name}: need shape [{num_rows}, {num_columns}] or [1, {num_columns}] "
             f"(rows of the batch, columns of the plan), got {list(mix_weights.shape)}"
         )
     if mix_weights.device != first.device:
-        raise ValueError(f"mix_weights: need device {first.device} as the hidden states, got {mix_weights.device}")
+        raise ValueError(f"{name}: need device {first.device} as the hidden states, got {mix_weights.device}")
     return mix_weights.to(accumulation_dtype(first.dtype)).expand(num_rows, num_columns)
 
 

@@ -128,7 +128,7 @@ class CpuWeightedMix(CpuDense, WeightedMix):
         return grad
 
     def project(
-        self, args: MixArgs, projector: Projector, keep: Keep, keep_z: bool
+        self, args: MixArgs, projector: Projector, keep: Keep, keep_z: bool, out: Tensor | None = None
     ) -> tuple[Tensor, Mixed, Tensor | None]:
         """As in ``WeightedMix``; of A, Y and Z, only what is kept exists whole."""
         weight1, _, weight2, _, norm, _ = projector
@@ -136,9 +136,10 @@ class CpuWeightedMix(CpuDense, WeightedMix):
         # The sums of an image that several rows read must be written once, which work by blocks of rows cannot ensure.
         shares_sums = keep == Keep.SOURCES and args.image_index is not None
         if not serves_pair(args.layers[0].dtype, weight1.dtype) or (shares_sums and not own):
-            return super().project(args, projector, keep, keep_z)
+            return super().project(args, projector, keep, keep_z, out)
         total, (hidden, row_width) = args.num_rows * args.num_patches, weight1.shape
-        out = weight1.new_empty((total, hidden if weight2 is None else weight2.shape[0]))
+        if out is None:
+            out = weight1.new_empty((total, hidden if weight2 is None else weight2.shape[0]))
         z = weight1.new_empty((total, hidden)) if keep_z else None
         kept = _Kept(
             weight1.new_empty((total, row_width)) if keep == Keep.ROWS else None,

@@ -3,11 +3,14 @@
 Forward and backward are written once; ``layer_mix`` is the projector without weights. The plan travels as its ``code``
 string. A forward returns ``(out, kept)``: what the backward needs beyond the inputs is an output, and ``keep`` says
 which tensors these are.
+
+An operator that is composed of this one calls ``projection``, ``kept``, ``save``, ``flops`` and
+``differentiate_projector`` with the arguments of ``projector``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -19,7 +22,9 @@ from igva_kernels.ops.weighted_mix.steps import (
     Keep,
     LayerShape,
     MixArgs,
+    Mixed,
     Needs,
+    Projection,
     Projector,
     Saved,
     Shapes,
@@ -50,8 +55,8 @@ class Kept(NamedTuple):
         return [x for x in (self.rows, *self.sums, self.mean, self.rstd, self.z) if x is not None]
 
     @classmethod
-    def of(cls, flat: Sequence[Tensor], given: SimpleNamespace) -> Kept:
-        """From a flat list, for the arguments of the forward that returned it."""
+    def of(cls, flat: Iterable[Tensor], given: SimpleNamespace) -> Kept:
+        """From a flat list, for the arguments of the forward that returned it; an iterator is left behind the last."""
         rest = iter(flat)
         rows = next(rest) if given.keep == Keep.ROWS else None
         sums = [next(rest) for _ in range(_program(given).num_sums)] if given.keep == Keep.SOURCES else []
@@ -76,27 +81,42 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+def _args(given: SimpleNamespace) -> MixArgs:
+    plan = MixPlan.from_code(given.plan)
+    return MixArgs(given.layers, plan, given.mix_weights, given.image_index, given.skip_tokens)
+
+
+def projection(given: SimpleNamespace) -> Projection:
+    """The call of ``WeightedMix.project`` that the arguments of ``projector`` ask for."""
+    return Projection(_args(given), _projector(given), Keep(given.keep), given.keep_z)
+
+
+def kept(call: Projection, mixed: Mixed, z: Tensor | None) -> list[Tensor]:
+    """What the backward needs beyond the inputs, of the results of that call."""
+    _, projector, keep, keep_z = call
+    rows = (mixed.rows if projector.norm is None else mixed.raw_rows) if keep == Keep.ROWS else None
+    mean, rstd = (mixed.mean, mixed.rstd) if keep != Keep.NOTHING else (None, None)
+    return Kept(rows, mixed.sums, mean, rstd, z if keep_z else None).flat()
+
+
 def _forward(given: SimpleNamespace, implementation: WeightedMix) -> tuple[Tensor, list[Tensor]]:
-    plan, keep = MixPlan.from_code(given.plan), Keep(given.keep)
-    args = MixArgs(given.layers, plan, given.mix_weights, given.image_index, given.skip_tokens)
     if given.weight1 is None:
-        mixed = implementation.mix(args, given.layers[0].dtype, None, keep)
+        mixed = implementation.mix(_args(given), given.layers[0].dtype, None, Keep(given.keep))
         assert mixed.rows is not None
         return mixed.rows, list(mixed.sums)
-    out, mixed, z = implementation.project(args, _projector(given), keep, given.keep_z)
-    rows = (mixed.rows if given.norm_eps is None else mixed.raw_rows) if keep == Keep.ROWS else None
-    mean, rstd = (mixed.mean, mixed.rstd) if keep != Keep.NOTHING else (None, None)
-    return out, Kept(rows, mixed.sums, mean, rstd, z if given.keep_z else None).flat()
+    call = projection(given)
+    out, mixed, z = implementation.project(*call)
+    return out, kept(call, mixed, z)
 
 
-def _save(given: SimpleNamespace, output: tuple[Tensor, list[Tensor]]) -> dict[str, Any]:
+def save(given: SimpleNamespace, output: tuple[Tensor, Iterable[Tensor]]) -> dict[str, Any]:
     """What the backward operator takes, except the gradient and the needs."""
-    kept, first = Kept.of(output[1], given), given.layers[0]
+    found, first = Kept.of(output[1], given), given.layers[0]
     values = {name: value for name, value in vars(given).items() if name not in ("layers", "bias1", "bias2")}
     values |= {"layer_shape": tuple(first.shape), "layer_dtype": first.dtype}
-    values["sources"] = _program(given).gather(given.layers, kept.sums) if given.keep == Keep.SOURCES else []
+    values["sources"] = _program(given).gather(given.layers, found.sums) if given.keep == Keep.SOURCES else []
     if given.weight1 is not None:
-        values |= {"rows": kept.rows, "stats": [] if kept.mean is None else [kept.mean, kept.rstd], "z": kept.z}
+        values |= {"rows": found.rows, "stats": [] if found.mean is None else [found.mean, found.rstd], "z": found.z}
     return values
 
 
@@ -157,7 +177,7 @@ def _fields(given: SimpleNamespace) -> tuple[str, ...]:
     return Needs._fields if given.weight1 is not None else ("mix_weights", "layers")
 
 
-def _flops(given: SimpleNamespace) -> int:
+def flops(given: SimpleNamespace) -> int:
     """Of the products of the forward; the mix is work by elements."""
     if given.weight1 is None:
         return 0
@@ -184,22 +204,26 @@ def _implementation(given: SimpleNamespace, tensor: Tensor) -> WeightedMix:
     return OPERATOR.implementation(given.impl)
 
 
-def _register(forward: str, backward: str) -> Callable[..., Any]:
-    """Registers a forward and its backward from their schemas; the forward as a function of its arguments by name."""
+def _register_backward(schema: str) -> Differentiate:
+    """Registers a backward; how a forward is differentiated by it."""
 
-    def run_backward(given: SimpleNamespace) -> list[Tensor]:
+    def run(given: SimpleNamespace) -> list[Tensor]:
         _check_storages(given)
         return _backward(given, _implementation(given, given.grad_out))
 
-    differentiate = _differentiate(
+    return _differentiate(
         define(
-            backward, run_backward, lambda given: _backward(given, Shapes()), None, no_second_derivative, _LEFT_OUT,
+            schema, run, lambda given: _backward(given, Shapes()), None, no_second_derivative, _LEFT_OUT,
             _backward_flops,
         )
     )  # fmt: skip
+
+
+def _register_forward(schema: str, differentiate: Differentiate) -> Callable[..., Any]:
+    """Registers a forward, and returns it as a function of its arguments by name."""
     return define(
-        forward, lambda given: _forward(given, _implementation(given, given.layers[0])),
-        lambda given: _forward(given, Shapes()), _save, differentiate, _LEFT_OUT, _flops,
+        schema, lambda given: _forward(given, _implementation(given, given.layers[0])),
+        lambda given: _forward(given, Shapes()), save, differentiate, _LEFT_OUT, flops,
     )  # fmt: skip
 
 
@@ -213,13 +237,19 @@ _MIX = "Tensor? mix_weights, Tensor? image_index"
 _OPTIONS = "str plan, int skip_tokens, float? norm_eps, str? activation"
 _LAYERS = "SymInt[] layer_shape, ScalarType layer_dtype, bool[] needs, str impl"
 
-layer_mix = _register(
-    f"layer_mix(Tensor[] layers, {_MIX}, str plan, int skip_tokens, str keep, str impl) -> (Tensor, Tensor[])",
-    f"layer_mix_backward(Tensor grad_out, Tensor[] sources, {_MIX}, str plan, int skip_tokens, {_LAYERS}) -> Tensor[]",
+_differentiate_mix = _register_backward(
+    f"layer_mix_backward(Tensor grad_out, Tensor[] sources, {_MIX}, str plan, int skip_tokens, {_LAYERS}) -> Tensor[]"
 )
-projector = _register(
+layer_mix = _register_forward(
+    f"layer_mix(Tensor[] layers, {_MIX}, str plan, int skip_tokens, str keep, str impl) -> (Tensor, Tensor[])",
+    _differentiate_mix,
+)
+differentiate_projector = _register_backward(
+    f"projector_backward(Tensor grad_out, Tensor[] sources, Tensor? rows, Tensor[] stats, Tensor? z, {_MIX},"
+    f" Tensor weight1, Tensor? norm_weight, Tensor? norm_bias, Tensor? weight2, {_OPTIONS}, {_LAYERS}) -> Tensor[]"
+)
+projector = _register_forward(
     f"projector(Tensor[] layers, {_MIX}, Tensor weight1, Tensor? bias1, Tensor? norm_weight, Tensor? norm_bias,"
     f" Tensor? weight2, Tensor? bias2, {_OPTIONS}, str keep, bool keep_z, str impl) -> (Tensor, Tensor[])",
-    f"projector_backward(Tensor grad_out, Tensor[] sources, Tensor? rows, Tensor[] stats, Tensor? z, {_MIX},"
-    f" Tensor weight1, Tensor? norm_weight, Tensor? norm_bias, Tensor? weight2, {_OPTIONS}, {_LAYERS}) -> Tensor[]",
+    differentiate_projector,
 )

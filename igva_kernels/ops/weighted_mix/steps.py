@@ -155,6 +155,15 @@ class Projector(NamedTuple):
     activation: str | None = None
 
 
+class Projection(NamedTuple):
+    """A call of ``WeightedMix.project``."""
+
+    args: MixArgs
+    projector: Projector
+    keep: Keep
+    keep_z: bool
+
+
 class Needs(NamedTuple):
     """Which gradients are asked for."""
 
@@ -260,9 +269,9 @@ class WeightedMix(Dense, Implementation):
     # ---- compositions ----------------------------------------------------------------------------------------------
 
     def project(
-        self, args: MixArgs, projector: Projector, keep: Keep, keep_z: bool
+        self, args: MixArgs, projector: Projector, keep: Keep, keep_z: bool, out: Tensor | None = None
     ) -> tuple[Tensor, Mixed, Tensor | None]:
-        """``(out [B, P, H], mixed, z [M, N] if kept)``."""
+        """``(out [B, P, H], mixed, z [M, N] if kept)``, in the memory of ``out`` ``[M, H]`` where that is given."""
         y, z, mixed = self.mix_linear(args, projector, keep, keep_z)
         if keep != Keep.ROWS or projector.norm is not None:
             # The rows are freed here, before the second product allocates its result.
@@ -270,9 +279,12 @@ class WeightedMix(Dense, Implementation):
         if projector.weight2 is not None:
             if keep_z and z is None:
                 z = y
-            y, _ = self.linear(y, projector.weight2, projector.bias2, None, False)
+            out = y.new_empty((y.shape[0], projector.weight2.shape[0])) if out is None else out
+            self.linear_into(y, projector.weight2, projector.bias2, out)
+        else:
+            out = y if out is None else out.copy_(y)
         # Not a view for autograd, which would refuse to let callers change it in place.
-        return torch.ops.aten._unsafe_view(y, (args.num_rows, args.num_patches, y.shape[-1])), mixed, z
+        return torch.ops.aten._unsafe_view(out, (args.num_rows, args.num_patches, out.shape[-1])), mixed, z
 
     def mix_backward(self, grad_rows: Tensor, sources: MixArgs) -> Tensor:
         """The gradient of the mix weights ``[B, C]`` from that of the mixed row ``[B, P, G*D]``."""

@@ -42,6 +42,10 @@ class CpuDense(Dense):
         linear_into(x, weight, bias, activation, y, z)
         return y, z
 
+    def linear_into(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """As in ``Dense``."""
+        linear_into(x, weight, bias, None, out)
+
     def matmul(self, a: Tensor, b: Tensor) -> Tensor:
         """``a @ b`` in the dtype of both, accumulated in fp32 or fp64; either may be a transposed view."""
         product = b.new_empty((a.shape[0], b.shape[1]))

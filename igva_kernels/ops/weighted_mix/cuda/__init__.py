@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from igva_kernels.ops.weighted_mix.cuda import gemm, grad_gemm
@@ -122,21 +121,17 @@ class CudaWeightedMix(CudaDense, WeightedMix):
         return grads
 
     def why_not_fused(self, args: MixArgs, projector: Projector, keep: Keep) -> str | None:
-        """None if one kernel mixes and multiplies at once, otherwise why ``project`` takes two."""
+        """None if one kernel mixes and multiplies at once, otherwise why ``mix_linear`` takes two."""
         return _why_not_device(args.layers[0]) or gemm.why_not(args, projector, keep)
 
-    def project(
+    def mix_linear(
         self, args: MixArgs, projector: Projector, keep: Keep, keep_z: bool
-    ) -> tuple[Tensor, Mixed, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Mixed]:
         if self.why_not_fused(args, projector, keep) is not None:
-            return super().project(args, projector, keep, keep_z)
+            return super().mix_linear(args, projector, keep, keep_z)
         sums = args.new_sums() if keep == Keep.SOURCES else []
-        out, z = gemm.run(args, projector.weight1, projector.bias1, projector.activation, keep_z, sums)
-        if projector.weight2 is not None:
-            if keep_z and z is None:
-                z = out
-            out = F.linear(out, projector.weight2, projector.bias2)
-        return out.view(args.num_rows, args.num_patches, out.shape[-1]), Mixed(None, None, sums), z
+        y, z = gemm.run(args, projector.weight1, projector.bias1, projector.activation, keep_z, sums)
+        return y, z, Mixed(None, None, sums)
 
 
 def _why_not_device(tensor: Tensor) -> str | None:
