@@ -6,6 +6,7 @@
 #include "cpu/kernels.h"
 #include "dense/cpu/kernels.h"
 #include "dense/cpu/operand.h"
+#include "inject_tokens/cpu/kernels.h"
 #include "weighted_mix/cpu/kernels.h"
 #include "weighted_mix/cpu/product.h"
 
@@ -13,7 +14,8 @@ namespace {
 
 constexpr igva::cpu::Kernels kernels_of(const char* isa) {
   return {isa, {epilogue, activation_grad, linear, linear_grad},
-          {mix, dots, layer_grads, mixed_linear, mixed_linear_grad, linear_dots}};
+          {mix, dots, layer_grads, mixed_linear, mixed_linear_grad, linear_dots},
+          {inject, features_grad}};
 }
 
 } // namespace

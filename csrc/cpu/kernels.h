@@ -2,6 +2,7 @@
 #pragma once
 
 #include "dense/cpu/table.h"
+#include "inject_tokens/cpu/table.h"
 #include "weighted_mix/cpu/table.h"
 
 namespace igva::cpu {
@@ -10,6 +11,7 @@ struct Kernels {
   const char* isa;
   DenseKernels dense;
   MixKernels mix;
+  InjectKernels inject;
 };
 
 extern const Kernels scalar_kernels;

@@ -2,6 +2,7 @@
 #include "common/bindings.h"
 #include "cpu/isa.h"
 #include "dense/bindings.h"
+#include "inject_tokens/bindings.h"
 #include "weighted_mix/bindings.h"
 
 using namespace igva;
@@ -10,6 +11,7 @@ PYBIND11_MODULE(_native, m) {
   bind_common(m);
   bind_dense(m);
   bind_weighted_mix(m);
+  bind_inject_tokens(m);
   m.def("isas", cpu::isas, "Instruction sets that this CPU and this build share, best last.");
   m.def("isa", cpu::isa);
   m.def("set_isa", cpu::set_isa);

@@ -23,6 +23,20 @@ struct VecOf<double> {
 };
 #endif
 
+// f(T{}) with the C++ type of a dtype.
+template <class F>
+inline bool dispatch(DType dtype, F f) {
+  switch (dtype) {
+    case DType::f32: return f(float()), true;
+    case DType::bf16: return f(bf16()), true;
+    case DType::f16: return f(f16()), true;
+#ifdef IGVA_SCALAR
+    case DType::f64: return f(double()), true;
+#endif
+    default: return false;
+  }
+}
+
 // f(A{}, B{}) with the C++ types of two dtypes; fp64 meets fp64 only, in the scalar build.
 template <class A, class F>
 inline bool dispatch_second(DType b, F f) {

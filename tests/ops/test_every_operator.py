@@ -47,12 +47,10 @@ def test_reruns_are_bit_identical(subject, case, dtype):
 @pytest.mark.parametrize(("subject", "case", "dtype"), harness.calls(dtypes=("fp32", "bf16"), few=1))
 def test_any_strides_give_what_a_dense_copy_gives(subject, case, dtype, layout):
     inputs = tree_map_only(torch.Tensor, strides.LAYOUTS[layout], case.draw(seeded(), DTYPES[dtype], subject.device))
-    results = case.run(inputs, subject.impl)
-    dense = case.run(tree_map_only(torch.Tensor, torch.Tensor.contiguous, inputs), subject.impl)
-    tolerance = 1e-4 if dtype == "fp32" else 0.1
-    close = {"rtol": tolerance, "atol": tolerance}
-    for name, value in dense.items():
-        torch.testing.assert_close(results[name], value, **close, msg=lambda m, n=name: f"{n}: {m}")
+    results = strides.outcome(case.run, inputs, subject.impl)
+    dense = tree_map_only(torch.Tensor, torch.Tensor.contiguous, inputs)
+    expected = strides.outcome(case.run, dense, subject.impl)
+    strides.assert_same(results, expected, 1e-4 if dtype == "fp32" else 0.1, layout)
 
 
 @pytest.mark.parametrize("layout", strides.LAYOUTS)

@@ -15,6 +15,9 @@ from igva_kernels.runtime.operands import activation_of, address, dtype_of, matr
 PRODUCT_BYTES = 24 << 20
 """The most bytes that one of our products works in, where nothing else is said: with less, it packs operands again."""
 
+STREAM_BYTES = 4 << 20
+"""Results of more bytes than this are written around the cache, which would not hold them until they are read."""
+
 
 class Operand(NamedTuple):
     """``act(tensor)``, an operand ``[rows, depth]`` of a product, with any strides; the product applies the activation
@@ -194,6 +197,11 @@ def activation_grad(grad_y: Tensor, z: Tensor, activation: str, grad_z: Tensor, 
         matrix(compiled, grad_y), matrix(compiled, z), activation_of(compiled, activation),
         matrix(compiled, grad_z), matrix(compiled, y), torch.get_num_threads(),
     )  # fmt: skip
+
+
+def is_streamed(out: Tensor) -> bool:
+    """Whether kernels write this result, fresh memory of torch's, around the cache."""
+    return out.nbytes > STREAM_BYTES
 
 
 def module() -> Any:

@@ -24,9 +24,9 @@ from cpu_kernels import (
 
 import igva_kernels as ik
 from igva_kernels.ops.weighted_mix import MixPlan
-from igva_kernels.ops.weighted_mix import cpu as backend
 from igva_kernels.ops.weighted_mix.program import Shares, shares
 from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Projector
+from igva_kernels.runtime.cpu import dense
 from igva_kernels.runtime.cpu import products as gemm
 from igva_kernels.testing import measure_memory, relative_error
 
@@ -113,7 +113,7 @@ def test_kept_sums_are_written_once_an_image(isa, dtype, index):
 def test_writing_around_the_cache_changes_nothing(isa, dtype, monkeypatch):
     args, _ = make(PLANS["igva"], dtype, width=160)
     through = CPU.mix(args, dtype, None, Keep.SOURCES)
-    monkeypatch.setattr(backend, "STREAM_BYTES", 0)
+    monkeypatch.setattr(dense, "STREAM_BYTES", 0)
     around = CPU.mix(args, dtype, None, Keep.SOURCES)
     for a, b in zip([through.rows, *through.sums], [around.rows, *around.sums], strict=True):
         assert torch.equal(a, b)
