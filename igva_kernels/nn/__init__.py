@@ -5,6 +5,7 @@ H language-model width, E width of the sentence embedding.
 """
 
 from igva_kernels.nn.allocators import LearnedWeights, TextAllocator, WeightAllocator
+from igva_kernels.nn.injection import TokenInjection
 from igva_kernels.nn.layer_projectors import LayerProjectors, connect_all
 from igva_kernels.nn.losses import balance_loss, negative_entropy
 from igva_kernels.nn.projector import (
@@ -32,6 +33,7 @@ __all__ = [
     "LearnedWeights",
     "MixInput",
     "TextAllocator",
+    "TokenInjection",
     "WeightAllocator",
     "balance_loss",
     "column_plan",

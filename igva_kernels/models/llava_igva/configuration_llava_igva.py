@@ -7,6 +7,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig
 
+from igva_kernels.models.llava_igva.injection import InjectionPlan
 from igva_kernels.models.llava_igva.remote_code import CarriesRemoteCode, auto_map
 from igva_kernels.ops.weighted_mix import Entry, MixPlan
 from igva_kernels.runtime.activations import hidden_acts, of_hidden_act
@@ -37,6 +38,12 @@ class LlavaIgvaConfig(CarriesRemoteCode, LlavaConfig):
             tower's layers, or the layers of each group. The plan's base layer is ``vision_feature_layer``.
         mix_plan: a plan in place of IGVA's: a ``MixPlan``, or plain data, either what ``MixPlan.to_dict`` writes or a
             constructor with its arguments, such as ``{"dense_connector": {"kind": "dci"}}``.
+        injection: internal direct fusion (I_D of Layer_Select_Fuse): states of the tower that are projected and added
+            to the image tokens before layers of the language model, beside the visual tokens of the plan. None for
+            none; ``{"strategy": "3-18-23"}``, one of "18", "3-18", "3-18-23", "former", "latter" and "all"; or the
+            states and the layers, ``{"taps": [3, 18], "layers": [3, 23]}``. With ``"when": "encode"`` (the default) all
+            are projected along with the visual tokens, with "inject" each is projected right before its layer, and in
+            training once more in the backward, so that only the states are kept.
         projector_layernorm_eps: eps of a LayerNorm over the mixed row in front of the projector; None for no LayerNorm.
         vision_has_cls: whether token 0 of the tower's states is a CLS token; None for CLIP and SigLIP, which are known.
         vision_feature_select_strategy: "default" drops the CLS token from the visual tokens, "full" keeps every token.
@@ -55,8 +62,8 @@ class LlavaIgvaConfig(CarriesRemoteCode, LlavaConfig):
             about the machine that it will run on.
 
     Raises:
-        ValueError: the plan does not fit the tower, the tower is unknown and ``vision_has_cls`` is None, or the
-            strategy or the activation is not supported.
+        ValueError: the plan or the injection does not fit the tower or the language model, the tower is unknown and
+            ``vision_has_cls`` is None, or the strategy or the activation is not supported.
         StrictDataclassFieldValidationError: a field of another type, or an ``aggregation`` that there is not.
     """
 
@@ -65,6 +72,7 @@ class LlavaIgvaConfig(CarriesRemoteCode, LlavaConfig):
     aggregation: Literal["instruction", "text", "learned", "uniform"] = "instruction"
     mix_groups: Any = 4
     mix_plan: Any = None
+    injection: Any = None
     projector_layernorm_eps: float | int | None = None
     vision_has_cls: bool | None = None
     vision_feature_select_strategy: Literal["default", "full"] | None = None
@@ -100,6 +108,10 @@ class LlavaIgvaConfig(CarriesRemoteCode, LlavaConfig):
                 f"projector_hidden_act: got {self.projector_hidden_act!r}, need one of {', '.join(hidden_acts())}"
             )
         _ = self.plan  # raises if the plan does not fit the tower
+        if self.injection is not None:
+            layers = self.vision_config.num_hidden_layers, self.text_config.num_hidden_layers
+            kind = tower.removesuffix("_vision_model")
+            self.injection = InjectionPlan.from_dict(self.injection, *layers, kind).to_dict()
         self.auto_map = auto_map(AUTO_CLASSES, getattr(self, "auto_map", None))
 
     @classmethod
@@ -131,6 +143,14 @@ class LlavaIgvaConfig(CarriesRemoteCode, LlavaConfig):
         else:
             plan = MixPlan.from_dict(self.mix_plan).resolve(layers + 1)
         return uniform_plan(plan) if self.aggregation == "uniform" else plan
+
+    @property
+    def injection_plan(self) -> InjectionPlan | None:
+        """What ``injection`` says, as tuples."""
+        if self.injection is None:
+            return None
+        taps, layers = tuple(self.injection["taps"]), tuple(self.injection["layers"])
+        return InjectionPlan(taps, layers, self.injection["when"])
 
     @property
     def reads_instructions(self) -> bool:

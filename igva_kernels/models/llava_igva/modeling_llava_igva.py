@@ -2,7 +2,8 @@
 
 The path of an image: vision tower -> its hidden states -> summaries of the layer groups -> ``WeightAllocator`` (with
 the sentence embedding) -> ``LayerMixProjector`` (the hidden states and the weights) -> visual tokens, which take the
-places of the image tokens in the prompt. Everything else is transformers' Llava.
+places of the image tokens in the prompt. Everything else is transformers' Llava. Where the config has an ``injection``,
+further states are projected on their own and added to the image tokens before layers of the language model.
 
 Symbols: B samples of the batch, S tokens of a prompt, I images, R image places in the prompts of the batch (I without
 an ``image_index``), P visual tokens per image, E width of the sentence embedding, K weight columns, H width of the
@@ -15,10 +16,12 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import LlavaForConditionalGeneration, LlavaModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -32,19 +35,22 @@ from transformers.utils.generic import can_return_tuple
 
 from igva_kernels.models.llava_igva.configuration_llava_igva import LlavaIgvaConfig
 from igva_kernels.models.llava_igva.image_features import ImageFeatures
+from igva_kernels.models.llava_igva.injection import InjectedImages, rows_of_copies
 from igva_kernels.models.llava_igva.sentence_encoder import encode_sentences
 from igva_kernels.models.llava_igva.upgrade import load_state_dict, upgraded_config, upgraded_state_dict
 from igva_kernels.nn import (
     LayerMixProjector,
     LearnedWeights,
     TextAllocator,
+    TokenInjection,
     WeightAllocator,
     balance_loss,
     column_summaries,
 )
+from igva_kernels.ops.inject_tokens import token_rows
 from igva_kernels.ops.weighted_mix import MixPlan
 from igva_kernels.runtime.context import has_values
-from igva_kernels.streaming import stream_hidden_states
+from igva_kernels.streaming import encoder_layers, stream_hidden_states
 
 
 @dataclass
@@ -57,6 +63,8 @@ class LlavaIgvaImageOutput(BaseModelOutputWithPooling):
 
     layer_weights: Tensor | None = None
     """``[R, K]`` in fp32; None if the plan has no weights."""
+    injected_features: tuple[Tensor, ...] | None = None
+    """What the language model adds to the visual tokens, ``[R, P, H]`` for each injection; None if there is none."""
 
 
 @dataclass
@@ -101,16 +109,20 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
 
     def __init__(self, config: LlavaIgvaConfig) -> None:
         LlavaPreTrainedModel.__init__(self, config)  # LlavaModel's would build a projector for one layer
-        plan, width = config.plan, config.vision_config.hidden_size
+        plan = config.plan
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.vision_tower.requires_grad_(not config.freeze_vision_tower)
         self.weight_allocator = _allocator(config)
-        self.multi_modal_projector = LayerMixProjector(
-            plan, width, config.text_config.hidden_size,
-            bias=config.multimodal_projector_bias, activation=config.projector_activation,
-            layernorm_eps=config.projector_layernorm_eps, skip_tokens=config.skip_tokens, impl=config.impl,
-        )  # fmt: skip
+        self.multi_modal_projector = _projector(config, plan, config.projector_layernorm_eps)
         self.language_model = AutoModel.from_config(config.text_config)
+        self.injection_projectors = None
+        if (injection := config.injection_plan) is not None:
+            states = config.vision_config.num_hidden_layers + 1
+            taps = (MixPlan.concat([tap], states) for tap in injection.taps)
+            self.injection_projectors = nn.ModuleList(_projector(config, tap) for tap in taps)
+            by_layer = {layer: member for member, layer in enumerate(injection.layers)}
+            self.token_injection = TokenInjection(by_layer, impl=config.impl)
+            self.token_injection.attach(self.language_model, encoder_layers(self.language_model))
         self.post_init()
 
     def train(self, mode: bool = True) -> LlavaIgvaModel:
@@ -178,7 +190,10 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         self._check_settled(vision_feature_layer, vision_feature_select_strategy, image_sizes)
         features, tower = self._image_states(pixel_values, image_features, **kwargs)
         tokens, weights = self._connect(features, sentence_embeds, image_index)
-        return LlavaIgvaImageOutput(**{**tower, "pooler_output": list(tokens)}, layer_weights=weights)
+        injected = None if self.injection_projectors is None else self._injected_features(features, image_index)
+        return LlavaIgvaImageOutput(
+            **{**tower, "pooler_output": list(tokens)}, layer_weights=weights, injected_features=injected
+        )
 
     def embed(
         self,
@@ -192,8 +207,9 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         instructions: Sequence[str] | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
         always_connect: bool = False,
-    ) -> tuple[Tensor, LlavaIgvaModelOutputWithPast]:
-        """The prompt's embeddings ``[B, S, H]`` with visual tokens in their places, and the outputs for the images.
+    ) -> tuple[Tensor, InjectedImages | None, LlavaIgvaModelOutputWithPast]:
+        """The prompt's embeddings ``[B, S, H]`` with visual tokens in their places, what the language model injects
+        besides, and the outputs for the images.
 
         Arguments as in ``forward``. In training mode, or with ``always_connect``, a batch without images runs the
         connector on a blank image and discards the result: the connector's parameters get zero gradients, and every
@@ -209,7 +225,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         encoded = (mm_encoder_outputs or {}).get("image")
         given = pixel_values is not None or image_features is not None or encoded is not None
         if not given and not (self.training or always_connect):
-            return inputs_embeds, LlavaIgvaModelOutputWithPast()
+            return inputs_embeds, None, LlavaIgvaModelOutputWithPast()
 
         batch = inputs_embeds.shape[0]
         if instructions is not None and sentence_embeds is None:
@@ -221,6 +237,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
             if weights is not None and len(weights) != len(tokens):
                 weights = None  # transformers repeats the tokens for every beam, but not their weights
             per_sample = self._images_per_sample(places, len(tokens), tokens.shape[1], whole=weights is not None)
+            injected = self._injected_of_output(encoded, len(tokens), places)
         elif given:
             features, _ = self._image_states(pixel_values, image_features)
             rows = len(features) if image_index is None else image_index.shape[0]
@@ -230,6 +247,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
                     raise ValueError(f"sentence_embeds: got {sentence_embeds.shape[0]} rows for {batch} samples")
                 sentence_embeds = sentence_embeds.repeat_interleave(per_sample, dim=0, output_size=rows)
             tokens, weights = self._connect(features, sentence_embeds, image_index)
+            injected = self._injected_images(features, image_index, places)
         else:
             size = self.config.vision_config.image_size
             blank, _ = self._image_states(
@@ -239,10 +257,15 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
             # No rows, but still in the graph: ZeRO-3 counts the outputs that every rank differentiates.
             weights = None if weights is None else weights[:0]
             places, per_sample = torch.zeros_like(places), places.new_zeros(batch, dtype=torch.int64)
+            injected = self._injected_images(blank, None, places)
         tokens = tokens.to(inputs_embeds.device, inputs_embeds.dtype)
         inputs_embeds = inputs_embeds.masked_scatter(places.unsqueeze(-1), tokens)
-        return inputs_embeds, LlavaIgvaModelOutputWithPast(
-            image_hidden_states=tokens if given else None, layer_weights=weights, images_per_sample=per_sample
+        return (
+            inputs_embeds,
+            injected,
+            LlavaIgvaModelOutputWithPast(
+                image_hidden_states=tokens if given else None, layer_weights=weights, images_per_sample=per_sample
+            ),
         )
 
     @can_return_tuple
@@ -259,6 +282,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         image_features: ImageFeatures | None = None,
         image_index: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
+        injected_images: InjectedImages | None = None,
         always_connect: bool = False,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
@@ -280,6 +304,8 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
             image_features: what ``encode_images`` returned, in place of ``pixel_values``.
             image_index: int64 ``[R]``, the image that each place reads, so that several places can share one.
             mm_encoder_outputs: ``{"image": get_image_features(...)}`` in place of the images (transformers >= 5.20).
+            injected_images: what ``embed`` returned beside the ``inputs_embeds``, if these hold visual tokens already
+                and the config has an ``injection``.
             always_connect: whether a batch without images runs tower and connector outside training mode too.
             vision_feature_layer, vision_feature_select_strategy, image_sizes: as in ``get_image_features``.
             kwargs: for the language model.
@@ -289,7 +315,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
                 Llava that the config settles.
         """
         self._check_settled(vision_feature_layer, vision_feature_select_strategy, image_sizes)
-        inputs_embeds, images = self.embed(
+        inputs_embeds, injected, images = self.embed(
             input_ids, inputs_embeds, pixel_values=pixel_values, image_features=image_features, image_index=image_index,
             sentence_embeds=sentence_embeds, instructions=instructions, mm_encoder_outputs=mm_encoder_outputs,
             always_connect=always_connect,
@@ -297,7 +323,8 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         self._check_balance(images.layer_weights, always_connect)
         outputs = self.language_model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, **kwargs,
+            past_key_values=past_key_values,
+            **self._injection(injected if injected_images is None else injected_images, len(inputs_embeds)), **kwargs,
         )  # fmt: skip
         return LlavaIgvaModelOutputWithPast(**{**images, **outputs})
 
@@ -344,11 +371,11 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
                 self.vision_tower(pixel_values, **{**kwargs, "output_hidden_states": True, "return_dict": True})
             )
         states = output["hidden_states"] if output_hidden_states else output.pop("hidden_states")
-        plan = self.multi_modal_projector.plan.resolve(len(states))
+        plan = self._read_plan.resolve(len(states))
         return ImageFeatures(states, MixPlan.concat(range(len(states)), len(states)), plan), output
 
     def _streamed_states(self, pixel_values: Tensor, **kwargs: Any) -> tuple[ImageFeatures, dict[str, Any]]:
-        plan, impl = self.multi_modal_projector.plan, self.multi_modal_projector.impl
+        plan, impl = self._read_plan, self.multi_modal_projector.impl
         with stream_hidden_states(self.vision_tower, plan, impl=impl) as stream:
             output = self.vision_tower(pixel_values, **{**kwargs, "output_hidden_states": False, "return_dict": True})
         return ImageFeatures(tuple(stream.sources), *plan.reduced()), dict(output)
@@ -362,7 +389,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
             return self._run_tower(pixel_values, **kwargs)
         if kwargs:
             raise ValueError(f"{', '.join(kwargs)}: for the vision tower, which image_features have left behind")
-        made_of, plan = self.multi_modal_projector.plan.reduced()
+        made_of, plan = self._read_plan.reduced()
         got = image_features
         if (got.made_of, got.plan) != (made_of, plan):
             raise ValueError(
@@ -376,8 +403,78 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
     ) -> tuple[Tensor, Tensor | None]:
         """Visual tokens ``[R, P, H]`` and layer weights ``[R, K]``."""
         weights = self._weights(features, sentence_embeds, image_index)
-        tokens = self.multi_modal_projector(features.sources, weights, plan=features.plan, image_index=image_index)
+        plan = _blocks(features.plan, slice(self.multi_modal_projector.plan.num_blocks))
+        tokens = self.multi_modal_projector(features.sources, weights, plan=plan, image_index=image_index)
         return tokens, weights
+
+    @property
+    def _read_plan(self) -> MixPlan:
+        """What is read from the tower: the blocks of the connector's plan, and one for each injection."""
+        plan = self.multi_modal_projector.plan
+        if self.injection_projectors is None:
+            return plan
+        taps = [block for projector in self.injection_projectors for block in projector.plan.blocks]
+        return MixPlan((*plan.blocks, *taps), plan.num_states)
+
+    def _injected_states(self, features: ImageFeatures) -> tuple[Tensor, ...]:
+        """``[I, T, D]`` for each injection."""
+        taps = features.plan.blocks[self.multi_modal_projector.plan.num_blocks :]
+        return tuple(features.sources[block[0].layer] for block in taps)
+
+    def _injected_features(self, features: ImageFeatures, image_index: Tensor | None) -> tuple[Tensor, ...]:
+        """``[R, P, H]`` for each injection."""
+        states = self._injected_states(features)
+        return tuple(self._project(member, state, image_index) for member, state in enumerate(states))
+
+    def _project(self, member: int, state: Tensor, image_index: Tensor | None) -> Tensor:
+        assert self.injection_projectors is not None
+        return self.injection_projectors[member]([state], plan=_ONE_STATE, image_index=image_index)
+
+    def _injected_images(
+        self, features: ImageFeatures, image_index: Tensor | None, places: Tensor
+    ) -> InjectedImages | None:
+        if self.injection_projectors is None:
+            return None
+        if self.config.injection_plan.when == "encode":
+            projected = self._injected_features(features, image_index)
+            return InjectedImages(projected, True, None, token_rows(places))
+        return InjectedImages(self._injected_states(features), False, image_index, token_rows(places))
+
+    def _injected_of_output(self, encoded: Any, rows: int, places: Tensor) -> InjectedImages | None:
+        if self.injection_projectors is None:
+            return None
+        features = encoded.get("injected_features")
+        if features is None or len(features[0]) != rows:
+            raise ValueError(
+                f"mm_encoder_outputs: need injected_features of {rows} images, as get_image_features returns them, got "
+                f"{'none' if features is None else f'those of {len(features[0])}'}"
+            )
+        return InjectedImages(tuple(features), True, None, token_rows(places))
+
+    def _injection(self, images: InjectedImages | None, batch: int) -> dict[str, Any]:
+        """The argument by which the language model injects; none in a decode step."""
+        if images is None:
+            return {}
+        if self.injection_projectors is None:
+            raise ValueError("injected_images: got some, need None, because the config has no injection")
+        rows, copies = images.token_rows, batch // len(images.token_rows)
+        places = len(images.members[0]) if images.image_index is None else len(images.image_index)
+        if copies > 1:
+            num_patches = images.members[0].shape[1] - (0 if images.is_projected else self.config.skip_tokens)
+            rows = rows_of_copies(rows, copies, places * num_patches)
+        return self.token_injection.given(partial(self._feature, images, copies), rows)
+
+    def _feature(self, images: InjectedImages, copies: int, member: int) -> Tensor:
+        """``[R * copies, P, H]``, right before the layer that it is added in front of."""
+        feature = images.members[member]
+        if not images.is_projected:
+            arguments = (member, feature, images.image_index)
+            if torch.is_grad_enabled() and self.training:
+                # The states are kept anyway; what the projector would keep beside them is computed anew.
+                feature = checkpoint(self._project, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                feature = self._project(*arguments)
+        return feature if copies == 1 else feature.repeat(copies, 1, 1)
 
     def _weights(
         self, features: ImageFeatures, sentence_embeds: Tensor | None, image_index: Tensor | None
@@ -491,6 +588,7 @@ class LlavaIgvaForConditionalGeneration(_FrozenTowerMixin, LlavaForConditionalGe
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, Any] | None = None,
+        injected_images: InjectedImages | None = None,
         **kwargs: Any,
     ) -> LlavaIgvaCausalLMOutputWithPast:
         """Logits, layer weights, and with ``labels`` the training loss.
@@ -513,7 +611,7 @@ class LlavaIgvaForConditionalGeneration(_FrozenTowerMixin, LlavaForConditionalGe
             input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, sentence_embeds=sentence_embeds,
             instructions=instructions, image_features=image_features, image_index=image_index,
-            mm_encoder_outputs=mm_encoder_outputs,
+            mm_encoder_outputs=mm_encoder_outputs, injected_images=injected_images,
             always_connect=labels is not None,  # ranks that evaluate a sharded model also make the same calls
             **kwargs,
         )  # fmt: skip
@@ -552,9 +650,10 @@ class LlavaIgvaForConditionalGeneration(_FrozenTowerMixin, LlavaForConditionalGe
         if any(value is not None for value in images.values()):
             embeds = kwargs.get("inputs_embeds")
             input_ids = None if embeds is not None else kwargs.get("input_ids") if inputs is None else inputs
-            embeds, outputs = self.model.embed(input_ids, embeds, **images)
+            embeds, injected, outputs = self.model.embed(input_ids, embeds, **images)
             if outputs.image_hidden_states is not None:
                 kwargs["inputs_embeds" if input_ids is None else "prompt_embeds"] = embeds
+                kwargs["injected_images"] = injected
         return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
@@ -566,12 +665,14 @@ class LlavaIgvaForConditionalGeneration(_FrozenTowerMixin, LlavaForConditionalGe
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool = False,
         prompt_embeds: Tensor | None = None,
+        injected_images: InjectedImages | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """``GenerationMixin.prepare_inputs_for_generation`` for prompts with images.
 
         Args:
             prompt_embeds: ``[B, S, H]``, the embeddings of the prompt, images included; ``generate`` makes them.
+            injected_images: what is injected into the prompt; ``generate`` makes it too.
 
         The other arguments are transformers'.
 
@@ -585,6 +686,8 @@ class LlavaIgvaForConditionalGeneration(_FrozenTowerMixin, LlavaForConditionalGe
             attention_mask=attention_mask, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs,
         )  # fmt: skip
         ids = inputs.get("input_ids")
+        if ids is None and injected_images is not None:
+            inputs["injected_images"] = injected_images.last(inputs["inputs_embeds"].shape[1])
         if prompt_embeds is None or ids is None:
             return inputs
         length = prompt_embeds.shape[1]
@@ -604,6 +707,8 @@ class LlavaIgvaForConditionalGeneration(_FrozenTowerMixin, LlavaForConditionalGe
             if new.shape[1]:
                 embeds = torch.cat([embeds, self.get_input_embeddings()(new).to(embeds.device)], dim=1)
             inputs.update(input_ids=None, inputs_embeds=embeds)
+            if injected_images is not None:
+                inputs["injected_images"] = injected_images.part(start, embeds.shape[1])
         return inputs
 
     def heal_tokens(self, input_ids: Tensor, tokenizer: Any = None) -> Tensor:
@@ -624,7 +729,10 @@ class LlavaIgvaForConditionalGeneration(_FrozenTowerMixin, LlavaForConditionalGe
         assistant = kwargs.get("assistant_model")
         if assistant is not None and not self._shares_embeddings_with(assistant):
             model_kwargs = kwargs["model_kwargs"]
-            kwargs["model_kwargs"] = {name: x for name, x in model_kwargs.items() if name != "prompt_embeds"}
+            embedded = ("prompt_embeds", "injected_images")
+            kwargs["model_kwargs"] = {name: x for name, x in model_kwargs.items() if name not in embedded}
+        elif assistant is not None and assistant.config.injection is None:
+            kwargs["model_kwargs"] = {**kwargs["model_kwargs"], "injected_images": None}
         return super()._get_candidate_generator(*args, **kwargs)
 
     def _shares_embeddings_with(self, assistant: Any) -> bool:
@@ -654,6 +762,22 @@ def _allocator(config: LlavaIgvaConfig) -> WeightAllocator | TextAllocator | Lea
         config.sentence_embed_dim, config.vision_config.hidden_size, columns, hidden_dim,
         config.allocator_num_blocks, config.allocator_num_heads,
     )  # fmt: skip
+
+
+def _projector(config: LlavaIgvaConfig, plan: MixPlan, layernorm_eps: float | None = None) -> LayerMixProjector:
+    return LayerMixProjector(
+        plan, config.vision_config.hidden_size, config.text_config.hidden_size,
+        bias=config.multimodal_projector_bias, activation=config.projector_activation, layernorm_eps=layernorm_eps,
+        skip_tokens=config.skip_tokens, impl=config.impl,
+    )  # fmt: skip
+
+
+_ONE_STATE = MixPlan.concat([0], 1)
+"""Of the projector of an injection, which is given the one state that it reads."""
+
+
+def _blocks(plan: MixPlan, which: slice) -> MixPlan:
+    return MixPlan(plan.blocks[which], plan.num_states)
 
 
 def _check_pixels(pixel_values: Tensor) -> None:
