@@ -172,7 +172,7 @@ def mix_weights_grad_of_linear(
     partials = grad_z.new_empty(
         args.num_rows, args.num_patches * len(blocks) * slots, args.plan.num_columns, dtype=torch.float32
     )
-    tma = config.tma and is_aligned(grad_z) and is_aligned(weight)
+    tma = config.tma and is_aligned(grad_z) and _has_aligned_blocks(weight, width)
     layers = tuple(args.layers)
     for position, block in enumerate(blocks):
         wanted = dots(args.plan, (block,))
@@ -203,7 +203,7 @@ def mix_linear(
     rows, columns = args.num_rows * args.num_patches, weight.shape[0]
     y = weight.new_empty(rows, columns)
     z = torch.empty_like(y) if keep_z and activation is not None else None
-    tma = config.tma and is_aligned(weight)
+    tma = config.tma and _has_aligned_blocks(weight, args.width)
     steps, runs = args.program.steps, args.program.runs
     (stride_image,), (stride_token,) = strides(layers, 0), strides(layers, 1)
     mean, rstd, column_sums = norm or (None, None, None)
@@ -218,3 +218,8 @@ def mix_linear(
         K=weight.shape[1], ACTIVATION=activation, TMA=tma, PRECISION=precision(weight.dtype), **options(config),
     )  # fmt: skip
     return y, z
+
+
+def _has_aligned_blocks(weight: Tensor, width: int) -> bool:
+    """Whether TMA can read the weight from the first column of any block of the mixed row."""
+    return is_aligned(weight) and width * weight.element_size() % 16 == 0
