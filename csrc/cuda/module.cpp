@@ -4,6 +4,7 @@
 #include "common/bindings.h"
 #include "cuda/host.h"
 #include "dense/bindings.h"
+#include "inject_tokens/bindings.h"
 #include "weighted_mix/bindings.h"
 
 #ifndef IGVA_CUDA_MODULE
@@ -15,6 +16,7 @@ using namespace igva;
 PYBIND11_MODULE(IGVA_CUDA_MODULE, m) {
   bind_common(m);
   bind_dense(m);
+  bind_inject_tokens(m);
   bind_weighted_mix(m);
   m.def("set_device", [](int device) { cuda::check(cuda::set_device(device), "set_device"); },
         "Makes the current device of torch that of this module.");

@@ -9,15 +9,19 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+
+from igva_kernels import registry
+from igva_kernels.runtime.cuda import launch
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc"
 EMULATION = Path(__file__).parent / "cuda_emulation"
 BUILT = ROOT / "build" / "cuda_tests"
-BINDINGS = ["common/bindings", "weighted_mix/plan", "cuda/module", "dense/cuda/bindings"]
+BINDINGS = ["common/bindings", "weighted_mix/plan", "cuda/module", "dense/cuda/bindings", "inject_tokens/cuda/bindings"]
 BINDINGS += [f"weighted_mix/cuda/{name}" for name in ("program", "bindings", "gemm_bindings")]
 
 
@@ -83,6 +87,15 @@ def usage(binary, *options):
 
 def machine_code(cubin):
     return subprocess.run([cuobjdump(), "--dump-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+
+
+def emulate(monkeypatch):
+    """Sends CPU tensors to the emulated module, which is returned; the registry forgets what it chose before."""
+    module, backends = emulated_module(), registry.all_backends()
+    monkeypatch.setattr(launch, "module", lambda: module)
+    monkeypatch.setitem(backends, "cuda", replace(backends["cuda"], why_not=lambda *_: None))
+    registry.choose.cache_clear()
+    return module
 
 
 def emulated_module():

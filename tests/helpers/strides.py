@@ -71,5 +71,5 @@ def assert_same(actual, expected, tolerance, where):
     if isinstance(expected, dict) and "error" in expected:
         assert actual == expected, where
     else:
-        close = {"rtol": tolerance, "atol": tolerance}
+        close = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}
         torch.testing.assert_close(actual, expected, **close, msg=lambda m: f"{where}: {m}")

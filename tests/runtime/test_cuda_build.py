@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump"),
 ]
 
-PORTABLE = ["activation", "layer_grads", "mix", "mix_norm", "mix_weights_grad", "norm_grad"]
+PORTABLE = ["activation", "inject", "layer_grads", "mix", "mix_norm", "mix_weights_grad", "norm_grad"]
 ARCHS = ["80", "86", "89", "90a", "100a", "120"]
 
 BUDGET = {
@@ -26,6 +26,8 @@ BUDGET = {
     "activation_grad_kernel": 64,
     "column_sums_kernel": 64,
     "dots_kernel": 64,
+    "features_grad_kernel": 64,
+    "inject_kernel": 64,
     "layer_grads_kernel": 64,
     "mix_kernel": 80,
     "mix_norm_kernel": 80,

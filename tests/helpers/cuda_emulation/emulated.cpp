@@ -2,6 +2,7 @@
 #include "emulation.h"
 
 #include "dense/cuda/activation.cu"
+#include "inject_tokens/cuda/inject.cu"
 #include "weighted_mix/cuda/gemm_sm90.cu"
 #include "weighted_mix/cuda/layer_grads.cu"
 #include "weighted_mix/cuda/mix.cu"

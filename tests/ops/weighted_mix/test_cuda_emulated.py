@@ -8,7 +8,7 @@ import harness
 import pytest
 import strides
 import torch
-from cuda_tools import emulated_module, include
+from cuda_tools import emulate, include
 from recording import registered_calls
 from seeds import seeded
 
@@ -20,7 +20,6 @@ from igva_kernels.ops.weighted_mix.cuda import IMPLEMENTATION as KERNELS
 from igva_kernels.ops.weighted_mix.cuda import gemm, grad_gemm
 from igva_kernels.ops.weighted_mix.steps import Keep, MixArgs, Projector, take_blocks
 from igva_kernels.runtime.activations import ACTIVATIONS
-from igva_kernels.runtime.cuda import launch
 
 program = import_module("igva_kernels.ops.weighted_mix.cuda.program")  # its package has a function of that name
 pytestmark = pytest.mark.skipif(include() is None, reason="the emulation needs the headers of a CUDA toolkit")
@@ -38,11 +37,7 @@ def forget():
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch):
     """CPU tensors go to the emulated module, and the fused GEMM is on."""
-    module = emulated_module()
-    monkeypatch.setattr(launch, "module", lambda: module)
-    backends = registry.all_backends()
-    served = replace(backends["cuda"], why_not=lambda *_: None)
-    monkeypatch.setitem(backends, "cuda", served)
+    module = emulate(monkeypatch)
     monkeypatch.setattr(gemm, "why_not_device", lambda index: None)
     monkeypatch.setattr(gemm, "multiprocessors", lambda device: MULTIPROCESSORS)
     forget()
