@@ -14,6 +14,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from igva_kernels.ops.allocator import triton as allocator
+from igva_kernels.ops.inject_tokens import triton as injection
 from igva_kernels.ops.weighted_mix.triton import gemm as mix_gemm
 from igva_kernels.ops.weighted_mix.triton import mix
 from igva_kernels.runtime.triton import gemm, norm
@@ -21,7 +22,7 @@ from igva_kernels.runtime.triton import gemm, norm
 SHARED_MEMORY = {80: 101_376, 90: 232_448, 100: 232_448}
 """Bytes per block, by architecture. The sm_80 file serves 8.6 and 8.9 too, which have less than 8.0."""
 
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 
 
 class Built(NamedTuple):
@@ -39,7 +40,7 @@ class Built(NamedTuple):
 def record(monkeypatch, call):
     """The launches ``(kernel, args, constants)`` of ``call``, which gets meta tensors."""
     launches = []
-    for module in (allocator, gemm, mix, mix_gemm, norm):
+    for module in (allocator, injection, gemm, mix, mix_gemm, norm):
         monkeypatch.setattr(module, "launch", lambda kernel, _, __, *args, **kw: launches.append((kernel, args, kw)))
     call()
     return launches
