@@ -186,3 +186,17 @@ def test_torch_compile_takes_them_into_one_graph():
     projectors, args = make(), draw()
     compiled = torch.compile(projectors, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*args), projectors(*args))
+
+
+@pytest.mark.plain_memory
+def test_torch_export_serves_every_batch_size_and_survives_a_file(tmp_path):
+    projectors, batch = make(plans=PLANS[1:2] * 2), torch.export.Dim("batch", min=1, max=64)
+    shapes = {"hidden_states": ({0: batch},) * 5}
+    with torch.no_grad():
+        program = torch.export.export(projectors, (tuple(draw(4)[0]),), dynamic_shapes=shapes)
+        torch.export.save(program, tmp_path / "program.pt2")
+        program = torch.export.load(tmp_path / "program.pt2")
+        for images in (1, 3):
+            states = tuple(draw(images)[0])
+            torch.testing.assert_close(program.module()(states), projectors(states))
+    assert "igva_kernels.layer_project.default" in {str(node.target) for node in program.graph.nodes}
