@@ -85,7 +85,7 @@ class LlavaTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         if self.args.mm_projector_lr is not None:
             named = (self.model if model is None else model).named_parameters()
-            projector = {id(p) for name, p in named if "multi_modal_projector" in name}
+            projector = {id(p) for name, p in named if _is_projector(name)}
             groups = []
             for group in optimizer.param_groups:
                 own = [p for p in group["params"] if id(p) in projector]
@@ -121,8 +121,8 @@ def load_model(args: ModelArguments) -> PreTrainedModel:
     )  # fmt: skip
     model.config.use_cache = False
     if args.stage == 1:
-        model.requires_grad_(False)
-        model.model.multi_modal_projector.requires_grad_(True)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(_is_projector(name))
     elif args.freeze_backbone:
         model.model.language_model.requires_grad_(False)
         model.lm_head.requires_grad_(False)
@@ -130,10 +130,17 @@ def load_model(args: ModelArguments) -> PreTrainedModel:
     return with_lora(model, args) if args.lora_enable else model
 
 
+def _is_projector(name: str) -> bool:
+    """Whether a parameter belongs to the connector's projector, or to one of an injection."""
+    return "multi_modal_projector." in name or "injection_projectors." in name
+
+
 def _freeze_unread(model: PreTrainedModel) -> None:
     """Freeze what follows the last layer of the tower that the connector reads: DDP would wait for its gradients."""
     tower = model.model.vision_tower
-    *_, last = encoder_layers(tower)[max(model.config.plan.layers) - 1].parameters()
+    injection = model.config.injection_plan
+    read = (*model.config.plan.layers, *(() if injection is None else injection.taps))
+    *_, last = encoder_layers(tower)[max(read) - 1].parameters()
     for parameter in reversed(list(tower.parameters())):
         if parameter is last:
             break
@@ -146,7 +153,7 @@ def with_lora(model: PreTrainedModel, args: ModelArguments) -> PreTrainedModel:
 
     config = LoraConfig(
         r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, task_type="CAUSAL_LM",
-        target_modules=r".*language_model.*_proj|.*multi_modal_projector\.linear_[12]",
+        target_modules=r".*language_model.*_proj|.*(multi_modal_projector|injection_projectors\.\d+)\.linear_[12]",
         modules_to_save=["weight_allocator"] if args.stage == 2 else None,
     )  # fmt: skip
     model.enable_input_require_grads()
