@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -73,11 +74,12 @@ def deepstack(dtype: torch.dtype, rounds: int) -> list[Row]:
 
     rows = []
     for name, run in (("forward", forward), ("forward and backward", both)):
-        plain, own = lambda run=run: run(deepstack_process), lambda run=run: run(ours)
-        results, memories = zip(*(measure_memory(call) for call in (plain, own)), strict=True)
+        calls = [partial(run, deepstack_process), partial(run, ours)]
+        results, memories = zip(*(measure_memory(call) for call in calls), strict=True)
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), "the bits differ"
-        times = in_turn([plain, own], rounds)
-        rows.append(Row(f"DeepStack, {name}, {str(dtype)[6:]}", *times, *(memory.peak for memory in memories)))
+        plain, own = in_turn(calls, rounds)
+        bytes_of = [memory.peak for memory in memories]
+        rows.append(Row(f"DeepStack, {name}, {str(dtype)[6:]}", plain, own, *bytes_of))
     return rows
 
 
@@ -95,11 +97,11 @@ def internal_direct(batch: int, rounds: int, tokens: int = 640, width: int = 512
 
     results = [backward(out) for out in outputs]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), "the bits differ"
-    plain, own = in_turn([lambda out=out: backward(out) for out in outputs], rounds)
+    plain, own = in_turn([partial(backward, out) for out in outputs], rounds)
     return Row(f"I_D, backward per image, B {batch}", plain / batch, own / batch)
 
 
-def in_turn(calls: list[Callable[[], object]], rounds: int) -> list[float]:
+def in_turn(calls: Sequence[Callable[[], object]], rounds: int) -> list[float]:
     """The median seconds of each call; they take turns, so that what else the machine does falls on all of them."""
     seconds: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
