@@ -23,6 +23,7 @@ from igva_kernels.integrations.handle import PatchHandle
 FAMILIES = (
     "llava_igva",
     "transformers_llava",
+    "transformers_deepstack",
     "igva_repo",
     "dense_connector",
     "layer_select_fuse",
@@ -41,7 +42,8 @@ def patch(model: nn.Module, **options: Any) -> PatchHandle:
     Args:
         model: a model of a known family, bare or wrapped (peft, DDP, ...).
         options: as the family takes them. All take ``impl``, as in ``layer_mix`` ("auto" by default); the LLaVA
-            repository takes ``plan``, ``allocator``, ``balance_coefficient`` and ``weights``, see ``llava_repo.apply``.
+            repository takes ``plan``, ``allocator``, ``balance_coefficient`` and ``weights``, see ``llava_repo.apply``;
+            models with DeepStack take ``mergers`` and ``check``, see ``transformers_deepstack.apply``.
 
     Returns:
         A handle with ``revert()``; as a context manager it reverts at the end of the block. Printed, it says what was

@@ -11,6 +11,7 @@ Both bind functions to the instance, never closures over a module, so that a cop
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -24,9 +25,9 @@ from torch import Tensor, nn
 from igva_kernels.integrations.handle import PatchHandle, describe, is_held
 from igva_kernels.nn import Connector, LayerMixLinear, LayerMixNorm, MixInput, connect, is_one_operator
 from igva_kernels.nn.sharding import below_adapter, finds_forward, forward_attribute, is_watched
-from igva_kernels.ops.weighted_mix import MixPlan, check_impl
+from igva_kernels.ops.weighted_mix import MixPlan
 from igva_kernels.ops.weighted_mix.op import OPERATOR
-from igva_kernels.registry import REFERENCE, all_backends, check_here
+from igva_kernels.registry import REFERENCE, Operator, all_backends, check_here
 from igva_kernels.runtime.activations import ACTIVATIONS
 
 
@@ -218,7 +219,7 @@ def patch_projector(
     """
     modules = children(projector)
     weight = getattr(below_adapter(modules.linear_1), "weight", None)
-    check_patch_impl(impl, weight, activation)
+    check_patch_impl(OPERATOR, impl, weight, activation)
     set_forward(edits, projector, _projector_forward(children, activation, impl))
     # A replacement (LoRA's, a quantised one) is given the mixed row, so neither it nor what it holds is changed.
     if type(modules.linear_1).forward is nn.Linear.forward:
@@ -228,7 +229,7 @@ def patch_projector(
     edits.note(lambda: f"{name}: {explain(children(projector), activation, impl)}")
 
 
-def check_patch_impl(impl: str, weight: Tensor | None, activation: str) -> None:
+def check_patch_impl(operator: Operator, impl: str, weight: Tensor | None, *demands: Any) -> None:
     """Checks an ``impl`` at the patch, as far as it can be known: training scripts move a model to its GPU later, so a
     model on the CPU may ask for whatever runs on this machine at all. The rest is checked when the model runs.
 
@@ -237,7 +238,7 @@ def check_patch_impl(impl: str, weight: Tensor | None, activation: str) -> None:
         NotImplementedError: it can serve nothing here, or not the device where the model is.
     """
     if weight is not None and weight.device.type not in ("cpu", "meta") and weight.is_floating_point():
-        check_impl(impl, weight.device, weight.dtype, activation)
+        operator.select(impl, weight.device, weight.dtype, (), *demands)
     else:
         check_here(impl)
 
@@ -245,19 +246,26 @@ def check_patch_impl(impl: str, weight: Tensor | None, activation: str) -> None:
 def explain(modules: Connector, activation: str, impl: str) -> str:
     """Which implementation serves a connector where it is now, and what of it is left to plain PyTorch and why."""
     weight = getattr(below_adapter(modules.linear_1), "weight", None)
+    by_kernels, line = served_by(OPERATOR, impl, weight, activation)
+    return f"{line}; {modules.explain()}" if by_kernels else line
+
+
+def served_by(operator: Operator, impl: str, weight: Tensor | None, *demands: Any) -> tuple[bool, str]:
+    """Which implementation of an operator serves tensors like ``weight`` where it is now, or why none does, in words;
+    and whether there is more to say than that plain PyTorch serves them, or nothing."""
     if weight is None or weight.device.type == "meta" or not weight.is_floating_point():  # offloaded, quantised
-        return f"impl={impl!r}; {modules.explain()}"
+        return True, f"impl={impl!r}"
     device, dtype = weight.device, weight.dtype
     at = f"{str(dtype).removeprefix('torch.')} on {device}"
     served = impl
     if impl == "auto":
-        served = next(iter(OPERATOR.candidates(device, dtype, activation)), REFERENCE)
+        served = next(iter(operator.candidates(device, dtype, *demands)), REFERENCE)
     if served != REFERENCE:
-        cannot = OPERATOR.why_not(served, device, dtype, activation)
-        return f"by {served} ({at}); {modules.explain()}" if cannot is None else f"{served} cannot serve {at}: {cannot}"
+        cannot = operator.why_not(served, device, dtype, *demands)
+        return cannot is None, f"by {served} ({at})" if cannot is None else f"{served} cannot serve {at}: {cannot}"
     passed_over = all_backends() if impl == "auto" else ()
-    why = [f"{name}: {OPERATOR.why_not(name, device, dtype, activation)}" for name in passed_over]
-    return "; ".join([f"by plain PyTorch ({at})", *why])
+    why = [f"{name}: {operator.why_not(name, device, dtype, *demands)}" for name in passed_over]
+    return False, "; ".join([f"by plain PyTorch ({at})", *why])
 
 
 def _projector_forward(children: Children, activation: str, impl: str) -> Callable[..., Tensor]:
@@ -333,4 +341,13 @@ def activation_of(module: nn.Module, name: str) -> str:
                 return key
     raise NotImplementedError(
         f"{name}: got the activation {type(module).__name__}, need one of {', '.join(map(repr, ACTIVATIONS))}"
+    )
+
+
+def unknown_host(module: nn.Module, name: str, found: str) -> NotImplementedError:
+    """The error for a host's method or module that is not as this package knows it."""
+    version = getattr(sys.modules.get("transformers"), "__version__", "unknown")
+    return NotImplementedError(
+        f"model: {type(module).__name__}.{name} with transformers {version}: {found}; "
+        f"docs/compatibility.md lists the versions that are known"
     )

@@ -9,6 +9,7 @@ from torch import nn
 from igva_kernels.integrations.handle import PatchHandle
 from igva_kernels.integrations.lazy import check_patch_impl, explain
 from igva_kernels.nn import LayerMixProjector
+from igva_kernels.ops.weighted_mix.op import OPERATOR
 
 DESCRIPTION = "LLaVA-IGVA and other models with a LayerMixProjector"
 
@@ -22,7 +23,7 @@ def apply(model: nn.Module, edits: PatchHandle, impl: str = "auto") -> None:
     """Set ``impl`` on every connector."""
     for name, module in model.named_modules():
         if isinstance(module, LayerMixProjector):
-            check_patch_impl(impl, next(module.parameters()), module.activation)
+            check_patch_impl(OPERATOR, impl, next(module.parameters()), module.activation)
             edits.set(module, "impl", impl)
             edits.note(partial(_line, name, module, impl))
 

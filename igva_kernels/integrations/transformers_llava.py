@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from igva_kernels.integrations.handle import PatchHandle
-from igva_kernels.integrations.lazy import LazyConcat, activation_of, defer_concat, patch_projector, set_forward
+from igva_kernels.integrations.lazy import (
+    LazyConcat,
+    activation_of,
+    defer_concat,
+    patch_projector,
+    set_forward,
+    unknown_host,
+)
 from igva_kernels.nn import Connector
 
 DESCRIPTION = "transformers' (4.52 and newer) Llava, VipLlava, LlavaNext, LlavaNextVideo, LlavaOnevision, VideoLlava"
@@ -42,7 +48,7 @@ def apply(model: nn.Module, edits: PatchHandle, impl: str = "auto") -> None:
             _check_signature(host, name)
         projectors = [m for m in host.multi_modal_projector.modules() if {"linear_1", "linear_2"} <= m._modules.keys()]
         if not projectors:
-            raise _unknown(host, "multi_modal_projector", "no linear_1 and linear_2 in it")
+            raise unknown_host(host, "multi_modal_projector", "no linear_1 and linear_2 in it")
         for projector in projectors:  # peft's modules_to_save holds two of them
             _patch_projector(edits, projector, impl)
         resampler = getattr(host, "vision_resampler", None)
@@ -57,16 +63,16 @@ def apply(model: nn.Module, edits: PatchHandle, impl: str = "auto") -> None:
 def _check_signature(host: nn.Module, name: str) -> None:
     method = getattr(type(host), name)
     if not method.__module__.startswith("transformers.models."):
-        raise _unknown(host, name, f"it is overridden in {method.__module__}")
+        raise unknown_host(host, name, f"it is overridden in {method.__module__}")
     parameters = inspect.signature(method).parameters
     if not {"vision_feature_layer", "vision_feature_layers"} & parameters.keys():
-        raise _unknown(host, name, f"it takes {', '.join(parameters)}, need vision_feature_layer")
+        raise unknown_host(host, name, f"it takes {', '.join(parameters)}, need vision_feature_layer")
 
 
 def _patch_projector(edits: PatchHandle, projector: nn.Module, impl: str) -> None:
     children = projector._modules.keys()
     if children - {"projector_layernorm"} != {"linear_1", "act", "linear_2"}:
-        raise _unknown(
+        raise unknown_host(
             projector, "forward", f"it has {', '.join(children)}, need [projector_layernorm,] linear_1, act, linear_2"
         )
     activation = activation_of(projector.act, "model.multi_modal_projector.act")
@@ -87,11 +93,3 @@ def _resample(self: nn.Module, image_features: Tensor | LazyConcat) -> Tensor | 
     """LlavaNextVideo pools frames before the projector: channel by channel, so that the concat can wait."""
     pool = partial(type(self).forward, self)
     return image_features.map(pool) if isinstance(image_features, LazyConcat) else pool(image_features)
-
-
-def _unknown(module: nn.Module, name: str, found: str) -> NotImplementedError:
-    version = getattr(sys.modules.get("transformers"), "__version__", "unknown")
-    return NotImplementedError(
-        f"model: {type(module).__name__}.{name} with transformers {version}: {found}; "
-        f"docs/compatibility.md lists the versions that are known"
-    )
