@@ -10,8 +10,9 @@ pytest.importorskip("transformers")
 import transformers
 from hosts import gradients
 from threads import in_threads
-from tiny import FUSED, IMAGE, PATCHES, batch, igva_config, igva_model, text_config, vision_config
+from tiny import FUSED, IMAGE, PATCHES, batch, igva_config, igva_model, llava_config, text_config, vision_config
 from torch import nn
+from transformers import LlavaForConditionalGeneration
 
 from igva_kernels.models import ImageFeatures, LlavaIgvaConfig, LlavaIgvaForConditionalGeneration
 from igva_kernels.testing import measure_memory
@@ -373,6 +374,22 @@ def test_a_checkpoint_keeps_injection_and_weights(tmp_path):
     linears = (f"linear_{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias"))
     expected = {f"model.injection_projectors.{j}.{name}" for name in linears for j in range(2)}
     assert names == expected
+
+
+def test_an_upgraded_llava_answers_as_before_and_learns_what_to_inject():
+    torch.manual_seed(0)
+    llava = LlavaForConditionalGeneration(llava_config()).eval()
+    inputs = batch((1,), labels=True)
+    inputs.pop("sentence_embeds")
+    expected = llava(**inputs).logits
+    plan, injection = {"concat": {"layers": [-2]}}, {"taps": [1, 3], "layers": [0, 1]}
+    model = LlavaIgvaForConditionalGeneration.from_llava(
+        llava, mix_plan=plan, aggregation="uniform", injection=injection
+    )
+    out = model(**inputs)
+    close(out.logits, expected)
+    out.loss.backward()
+    assert all(projector.linear_2.weight.grad.any() for projector in model.model.injection_projectors)
 
 
 def test_a_copy_of_a_model_injects_its_own_features():

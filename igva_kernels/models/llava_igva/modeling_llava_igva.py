@@ -536,12 +536,12 @@ class LlavaIgvaForConditionalGeneration(_FrozenTowerMixin, LlavaForConditionalGe
         """Upgrade a Llava: it answers at first as before, and can learn to read further layers.
 
         The Llava's projector becomes the part of ``linear_1`` that reads the plan's base layer; the part that reads the
-        mix starts at zero. The allocator is new. Weights are shared, not copied: a Llava passed as a model must not be
-        trained any further.
+        mix starts at zero, and so does what an ``injection`` adds. The allocator is new. Weights are shared, not
+        copied: a Llava passed as a model must not be trained any further.
 
         Args:
             model_or_path: any transformers Llava, or the name or directory of its checkpoint, of any version.
-            config_overrides: fields of ``LlavaIgvaConfig`` (``aggregation``, ``mix_groups``, ``mix_plan``, ...).
+            config_overrides: fields of ``LlavaIgvaConfig`` (``aggregation``, ``mix_plan``, ``injection``, ...).
 
         Raises:
             ValueError: a layer that the Llava reads has no block of its own in the plan.
@@ -556,7 +556,7 @@ class LlavaIgvaForConditionalGeneration(_FrozenTowerMixin, LlavaForConditionalGe
             )
         config = upgraded_config(llava.config, config_overrides)
         state_dict = upgraded_state_dict(llava, config)
-        model = load_state_dict(cls, config, state_dict, llava.dtype, new="weight_allocator")
+        model = load_state_dict(cls, config, state_dict, llava.dtype, new=_NEW_IN_LLAVA)
         model.generation_config = llava.generation_config
         return model.to(llava.device)
 
@@ -738,6 +738,9 @@ class LlavaIgvaForConditionalGeneration(_FrozenTowerMixin, LlavaForConditionalGe
     def _shares_embeddings_with(self, assistant: Any) -> bool:
         return isinstance(assistant, type(self)) and assistant.get_input_embeddings() is self.get_input_embeddings()
 
+
+_NEW_IN_LLAVA = ("weight_allocator", "injection_projectors")
+"""Modules that a Llava has no weights for."""
 
 _IMAGE_ARGUMENTS = (
     "pixel_values",

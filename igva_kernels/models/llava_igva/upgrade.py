@@ -25,6 +25,7 @@ def upgraded_config(llava: LlavaConfig, overrides: dict[str, Any]) -> LlavaIgvaC
 
 def upgraded_state_dict(llava: LlavaForConditionalGeneration, config: LlavaIgvaConfig) -> dict[str, Tensor]:
     """The Llava's weights, ``linear_1`` widened: its columns for a layer go to that layer's block, the rest are zeros.
+    What an injection adds is zero too, by the last Linear of its projectors.
 
     Raises:
         ValueError: a layer that the Llava reads has no block of its own in the plan.
@@ -33,11 +34,17 @@ def upgraded_state_dict(llava: LlavaForConditionalGeneration, config: LlavaIgvaC
     name = "model.multi_modal_projector.linear_1.weight"
     layers = llava.config.vision_feature_layer
     wide = widen(state_dict[name], [layers] if isinstance(layers, int) else layers, config.plan)
-    return {**state_dict, name: wide}
+    zeros = {}
+    if config.injection_plan is not None:
+        last = {key: x for key, x in state_dict.items() if key.startswith("model.multi_modal_projector.linear_2.")}
+        for member in range(len(config.injection_plan.taps)):
+            ours = f"model.injection_projectors.{member}"
+            zeros |= {key.replace("model.multi_modal_projector", ours): torch.zeros_like(x) for key, x in last.items()}
+    return {**state_dict, **zeros, name: wide}
 
 
 def load_state_dict(
-    model_class: Any, config: LlavaConfig, state_dict: dict[str, Tensor], dtype: torch.dtype, new: str | None = None
+    model_class: Any, config: LlavaConfig, state_dict: dict[str, Tensor], dtype: torch.dtype, new: tuple[str, ...] = ()
 ) -> Any:
     """A model of this class that shares these weights instead of copying them. Nothing is printed.
 
@@ -46,7 +53,7 @@ def load_state_dict(
         config: its config.
         state_dict: its weights.
         dtype: of the model.
-        new: name of a module whose missing weights are initialised; None for none.
+        new: names of modules whose missing weights are initialised.
 
     Raises:
         ValueError: any other weight is missing, left over or of another shape.
@@ -57,7 +64,7 @@ def load_state_dict(
             ignore_mismatched_sizes=True,
         )  # fmt: skip
     wrong = {
-        "missing": [name for name in info["missing_keys"] if new is None or f".{new}." not in name],
+        "missing": [name for name in info["missing_keys"] if not any(f".{part}." in name for part in new)],
         "left over": list(info["unexpected_keys"]),
         "of another shape": [name for name, *_ in info["mismatched_keys"]],
     }
