@@ -5,13 +5,15 @@ comparisons on the repositories themselves where they are at hand.
 """
 
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 from seeds import seeded
 from tiny import EMBED, PAD, VISION, liven, text_config, vision_config
 from torch import nn
-from transformers import CLIPVisionModel, LlamaForCausalLM, SiglipVisionModel
+from transformers import CLIPVisionModel, LlamaForCausalLM, LlamaModel, SiglipVisionModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 IMAGE_TOKEN_INDEX, IGNORE_INDEX = -200, -100
 
@@ -269,6 +271,7 @@ class OutputsTower(Tower):
 
 SELECTED = {
     ("clip", "18"): [18, 23],
+    ("clip", "3-18"): [3, 18, 23],
     ("clip", "3-18-23"): [3, 18, 23, 23],
     ("clip", "former"): [*range(1, 13), 23],
     ("clip", "latter"): [*range(13, 25), 23],
@@ -303,10 +306,97 @@ class LayerSelectFuse(Host):
 class SelectedTower(Tower):
     """Token 0 is dropped for SigLIP too, where it is a patch."""
 
-    def forward(self, images):
+    def feature_select(self, outputs):
         kind = "siglip" if "siglip" in self.vision_tower_name else "clip"
-        states = self.states(images)
-        return [self.cut(states[layer]) for layer in SELECTED[kind, self.select_layer]]
+        if (kind, self.select_layer) in SELECTED:
+            layers = SELECTED[kind, self.select_layer]
+        return [self.cut(outputs.hidden_states[layer]) for layer in layers]
+
+    def forward(self, images):
+        return self.feature_select(SimpleNamespace(hidden_states=self.states(images)))
+
+
+class LayerSelectFuseInternal(Host):
+    """Internal direct fusion, with the loop that the repository has in front of the layers of its language model."""
+
+    def __init__(self, using="3-18-23", tower="clip", layers=None, tower_layers=None):
+        depth = tower_layers or {"clip": 24, "siglip": 26}[tower]
+        layers = layers or {"all": 24, "former": 12, "latter": 12}.get(using, 8)
+        super().__init__(None, None, layer_using_strategy=using, layer_fusing_strategy="I_D")
+        self.config.num_hidden_layers = layers
+        self.model = InjectingLlama(self.config)
+        self.model.vision_tower = SelectedTower(tower, depth, using)
+        count = {"former": 12, "latter": 12, "all": 24}.get(using, using.count("-") + 1)
+        self.model.mm_projectors = nn.ModuleList(mlp(VISION) for _ in range(count))
+        self.model.mm_projector_f = mlp(VISION)
+
+    def encode_images(self, images):
+        projectors = [*self.model.mm_projectors, self.model.mm_projector_f]
+        states = self.model.vision_tower(images)
+        return [projector(state) for projector, state in zip(projectors, states, strict=True)]
+
+    def embed(self, input_ids, attention_mask=None, labels=None, images=None):
+        """Arguments of the language model, and the labels."""
+        if images is None:
+            return {"inputs_embeds": self.model.embed_tokens(input_ids), "attention_mask": attention_mask}, labels
+        features = self.encode_images(images)
+        _, _, mask, _, embeds, padded = self.insert(input_ids, attention_mask, labels, list(features[-1]))
+        marks = self.insert(input_ids, attention_mask, None, list(torch.full_like(features[-1], torch.nan)))[4]
+        arguments = {"inputs_embeds": embeds, "attention_mask": mask, "images_features": features}
+        return {**arguments, "image_token_mask": marks.isnan().any(-1).long()}, padded
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, images=None, **kwargs):
+        arguments, labels = self.embed(input_ids, attention_mask, labels, images)
+        logits = self.lm_head(self.model(**arguments, **kwargs)[0])
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+    @torch.no_grad()
+    def generate(self, inputs, images=None, max_new_tokens=1, do_sample=False):
+        """Greedy, with a cache; every step is given the features, as in the repository."""
+        arguments, _ = self.embed(inputs, images=images)
+        tokens, cache = [], None
+        for _ in range(max_new_tokens):
+            outputs = self.model(**arguments, past_key_values=cache, use_cache=True)
+            tokens.append(self.lm_head(outputs[0][:, -1:]).argmax(-1))
+            cache = outputs.past_key_values
+            arguments |= {"inputs_embeds": self.model.embed_tokens(tokens[-1]), "attention_mask": None}
+        return torch.cat(tokens, dim=1)
+
+
+class InjectingLlama(LlamaModel):
+    def __init__(self, config):
+        super().__init__(config)
+        count, using = config.num_hidden_layers, config.layer_using_strategy
+        first, last = list(range(12)), list(range(count - 12, count))
+        where = {"former": first, "latter": last, "all": first + last}
+        if using not in where:
+            where[using] = [int(int(layer) * count / 24 - 1) for layer in using.split("-")]
+        self.where = where[using]
+        for index, layer in enumerate(self.layers):
+            layer.has_cross = index in self.where
+
+    def forward(self, image_token_mask=None, images_features=None, past_key_values=None, **kwargs):
+        hooks = []
+        for index, layer in enumerate(self.layers):
+            if layer.has_cross:
+                feature = images_features[self.where.index(index)]
+                if past_key_values is None:
+                    hooks.append(layer.register_forward_pre_hook(partial(write, image_token_mask, feature)))
+        try:
+            return super().forward(past_key_values=past_key_values, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def write(image_token_mask, feature, layer, args):
+    """A write into the states of each sample, from its first image token on."""
+    for sample, mask in enumerate(image_token_mask):
+        tokens = mask.nonzero()[:, 0]
+        if len(tokens):
+            place = slice(tokens[0], tokens[0] + len(tokens))
+            args[0][sample, place] = args[0][sample, place] + feature[sample]
 
 
 # ---- TGIF ----

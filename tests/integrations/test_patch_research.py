@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 
 from hosts import gradients
 from recording import Dispatched
-from research_hosts import IGVA, TGIF, DenseConnector, LayerSelectFuse, LLaVA, inputs, make
+from research_hosts import IGVA, TGIF, DenseConnector, LayerSelectFuse, LayerSelectFuseInternal, LLaVA, inputs, make
 from threads import in_threads
 from tiny import EMBED, FUSED, VISION
 from transformers import Trainer, TrainingArguments
@@ -36,14 +36,24 @@ HOSTS = {
        for name in ("18", "3-18-23", "former", "latter", "all")},
     "Layer_Select_Fuse 3-18-23 siglip": (LayerSelectFuse, {"using": "3-18-23", "tower": "siglip"}),
     "Layer_Select_Fuse latter siglip": (LayerSelectFuse, {"using": "latter", "tower": "siglip"}),
+    "Layer_Select_Fuse I_D 3-18-23": (LayerSelectFuseInternal, {"using": "3-18-23"}),
+    "Layer_Select_Fuse I_D latter siglip": (LayerSelectFuseInternal, {"using": "latter", "tower": "siglip"}),
     "TGIF": (TGIF, {}),
     "TGIF siglip": (TGIF, {"tower": "siglip"}),
     "LLaVA": (LLaVA, {}),
 }  # fmt: skip
 
 
+MORE_HOSTS = {
+    **{f"Layer_Select_Fuse I_D {name}": (LayerSelectFuseInternal, {"using": name})
+       for name in ("18", "3-18", "former", "latter", "all")},
+    "Layer_Select_Fuse I_D 3-18-23 siglip": (LayerSelectFuseInternal, {"using": "3-18-23", "tower": "siglip"}),
+}  # fmt: skip
+"""Other choices of layers in a host that is among HOSTS."""
+
+
 def host(name, **kwargs):
-    host_class, arguments = HOSTS[name]
+    host_class, arguments = {**HOSTS, **MORE_HOSTS}[name]
     return make(host_class, **{**arguments, **kwargs})
 
 
@@ -55,7 +65,7 @@ def sentences(name):
     return name == "IGVA"
 
 
-@pytest.mark.parametrize("name", HOSTS)
+@pytest.mark.parametrize("name", [*HOSTS, *MORE_HOSTS])
 def test_a_patched_model_has_the_same_answers_gradients_and_greedy_tokens(name):
     model = host(name).train()
     batch = inputs((1, 0, 1), labels=True, sentences=sentences(name))
@@ -86,12 +96,16 @@ def test_bf16_is_as_near_as_the_repository_s_own_roundings(name):
 
     def encode(dtype):
         out = model.to(dtype).encode_images(batch["images"].to(dtype), **{k: v.to(dtype) for k, v in text.items()})
-        return out[0] if isinstance(out, tuple) else out
+        return first(out)
+
+    def first(out):
+        """The visual tokens; of a list, which I_D returns, all features."""
+        return torch.stack(out) if isinstance(out, list) else out[0] if isinstance(out, tuple) else out
 
     exact, plain = encode(torch.float64), encode(torch.bfloat16)
     with ik.patch(model):
         tokens = model.encode_images(batch["images"].bfloat16(), **{k: v.bfloat16() for k, v in text.items()})
-    tokens = tokens[0] if isinstance(tokens, tuple) else tokens
+    tokens = first(tokens)
     assert tokens.dtype == torch.bfloat16
     assert relative_error(tokens, exact) <= 2 * relative_error(plain, exact) + 2**-8
 
@@ -225,7 +239,14 @@ REFUSED = {
     "CLS among the tokens": (
         lambda: spoilt("DenseConnector dci", model__vision_tower__select_feature="cls_patch"), "cls_patch"),
     "modular fusion": (lambda: spoilt("Layer_Select_Fuse 18", config__layer_fusing_strategy="E_M"), "'E_M'"),
-    "internal fusion": (lambda: spoilt("Layer_Select_Fuse 18", config__layer_fusing_strategy="I_D"), "'I_D'"),
+    "internal modular fusion": (lambda: spoilt("Layer_Select_Fuse 18", config__layer_fusing_strategy="I_M"), "'I_M'"),
+    "two features for one layer": (
+        lambda: make(LayerSelectFuseInternal, "all", layers=16), "24 features for 16 of the 16 layers"),
+    "no such layers of SigLIP": (lambda: make(LayerSelectFuseInternal, "18", "siglip"), "got '18', for which a Sel"),
+    "a tower that is too short": (
+        lambda: make(LayerSelectFuseInternal, "latter", tower_layers=12), "of 13 states has no features"),
+    "images in parts": (
+        lambda: spoilt("Layer_Select_Fuse I_D 3-18-23", config__mm_patch_merge_type="spatial_unpad"), "'spatial_un"),
     "no such SigLIP": (
         lambda: spoilt("Layer_Select_Fuse latter siglip", config__layer_using_strategy="former"), "'former'"),
     "one Linear": (lambda: spoilt("IGVA", model__mm_projector=nn.Linear(32, 32)), "mm_projector: got a Linear"),
