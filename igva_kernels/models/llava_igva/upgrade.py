@@ -34,7 +34,7 @@ def upgraded_state_dict(llava: LlavaForConditionalGeneration, config: LlavaIgvaC
     name = "model.multi_modal_projector.linear_1.weight"
     layers = llava.config.vision_feature_layer
     wide = widen(state_dict[name], [layers] if isinstance(layers, int) else layers, config.plan)
-    zeros = {}
+    zeros: dict[str, Tensor] = {}
     if config.injection_plan is not None:
         last = {key: x for key, x in state_dict.items() if key.startswith("model.multi_modal_projector.linear_2.")}
         for member in range(len(config.injection_plan.taps)):
