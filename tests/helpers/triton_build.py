@@ -15,6 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from igva_kernels.ops.allocator import triton as allocator
 from igva_kernels.ops.inject_tokens import triton as injection
+from igva_kernels.ops.layer_project import triton as bank
 from igva_kernels.ops.weighted_mix.triton import gemm as mix_gemm
 from igva_kernels.ops.weighted_mix.triton import mix
 from igva_kernels.runtime.triton import gemm, norm
@@ -40,7 +41,7 @@ class Built(NamedTuple):
 def record(monkeypatch, call):
     """The launches ``(kernel, args, constants)`` of ``call``, which gets meta tensors."""
     launches = []
-    for module in (allocator, injection, gemm, mix, mix_gemm, norm):
+    for module in (allocator, bank, injection, gemm, mix, mix_gemm, norm):
         monkeypatch.setattr(module, "launch", lambda kernel, _, __, *args, **kw: launches.append((kernel, args, kw)))
     call()
     return launches
