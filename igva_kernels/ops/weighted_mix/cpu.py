@@ -30,6 +30,7 @@ from igva_kernels.runtime.cpu.dense import (
     Operand,
     dense_fp32,
     floats,
+    is_streamed,
     linear_grad,
     linear_into,
     module,
@@ -45,10 +46,6 @@ packs the weight again for every block, which takes as long as multiplying a hun
 
 TRAINING_BYTES = 12 << 20
 """The most bytes that a product works in while a training step keeps Z and sources: what plain torch would need."""
-
-STREAM_BYTES = 4 << 20
-"""Mixed rows of more bytes than this are written around the cache, which would not hold them until they are read."""
-
 
 Stats = tuple[Tensor | None, Tensor | None]
 """The mean and rstd of the rows of a norm ``[B, P]``, or None."""
@@ -287,7 +284,7 @@ def _mix_rows(
     memory = first.new_empty(
         (threads, program.scratch(args.width, norm is not None)), dtype=accumulation_dtype(first.dtype)
     )
-    stream = out is not None and out.nbytes > STREAM_BYTES
+    stream = out is not None and is_streamed(out)
     block = native.RowBlock(
         dtype_of(native, dtype), address(out), address(raw_rows), (rows.start, rows.stop),
         [s.data_ptr() for s in sums], stream,
