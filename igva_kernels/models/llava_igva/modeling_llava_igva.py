@@ -40,6 +40,7 @@ from igva_kernels.models.llava_igva.sentence_encoder import encode_sentences
 from igva_kernels.models.llava_igva.upgrade import load_state_dict, upgraded_config, upgraded_state_dict
 from igva_kernels.nn import (
     LayerMixProjector,
+    LayerProjectors,
     LearnedWeights,
     TextAllocator,
     TokenInjection,
@@ -119,7 +120,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         if (injection := config.injection_plan) is not None:
             states = config.vision_config.num_hidden_layers + 1
             taps = (MixPlan.concat([tap], states) for tap in injection.taps)
-            self.injection_projectors = nn.ModuleList(_projector(config, tap) for tap in taps)
+            self.injection_projectors = LayerProjectors(_projector(config, tap) for tap in taps)
             by_layer = {layer: member for member, layer in enumerate(injection.layers)}
             self.token_injection = TokenInjection(by_layer, impl=config.impl)
             self.token_injection.attach(self.language_model, encoder_layers(self.language_model))
@@ -416,15 +417,17 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         taps = [block for projector in self.injection_projectors for block in projector.plan.blocks]
         return MixPlan((*plan.blocks, *taps), plan.num_states)
 
-    def _injected_states(self, features: ImageFeatures) -> tuple[Tensor, ...]:
-        """``[I, T, D]`` for each injection."""
-        taps = features.plan.blocks[self.multi_modal_projector.plan.num_blocks :]
-        return tuple(features.sources[block[0].layer] for block in taps)
+    def _injected_plans(self, features: ImageFeatures) -> list[MixPlan]:
+        """The plan of each injection over the sources: one of them, as it is."""
+        plan, first = features.plan, self.multi_modal_projector.plan.num_blocks
+        return [_blocks(plan, slice(g, g + 1)) for g in range(first, plan.num_blocks)]
 
     def _injected_features(self, features: ImageFeatures, image_index: Tensor | None) -> tuple[Tensor, ...]:
         """``[R, P, H]`` for each injection."""
-        states = self._injected_states(features)
-        return tuple(self._project(member, state, image_index) for member, state in enumerate(states))
+        assert self.injection_projectors is not None
+        return self.injection_projectors(
+            features.sources, plans=self._injected_plans(features), image_index=image_index
+        )
 
     def _project(self, member: int, state: Tensor, image_index: Tensor | None) -> Tensor:
         assert self.injection_projectors is not None
@@ -438,7 +441,8 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         if self.config.injection_plan.when == "encode":
             projected = self._injected_features(features, image_index)
             return InjectedImages(projected, True, None, token_rows(places))
-        return InjectedImages(self._injected_states(features), False, image_index, token_rows(places))
+        states = tuple(features.sources[plan.layers[0]] for plan in self._injected_plans(features))
+        return InjectedImages(states, False, image_index, token_rows(places))
 
     def _injected_of_output(self, encoded: Any, rows: int, places: Tensor) -> InjectedImages | None:
         if self.injection_projectors is None:
