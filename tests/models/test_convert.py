@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
-from tiny import IMAGE, SMALL, batch, igva_model, liven, llava_config, vision_config
+from tiny import IMAGE, SMALL, batch, igva_model, liven, llava_config, text_config, vision_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForImageTextToText,
@@ -112,6 +112,61 @@ def test_the_vision_tower_is_written_as_the_checkpoint_that_the_repository_loads
     assert not info["missing_keys"] and not info["unexpected_keys"]
     for name, value in model.model.vision_tower.state_dict().items():
         assert torch.equal(tower.state_dict()[name], value)
+
+
+def internal_fusion(strategy="3-18-23", **overrides):
+    """A model that Layer_Select_Fuse has too."""
+    language = text_config()
+    language.num_hidden_layers = 24
+    fields = {"mix_plan": MixPlan.concat([-2]), "aggregation": "uniform", "injection": {"strategy": strategy}}
+    tower = vision_config(num_hidden_layers=24)
+    return igva_model(vision_config=tower, text_config=language, **{**fields, **overrides})
+
+
+@pytest.mark.parametrize("strategy", ["3-18", "all"])
+def test_internal_fusion_becomes_a_checkpoint_of_layer_select_fuse_and_comes_back(tmp_path, strategy):
+    model = internal_fusion(strategy)
+    to_repo(model, tmp_path)
+    names = set(load_file(tmp_path / "model.safetensors"))
+    count = len(model.model.injection_projectors)
+    kinds = [f"{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")]
+    assert {n for n in names if "mm_" in n} == {
+        *(f"model.mm_projectors.{j}.{kind}" for j in range(count) for kind in kinds),
+        *(f"model.mm_projector_f.{kind}" for kind in kinds),
+    }
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["layer_fusing_strategy"], config["layer_using_strategy"]) == ("I_D", strategy)
+    assert (config["mm_vision_select_feature"], config["mm_hidden_size"]) == ("patch", 16)
+    loaded = from_repo(tmp_path, image_token=IMAGE)
+    loaded.model.token_injection.impl = "reference"
+    for projector in (loaded.model.multi_modal_projector, *loaded.model.injection_projectors):
+        projector.impl = "reference"
+    assert loaded.config.injection == model.config.injection
+    state = loaded.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    inputs = batch((1, 1))
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+def test_an_injection_that_layer_select_fuse_does_not_have_is_refused(tmp_path):
+    for fields, said in (
+        ({"injection": {"taps": [3, 18], "layers": [3, 22]}}, "injection"),
+        ({"mix_plan": MixPlan.concat([-1])}, "mix_plan"),
+    ):
+        with pytest.raises(ValueError, match=f"{said}: got .*, the Layer_Select_Fuse repository supports only"):
+            to_repo(internal_fusion(**fields), tmp_path)
+
+
+def test_a_checkpoint_of_layer_select_fuse_with_other_fusions_or_without_a_projector_is_refused(tmp_path):
+    to_repo(internal_fusion(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "layer_fusing_strategy": "E_M"}))
+    with pytest.raises(ValueError, match="layer_fusing_strategy is 'E_M', need 'I_D'"):
+        from_repo(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "layer_using_strategy": "former"}))
+    with pytest.raises(ValueError, match=r"missing: model\.mm_projectors\.3\.0\.weight"):
+        from_repo(tmp_path)
 
 
 @pytest.mark.parametrize("form", ["sharded safetensors", "pickled", "pickled shards"])

@@ -25,6 +25,9 @@ _PARTS_OF_CHECKPOINTS = {
     "LLaVA repository, and convert the result",
     "non_lora_trainables.bin": "it is what training with LoRA saved beside the adapter; merge both into their base "
     "with scripts/merge_lora_weights.py of the LLaVA repository, and convert the result",
+    "mm_projector_f.bin": "it has the projectors alone, as stage 1 of Layer_Select_Fuse saves them; load them into the "
+    "model with igva_kernels.integrations.layer_select_fuse.load_projectors, save that with save_pretrained, and "
+    "convert the result",
     "mm_projector.bin": "it has the projector alone, as stage 1 saves it; load it into its base with the repository's "
     "load_pretrained_model(DIRECTORY, BASE, name), save that with save_pretrained, and convert the result",
 }

@@ -1,9 +1,10 @@
-"""Converts checkpoints of the IGVA repository and of LLaVA, which it grew from, to transformers' layout and back.
+"""Converts checkpoints of LLaVA, and of repositories that grew from it, to transformers' layout and back.
 
-Both repositories save a ``LlavaLlamaForCausalLM``, whose config has the ``model_type`` "llava_llama". If that config
-has ``vit_aggregate_groups``, the checkpoint is IGVA's; if it has ``igva_kernels``, it is of a LLaVA that was patched
-with a plan, which the config records. Both become a ``LlavaIgvaForConditionalGeneration``. Otherwise it is a plain
-LLaVA's and becomes transformers' own Llava. Neither repository is imported.
+The repositories save a ``LlavaLlamaForCausalLM``, whose config has the ``model_type`` "llava_llama". If that config
+has ``vit_aggregate_groups``, the checkpoint is IGVA's; if it has ``layer_fusing_strategy``, it is Layer_Select_Fuse's
+(I_D alone); if it has ``igva_kernels``, it is of a LLaVA that was patched with a plan, which the config records. These
+become a ``LlavaIgvaForConditionalGeneration``. Otherwise it is a plain LLaVA's and becomes transformers' own Llava. No
+repository is imported.
 
 They differ from transformers in three ways:
 
@@ -52,6 +53,7 @@ from igva_kernels.models.llava_igva.checkpoint_files import (
     read_weights,
 )
 from igva_kernels.models.llava_igva.configuration_llava_igva import LlavaIgvaConfig
+from igva_kernels.models.llava_igva.injection import STRATEGIES, InjectionPlan
 from igva_kernels.models.llava_igva.modeling_llava_igva import LlavaIgvaForConditionalGeneration
 from igva_kernels.models.llava_igva.processing_llava_igva import LlavaIgvaProcessor
 from igva_kernels.models.llava_igva.upgrade import load_state_dict, quiet
@@ -70,6 +72,15 @@ _AGGREGATOR = (
     ("model.vision_aggregator.transformers.", "model.weight_allocator.blocks."),
     ("model.vision_aggregator.linear.", "model.weight_allocator.head."),
     ("model.vision_aggregator.", "model.weight_allocator."),
+)
+_LAYER_SELECT = (
+    *(
+        (f"model.mm_projectors.{index}.{theirs}.", f"model.injection_projectors.{index}.{ours}.")
+        for index in range(24)
+        for theirs, ours in ((0, "linear_1"), (2, "linear_2"))
+    ),
+    ("model.mm_projector_f.0.", "model.multi_modal_projector.linear_1."),
+    ("model.mm_projector_f.2.", "model.multi_modal_projector.linear_2."),
 )
 _OTHERS = (
     ("model.mm_projector.0.", "model.multi_modal_projector.linear_1."),
@@ -96,6 +107,8 @@ _FEATURES = {"patch": "default", "cls_patch": "full"}
 _OPTIONS = {field.name for field in fields_of(LlavaIgvaConfig)} - {field.name for field in fields_of(LlavaConfig)}
 _OPTIONS |= {"vision_feature_layer", "vision_feature_select_strategy"}
 """The fields that ``config_fields`` may have: all but those that the checkpoint alone can know."""
+_BASE = MixPlan.concat([-2])
+"""What the connector reads in Layer_Select_Fuse's internal fusion."""
 _HOW_TO_NAME_A_TOWER = "--vision-tower (vision_tower=) takes the directory of the tower that the model was trained with"
 
 
@@ -111,7 +124,8 @@ def convert(
     written before everything has been read.
 
     Args:
-        source: a checkpoint of the IGVA or LLaVA repository, or of transformers' LLaVA-IGVA or Llava.
+        source: a checkpoint of the IGVA, Layer_Select_Fuse or LLaVA repository, or of transformers' LLaVA-IGVA or
+            Llava.
         target: a new or an empty directory.
         vision_tower: the tower's own checkpoint; None for the ``mm_vision_tower`` of the repository's config.
         config_fields: fields of ``LlavaIgvaConfig`` in place of what the repository's checkpoint says, or in addition.
@@ -186,7 +200,8 @@ def from_repo(
     if stated.get("quantization_config"):
         raise UserError(f"{file}: the checkpoint is quantised; need the weights before they were quantised")
     loaded = read_weights(source)
-    names = {_renamed(name, (*_TOWER, *_AGGREGATOR, *_OTHERS)): name for name in loaded if not _is_dropped(name)}
+    own = _LAYER_SELECT if "layer_fusing_strategy" in stated else _AGGREGATOR
+    names = {_renamed(name, (*_TOWER, *own, *_OTHERS)): name for name in loaded if not _is_dropped(name)}
     weights = {ours: loaded[theirs] for ours, theirs in names.items()}
     if _EMBEDDINGS not in weights or not weights[_EMBEDDINGS].is_floating_point() or _LINEAR_1 not in weights:
         raise UserError(
@@ -206,7 +221,7 @@ def from_repo(
     is_igva = isinstance(config, LlavaIgvaConfig)
     model_class = LlavaIgvaForConditionalGeneration if is_igva else LlavaForConditionalGeneration
     check_depth(len(weights), config, source)
-    check_weights(weights, partial(model_class, config), source, lambda name: names.get(name) or _in_repo(name))
+    check_weights(weights, partial(model_class, config), source, lambda name: names.get(name) or _in_repo(name, own))
     model = load_state_dict(model_class, config, weights, weights[_EMBEDDINGS].dtype)
     if (source / "generation_config.json").exists():
         with reading(source / "generation_config.json"):
@@ -221,8 +236,9 @@ def to_repo(
 ) -> None:
     """Save a model as a checkpoint of the IGVA repository or, if it is a plain Llava, of the LLaVA repository.
 
-    A model with a plan of its own (``mix_plan``) becomes a checkpoint of a LLaVA that was patched with this plan; its
-    config records the plan, the allocator and the balance coefficient.
+    A model with an ``injection`` becomes a checkpoint of Layer_Select_Fuse (I_D). Any other with a plan of its own
+    (``mix_plan``) becomes one of a LLaVA that was patched with this plan; its config records the plan, the allocator
+    and the balance coefficient.
 
     The vision tower goes to ``target/vision_tower``, whose absolute path is ``mm_vision_tower`` in the config: edit it
     after moving the checkpoint. If the last token of the vocabulary is the image token, it is left out.
@@ -238,13 +254,13 @@ def to_repo(
     target = Path(target)
     tower = target / "vision_tower"
     fields = {**_repo_config(model, str(tower.resolve())), "image_aspect_ratio": image_aspect_ratio}
-    aggregator = () if KEY in fields else _AGGREGATOR
+    own = _LAYER_SELECT if "layer_fusing_strategy" in fields else () if KEY in fields else _AGGREGATOR
     weights, of_tower = {}, {}
     for name, value in model.state_dict().items():
         if name.startswith("model.vision_tower."):
             of_tower["vision_model." + name.removeprefix("model.vision_tower.")] = value
         else:
-            weights[_in_repo(name, aggregator)] = value
+            weights[_in_repo(name, own)] = value
     for name in ("lm_head.weight", "model.embed_tokens.weight"):
         if len(weights[name]) > fields["vocab_size"]:
             weights[name] = weights[name][:-1].clone()
@@ -272,8 +288,9 @@ def _renamed(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
     )
 
 
-def _in_repo(name: str, aggregator: Iterable[tuple[str, str]] = _AGGREGATOR) -> str:
-    return _renamed(name, [(theirs, ours) for ours, theirs in (*_TOWER[1:], *aggregator, *_OTHERS)])
+def _in_repo(name: str, own: Iterable[tuple[str, str]]) -> str:
+    """The name of a weight in a repository, with the prefixes that only this one has."""
+    return _renamed(name, [(theirs, ours) for ours, theirs in (*_TOWER[1:], *own, *_OTHERS)])
 
 
 def _tower_config(tower: str | os.PathLike[str]) -> Any:
@@ -306,7 +323,10 @@ def _transformers_config(
     weights: Mapping[str, Tensor],
     config_fields: Mapping[str, Any] | None,
 ) -> LlavaConfig:
-    for name, needed in (("mm_projector_type", "mlp2x_gelu"), ("mm_patch_merge_type", "flat")):
+    needs = {"mm_projector_type": "mlp2x_gelu", "mm_patch_merge_type": "flat"}
+    if "layer_fusing_strategy" in stated:  # there every projector is that one, whatever its config says
+        del needs["mm_projector_type"]
+    for name, needed in needs.items():
         if stated.get(name, needed) != needed:
             raise UserError(f"{file}: {name} is {stated[name]!r}, transformers' Llava supports only {needed!r}")
     known = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling"} - {"model_type", "architectures"}
@@ -329,7 +349,9 @@ def _transformers_config(
             "vision_feature_layer": need(stated, "mm_vision_select_layer", int, file),
             "vision_feature_select_strategy": _FEATURES[feature],
         }
-        if KEY in stated:
+        if "layer_fusing_strategy" in stated:
+            shared |= _layer_select_fields(file, stated)
+        elif KEY in stated:
             shared |= _patch_fields(file, need(stated, KEY, dict, file))
         elif config_fields is None:
             _check_is_plain(file, weights, vision_config.hidden_size)
@@ -349,6 +371,20 @@ def _igva_fields(file: Path, stated: dict[str, Any]) -> dict[str, Any]:
     if need(stated, "aggregate_by_average", bool, file):
         return {**fields, "aggregation": "uniform"}
     return {**fields, "aggregation": "instruction", **_present(stated, _ALLOCATOR_FIELDS)}
+
+
+def _layer_select_fields(file: Path, stated: dict[str, Any]) -> dict[str, Any]:
+    """What the config of Layer_Select_Fuse says. Its visual tokens are the projected layer before the last."""
+    fusing = need(stated, "layer_fusing_strategy", str, file)
+    if fusing != "I_D":
+        raise UserError(f"{file}: layer_fusing_strategy is {fusing!r}, need 'I_D', which the reference model has")
+    strategy = need(stated, "layer_using_strategy", str, file)
+    return {
+        "mix_plan": _BASE,
+        "aggregation": "uniform",
+        "injection": {"strategy": strategy},
+        "vision_feature_layer": -2,
+    }
 
 
 def _patch_fields(file: Path, record: dict[str, Any]) -> dict[str, Any]:
@@ -443,8 +479,12 @@ def _repo_config(model: Any, tower: str) -> dict[str, Any]:
         "mm_use_im_patch_token": False,
         "use_mm_proj": True,
     }
+    features = {ours: theirs for theirs, ours in _FEATURES.items()}
+    feature = features[str(config.vision_feature_select_strategy)]
+    if is_igva and config.injection_plan is not None:
+        selected = _layer_select_config(config, config.injection_plan)
+        return {**fields, **selected, "mm_vision_select_layer": -2, "mm_vision_select_feature": feature}
     if not is_igva or config.mix_plan is not None:
-        feature = {ours: theirs for theirs, ours in _FEATURES.items()}[config.vision_feature_select_strategy]
         fields |= {"mm_vision_select_layer": config.vision_feature_layer, "mm_vision_select_feature": feature}
         return {**fields, **_patch_record(model)} if is_igva else fields
     plan = MixPlan.igva(config.vision_config.num_hidden_layers, config.mix_groups, config.vision_feature_layer)
@@ -457,6 +497,23 @@ def _repo_config(model: Any, tower: str) -> dict[str, Any]:
         "vit_base_layer": config.vision_feature_layer,
         "aggregate_by_average": config.aggregation == "uniform",
     }
+
+
+def _layer_select_config(config: LlavaIgvaConfig, injection: InjectionPlan) -> dict[str, str]:
+    """What the config of Layer_Select_Fuse says of a model with an injection."""
+    layers = config.vision_config.num_hidden_layers, config.text_config.num_hidden_layers
+    if config.plan != _BASE.resolve(layers[0] + 1):
+        raise ValueError(f"mix_plan: got {config.plan}, the Layer_Select_Fuse repository supports only {_BASE}")
+    for strategy in STRATEGIES:
+        try:
+            plan = InjectionPlan.from_dict({"strategy": strategy}, *layers)
+        except ValueError:  # a tower or a language model of this size has no such strategy
+            continue
+        if (plan.taps, plan.layers) == (injection.taps, injection.layers):
+            return {"layer_fusing_strategy": "I_D", "layer_using_strategy": strategy}
+    raise ValueError(
+        f"injection: got {config.injection}, the Layer_Select_Fuse repository supports only {', '.join(STRATEGIES)}"
+    )
 
 
 def _patch_record(model: LlavaIgvaForConditionalGeneration) -> dict[str, Any]:
