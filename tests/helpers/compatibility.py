@@ -19,7 +19,7 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[2]
-PATCH_TESTS = "tests/integrations/test_patch_transformers.py"
+PATCH_TESTS = ("tests/integrations/test_patch_transformers.py", "tests/integrations/test_patch_deepstack.py")
 CLIENT_TESTS = "tests/clients"
 EVERY_VERSION = "tests/clients/test_transformers.py"
 MODELS = ("plain", "patched", "reference")
@@ -27,6 +27,7 @@ MODELS = ("plain", "patched", "reference")
 
 CHECKS = {
     "test_forward": "forward",
+    "test_injection": "injection",
     "test_generate": "generate",
     "test_gradients": "gradients",
     "test_concat_gone": "no concat",
@@ -73,6 +74,8 @@ PATCH_HEAD = """## Models of transformers that `ik.patch` serves
 * **forward**: equal logits in fp32. **generate**: the same greedy tokens. **gradients**: those of every parameter of
   the model. All three are tested with one, three and four layers; CLIP towers have a CLS token, SigLIP towers have
   none.
+* **injection**: models with DeepStack whose mergers are left alone have the very bits of loss, logits and gradients, with
+  images, videos and neither, padded at the left and at the right.
 * **no concat**: nothing as wide as the concat of the layers is computed. **attention**: a registered attention, eager,
   sdpa.
 * **checkpointing**: reentrant and not. **offload**: accelerate's, to CPU and disk. **LoRA**: peft's on the projector,
@@ -168,7 +171,7 @@ def main() -> None:
 
     of_clients, sections = outcomes(args.clients, CLIENT_TESTS), []
     for python in args.pythons:
-        found = outcomes(python, PATCH_TESTS, EVERY_VERSION)
+        found = outcomes(python, *PATCH_TESTS, EVERY_VERSION)
         of_clients += found
         patched = table("model", list(CHECKS.values()), patch_cells(found))
         sections.append(f"### {version(python, 'transformers')}\n\n{patched}")
