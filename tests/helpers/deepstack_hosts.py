@@ -39,11 +39,10 @@ def deepstack_host(name, seed=0):
     torch.manual_seed(seeded(seed))
     model = HOSTS[name]()
     model = liven(model.eval())
-    core = model.model
+    language_model = next(module for module in model.modules() if hasattr(type(module), "_deepstack_process"))
     if name == "GraniteDocling":
-        return Host(model, core.text_model, core.vision_model.connector.coarse.deepstack_mergers)
-    tower = getattr(model, "visual", None) or core.visual
-    language_model = core if name == "Qwen3OmniMoe" else core.language_model
+        return Host(model, language_model, model.model.vision_model.connector.coarse.deepstack_mergers)
+    tower = next(module for module in model.modules() if hasattr(module, "deepstack_merger_list"))
     return Host(model, language_model, tower.deepstack_merger_list)
 
 
