@@ -74,8 +74,8 @@ PATCH_HEAD = """## Models of transformers that `ik.patch` serves
 * **forward**: equal logits in fp32. **generate**: the same greedy tokens. **gradients**: those of every parameter of
   the model. All three are tested with one, three and four layers; CLIP towers have a CLS token, SigLIP towers have
   none.
-* **injection**: models with DeepStack whose mergers are left alone have the very bits of loss, logits and gradients, with
-  images, videos and neither, padded at the left and at the right.
+* **injection**: models with DeepStack whose mergers are left alone have the very bits of loss, logits and gradients,
+  with images, videos and neither, padded at the left and at the right.
 * **no concat**: nothing as wide as the concat of the layers is computed. **attention**: a registered attention, eager,
   sdpa.
 * **checkpointing**: reentrant and not. **offload**: accelerate's, to CPU and disk. **LoRA**: peft's on the projector,
