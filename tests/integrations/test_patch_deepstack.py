@@ -11,7 +11,7 @@ from seeds import seeded
 
 import igva_kernels as ik
 
-pytest.importorskip("transformers")
+transformers = transformers = pytest.importorskip("transformers")
 
 from deepstack_hosts import HOSTS, VIDEO, deepstack_host, deepstack_inputs
 from hosts import gradients
@@ -85,6 +85,8 @@ def test_injection(host, grids, impl):
     """Loss, logits and every gradient, bit for bit in fp32."""
     if GRIDS[grids].get("videos") and not has_videos(host):
         pytest.skip("it takes no videos")
+    if "Omni" in type(host.model).__name__ and transformers.__version__ < "5" and grids == "images and video":
+        pytest.skip("transformers 4 itself cannot join images and videos in this model")
     inputs = deepstack_inputs(host, labels=True, **GRIDS[grids])
     expected = step(host.model, inputs)
     with ik.patch(host.model, impl=impl, mergers=False):
@@ -389,3 +391,57 @@ def test_fsdp2_units_down_to_the_linear(qwen, first, units, one_rank, record_pro
 def test_video_tokens_are_there(qwen):
     """The cases with a video have one: what the tests above compare would otherwise be a text."""
     assert (deepstack_inputs(qwen, **GRIDS["video"])["input_ids"] == VIDEO).any()
+
+
+# ---- Granite 4 Vision, which adds before the layers ------------------------------------------------------------------
+
+
+@pytest.fixture
+def granite():
+    """The language model, features for two of its layers, and the arguments of a call."""
+    if not hasattr(transformers, "Granite4VisionTextModel"):
+        pytest.skip(f"transformers {transformers.__version__} has no Granite4Vision")
+    torch.manual_seed(seeded())
+    config = transformers.Granite4VisionTextConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=96, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.Granite4VisionTextModel(config)
+    mask = torch.rand(2, 9) < 0.5
+    features = {layer: torch.randn(int(mask.sum()), 32, requires_grad=True) for layer in (0, 3)}
+    embeds = torch.randn(2, 9, 32, requires_grad=True)
+    return model, {"inputs_embeds": embeds, "vision_mask": mask[..., None], "deepstack_features": features}
+
+
+def granite_step(model, call):
+    leaves = [call["inputs_embeds"], *call["deepstack_features"].values(), *model.parameters()]
+    out = model(**call).last_hidden_state
+    return [out, *torch.autograd.grad(out.square().sum(), leaves, allow_unused=True)]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_features_are_added_before_layers_with_the_same_bits(granite, checkpointing):
+    model, call = granite
+    expected = granite_step(model, call)
+    if checkpointing:
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    handle = ik.patch(model)
+    found = granite_step(model, call)
+    handle.revert()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+    assert "forward" not in vars(model) and all("forward" not in vars(layer) for layer in model.layers)
+
+
+def test_a_reentrant_checkpoint_that_would_lose_gradients_is_refused(granite):
+    model, call = granite
+    model.train().gradient_checkpointing_enable({"use_reentrant": True})
+    with ik.patch(model), pytest.raises(NotImplementedError, match="use_reentrant=False"):
+        granite_step(model, call)
+
+
+def test_other_numbers_of_features_than_tokens_are_refused_before_layers_too(granite):
+    model, call = granite
+    call["deepstack_features"][3] = torch.zeros(1, 32)
+    with ik.patch(model), pytest.raises(ValueError, match="visual_embeds: need one row per visual token, got 1 rows"):
+        model(**call)
