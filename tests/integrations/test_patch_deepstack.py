@@ -11,8 +11,9 @@ from seeds import seeded
 
 import igva_kernels as ik
 
-transformers = transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
+import transformers
 from deepstack_hosts import HOSTS, VIDEO, deepstack_host, deepstack_inputs
 from hosts import gradients
 from recording import Dispatched
