@@ -11,7 +11,7 @@ from seeds import seeded
 
 import igva_kernels as ik
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 import transformers
 from deepstack_hosts import HOSTS, VIDEO, deepstack_host, deepstack_inputs
