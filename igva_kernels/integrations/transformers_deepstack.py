@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,16 +34,18 @@ from igva_kernels.runtime.context import has_values
 
 DESCRIPTION = (
     "transformers' (4.57 and newer) models with DeepStack: Qwen3VL, Qwen3VLMoe, Qwen3OmniMoe, CohereCompass, "
-    "GraniteDocling"
+    "GraniteDocling, Granite4Vision"
 )
 METHOD = "_deepstack_process"
 """The method of a language model that adds features to the visual tokens."""
 PARAMETERS = ["self", "hidden_states", "visual_pos_masks", "visual_embeds"]
+BEFORE_LAYERS = {"vision_mask", "deepstack_features"}
+"""What the forward of Granite 4 Vision's language model takes: it adds the features itself, before its layers."""
 
 
 def matches(model: nn.Module) -> bool:
     """Whether ``model`` contains a language model of the family."""
-    return any(hasattr(type(module), METHOD) for module in model.modules())
+    return any(hasattr(type(module), METHOD) or _adds_before_layers(module) for module in model.modules())
 
 
 def apply(
@@ -68,6 +70,8 @@ def apply(
     for name, module in list(model.named_modules()):
         if hasattr(type(module), METHOD):
             _patch_injection(edits, module, name, impl, waits=check == "sync")
+        elif _adds_before_layers(module):
+            _patch_before_layers(edits, module, name, impl, waits=check == "sync")
         elif mergers and _is_merger(module):
             _patch_merger(edits, module, name, impl)
 
@@ -83,8 +87,13 @@ def _patch_injection(edits: PatchHandle, module: Any, name: str, impl: str, wait
     parameters = list(inspect.signature(method).parameters)
     if parameters != PARAMETERS:
         raise unknown_host(module, METHOD, f"it takes {', '.join(parameters)}, need {', '.join(PARAMETERS)}")
-    check_patch_impl(OPERATOR, impl, _weight(module))
     set_method(edits, module, METHOD, _deepstack_process(impl, waits))
+    _say_what_injects(edits, module, name, impl)
+
+
+def _say_what_injects(edits: PatchHandle, module: nn.Module, name: str, impl: str) -> None:
+    check_patch_impl(OPERATOR, impl, _weight(module))
+    kind = type(module).__name__
     edits.note(lambda: f"{name or kind}: features are injected {served_by(OPERATOR, impl, _weight(module))[1]}")
 
 
@@ -102,6 +111,56 @@ def _deepstack_process(impl: str, waits: bool) -> Callable[..., Tensor]:
         return inject_tokens(hidden_states, features, _rows(mask, features.shape[0], waits), impl=impl)
 
     return run
+
+
+def _adds_before_layers(module: nn.Module) -> bool:
+    forward = type(module).forward
+    known = forward.__module__.startswith("transformers.models.") and hasattr(module, "layers")
+    return known and inspect.signature(forward).parameters.keys() >= BEFORE_LAYERS
+
+
+class _Features(NamedTuple):
+    """What a call of the language model hands to its layers, as the argument ``added_features``."""
+
+    by_layer: dict[int, Tensor]
+    mask: Tensor
+    differentiated: bool
+
+
+def _patch_before_layers(edits: PatchHandle, module: Any, name: str, impl: str, waits: bool) -> None:
+    set_forward(edits, module, _hand_on)
+    for index, layer in enumerate(module.layers):
+        set_forward(edits, layer, _add_before(index, impl, waits))
+    _say_what_injects(edits, module, name, impl)
+
+
+def _hand_on(
+    self: nn.Module, *args: Any, vision_mask: Tensor | None = None,
+    deepstack_features: dict[int, Tensor] | None = None, **kwargs: Any,
+) -> Any:  # fmt: skip
+    """The language model's forward, which passes arguments that it does not know on to its layers."""
+    if deepstack_features is not None and vision_mask is not None:
+        mask = vision_mask[..., 0]
+        kwargs["added_features"] = _Features(deepstack_features, mask, torch.is_grad_enabled())
+    return type(self).forward(self, *args, **kwargs)
+
+
+def _add_before(index: int, impl: str, waits: bool) -> Callable[..., Any]:
+    def forward(
+        self: nn.Module, hidden_states: Tensor, *args: Any, added_features: _Features | None = None, **kwargs: Any
+    ) -> Any:
+        if added_features is not None and index in added_features.by_layer:
+            if added_features.differentiated and not torch.is_grad_enabled():
+                raise NotImplementedError(
+                    "gradient_checkpointing: with use_reentrant=True, the features would get no gradient in this "
+                    "version of transformers; need use_reentrant=False, or transformers 5.23 or newer"
+                )
+            features = added_features.by_layer[index].to(hidden_states.device, hidden_states.dtype)
+            rows = _rows(added_features.mask.to(hidden_states.device), features.shape[0], waits)
+            hidden_states = inject_tokens(hidden_states, features, rows, impl=impl)
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+
+    return forward
 
 
 def _rows(mask: Tensor, count: int, waits: bool) -> Tensor:
