@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from igva_kernels.ops.inject_tokens.op import Injection
+from igva_kernels.ops.inject_tokens.positions import is_one, new_row_dots
 from igva_kernels.runtime.cpu.dense import is_streamed, module
 from igva_kernels.runtime.operands import address, matrix, view
 
@@ -21,7 +22,7 @@ class CpuInjection(Injection):
         positions = None if features is None else _positions(rows, features.shape[0])
         native.inject(
             hidden.shape, view(native, hidden), matrix(native, features), address(rows), address(positions),
-            address(gate), _is_one(gate), replace, is_streamed(out), address(out), torch.get_num_threads(),
+            address(gate), is_one(gate), replace, is_streamed(out), address(out), torch.get_num_threads(),
         )  # fmt: skip
         return out
 
@@ -33,13 +34,11 @@ class CpuInjection(Injection):
         native, (need_features, need_gate) = module(), needs
         positions = _positions(rows, num_features)
         out = grad.new_empty(num_features, grad.shape[2]) if need_features else None
-        row_dots = gate_sum = None
-        if need_gate and gate is not None:
-            row_dots = gate.new_empty(num_features)
-            gate_sum = torch.empty_like(gate) if _is_one(gate) else None
+        row_dots = new_row_dots(gate, num_features, need_gate)
+        gate_sum = torch.empty_like(gate) if row_dots is not None and is_one(gate) else None
         native.features_grad(
             grad.shape, view(native, grad), matrix(native, features), num_features, address(rows),
-            address(positions), address(gate), _is_one(gate),
+            address(positions), address(gate), is_one(gate),
             out is not None and is_streamed(out), address(out), address(row_dots), address(gate_sum),
             torch.get_num_threads(),
         )  # fmt: skip
@@ -49,10 +48,6 @@ class CpuInjection(Injection):
 def _positions(rows: Tensor, num_features: int) -> Tensor:
     """Memory for the token that takes each row; an empty one would have no address."""
     return rows.new_empty(max(num_features, 1))
-
-
-def _is_one(gate: Tensor | None) -> bool:
-    return gate is not None and gate.shape[0] == 1
 
 
 IMPLEMENTATION = CpuInjection()

@@ -35,10 +35,23 @@ class Injection(Implementation):
 
 
 def _inject(given: SimpleNamespace) -> Tensor:
+    _check_fits(given.hidden_states, given.features, given.token_rows, given.features.shape[0])
     hidden, features = _adjacent(given.hidden_states), _adjacent(given.features)
     rows = _int32(given.token_rows, features.shape[0])
     gate = None if given.gate is None else given.gate.contiguous()
     return _implementation(given, hidden).inject(hidden, features, rows, gate, given.mode == "replace")
+
+
+def _check_fits(states: Tensor, features: Tensor | None, rows: Tensor, num_features: int) -> None:
+    """Refuses what kernels would read beyond; the public function has checked it, and a direct call has not."""
+    if rows.shape != states.shape[:2]:
+        raise ValueError(f"token_rows: need shape {list(states.shape[:2])}, got {list(rows.shape)}")
+    need = (num_features, states.shape[2])
+    if features is not None and (features.shape != need or features.dtype != states.dtype):
+        given = f"{list(features.shape)} of {features.dtype}"
+        raise ValueError(
+            f"features: need {list(need)} of {states.dtype}, got {given}; ik.inject_tokens takes any dtype"
+        )
 
 
 def _inject_fake(given: SimpleNamespace) -> Tensor:
@@ -67,6 +80,7 @@ def _differentiate(grad: Tensor, needs: SimpleNamespace, saved: SimpleNamespace)
 
 def _run_backward(given: SimpleNamespace) -> list[Tensor]:
     into_hidden, into_features, into_gate = given.needs
+    _check_fits(given.grad, given.features, given.token_rows, given.num_features)
     implementation, grad = _implementation(given, given.grad), _adjacent(given.grad)
     rows = _int32(given.token_rows, given.num_features)
     found: list[Tensor | None] = []

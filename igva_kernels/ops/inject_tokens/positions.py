@@ -1,4 +1,4 @@
-"""What the kernels of a GPU need beside their launches: which token takes a row, and the gradient of a gate."""
+"""What kernels need beside their launches: which token takes a row, and the gradient of a gate."""
 
 from __future__ import annotations
 

@@ -243,3 +243,12 @@ def test_meta_tensors_have_the_shape(impl):
     hidden, features = torch.empty(2, 5, 8, device="meta"), torch.empty(3, 8, device="meta")
     rows = torch.empty(2, 5, device="meta", dtype=torch.int32)
     assert ik.inject_tokens(hidden, features, rows).shape == (2, 5, 8)
+
+
+@pytest.mark.parametrize("features", [torch.ones(3, 4).half(), torch.ones(3, 5), torch.ones(1, 3, 4)])
+def test_a_direct_call_reads_no_memory_that_is_not_the_features(impl, features):
+    if impl == "reference":
+        pytest.skip("plain torch is no registered operator")
+    rows = torch.zeros(1, 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"features: need \[\d, 4\] of torch.float32"):
+        torch.ops.igva_kernels.inject_tokens(torch.ones(1, 1, 4), features, rows, None, "add", impl)
