@@ -15,12 +15,17 @@ inline bool is_streamable(int64_t row_bytes) { return row_bytes % 64 == 0; }
 template <class V, bool stream, class T>
 inline void copy_bits(const T* from, int64_t n, T* to) {
   if constexpr (!stream || V::width == 1) {
-    memcpy(to, from, n * sizeof(T));
+    if (n) memcpy(to, from, n * sizeof(T)); // an empty tensor has no address
   } else {
     const float* words = reinterpret_cast<const float*>(from); // moved, never computed with
     const int64_t count = n * sizeof(T) / sizeof(float);
     for (int64_t i = 0; i < count; i += V::width) V::load(words + i).stream(reinterpret_cast<float*>(to) + i);
   }
+}
+
+template <class T>
+inline void clear(T* to, int64_t n) {
+  if (n) memset(to, 0, n * sizeof(T));
 }
 
 template <class V, bool stream, class T>
@@ -62,7 +67,7 @@ void inject_rows(const InjectJob& job, int threads) {
       if (row < 0) {
         copy_bits<V, stream>(hidden, width, out);
       } else if (!job.features.data) {
-        memset(out, 0, width * sizeof(T));
+        clear(out, width);
       } else {
         const T* features = static_cast<const T*>(job.features.data) + row * job.features.stride;
         if (job.replace && !taken.gate) {
@@ -105,7 +110,7 @@ void features_grad_rows(const FeaturesGradJob& job, int threads) {
       if (!job.grad_features) continue;
       T* out = static_cast<T*>(job.grad_features) + row * width;
       if (!grad) {
-        memset(out, 0, width * sizeof(T));
+        clear(out, width);
       } else if (taken.gate) {
         const V gate = V::set(gate_of<S>(taken, row));
         combine<V, stream>(static_cast<const T*>(nullptr), grad, &gate, width, out);
