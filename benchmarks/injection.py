@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 import igva_kernels as ik
+from benchmarks.measure import timer_for
 from igva_kernels.testing import measure_memory
 
 DEEPSTACK = {"tokens": 4096, "width": 4096, "features": 3000}
@@ -77,7 +77,7 @@ def deepstack(dtype: torch.dtype, rounds: int) -> list[Row]:
         calls = [partial(run, deepstack_process), partial(run, ours)]
         results, memories = zip(*(measure_memory(call) for call in calls), strict=True)
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), "the bits differ"
-        plain, own = in_turn(calls, rounds)
+        plain, own = medians(calls, rounds)
         bytes_of = [memory.peak for memory in memories]
         rows.append(Row(f"DeepStack, {name}, {str(dtype)[6:]}", plain, own, *bytes_of))
     return rows
@@ -97,19 +97,14 @@ def internal_direct(batch: int, rounds: int, tokens: int = 640, width: int = 512
 
     results = [backward(out) for out in outputs]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), "the bits differ"
-    plain, own = in_turn([partial(backward, out) for out in outputs], rounds)
+    plain, own = medians([partial(backward, out) for out in outputs], rounds)
     return Row(f"I_D, backward per image, B {batch}", plain / batch, own / batch)
 
 
-def in_turn(calls: Sequence[Callable[[], object]], rounds: int) -> list[float]:
+def medians(calls: Sequence[Callable[[], object]], rounds: int) -> list[float]:
     """The median seconds of each call; they take turns, so that what else the machine does falls on all of them."""
-    seconds: list[list[float]] = [[] for _ in calls]
-    for _ in range(rounds):
-        for call, found in zip(calls, seconds, strict=True):
-            start = time.perf_counter()
-            call()
-            found.append(time.perf_counter() - start)
-    return [statistics.median(found) for found in seconds]
+    times = timer_for("cpu").in_turn({str(i): [call] for i, call in enumerate(calls)}, 0.0, least=rounds)
+    return [statistics.median(found) for found in times.values()]
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from igva_kernels.runtime.backend import Backend
 from igva_kernels.runtime.config import fastest_first
@@ -77,6 +78,16 @@ class Operator:
             ImportError: what the backend builds on is missing, which its ``why_not`` says.
         """
         return getattr(self.module(backend), "IMPLEMENTATION", None)
+
+    def serving(self, backend: str, tensor: Tensor) -> Any:
+        """Its code for the backend that a registered call names. The public function chose it, but an exported program
+        may have been moved to another device since.
+
+        Raises:
+            NotImplementedError: the backend cannot serve such a tensor.
+        """
+        choose(self.name, backend, tensor.device, tensor.dtype, ())
+        return self.implementation(backend)
 
     def cases(self) -> Sequence[Case]:
         """The calls by which ``verify`` and the tests judge the implementations."""

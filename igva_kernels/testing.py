@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -38,6 +38,9 @@ MAX_DRAWS = 256
 _MANY_ELEMENTS = 2**20
 _FAR = 64
 
+
+OUTPUT = "output"
+"""The name of the output among the results of ``Case.run``."""
 
 SPECIFICATION = "specification"
 """The ``impl`` of ``Case.run`` that computes the oracle; the others are those that operators take."""
@@ -70,6 +73,29 @@ class Case(Protocol):
 
     def is_rounded_once(self, result: str) -> bool:
         """Whether a kernel rounds this result once, from an accumulator in fp32."""
+
+
+def results(
+    forward: Callable[[], Tensor], leaves: Mapping[str, Tensor], grad_out: Tensor, only: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """What ``Case.run`` returns: the output and the gradients of ``leaves``, all of them or ``only`` some.
+
+    Args:
+        forward: computes the output from the leaves.
+        leaves: by the names of their gradients; no part of a graph. Those that are asked for are made to require one,
+            and none has one where gradients are not recorded.
+        grad_out: the gradient of the output.
+        only: names.
+    """
+    asked = {name: leaf for name, leaf in leaves.items() if not only or name in only}
+    for leaf in asked.values():
+        leaf.requires_grad_()
+    out = forward()
+    if not torch.is_grad_enabled():
+        asked = {}
+    grads = torch.autograd.grad(out, list(asked.values()), grad_out) if asked else ()
+    output = {OUTPUT: out.detach()} if not only or OUTPUT in only else {}
+    return output | dict(zip(asked, grads, strict=True))
 
 
 class Verdict(NamedTuple):

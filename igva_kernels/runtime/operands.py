@@ -44,6 +44,11 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def adjacent(tensor: Tensor) -> Tensor:
+    """The tensor with the elements of a row side by side, which kernels take for granted; a copy if need be."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
 def view(module: Any, tensor: Tensor) -> tuple:
     """A tensor ``[B, P, width]``, ``View``."""
     return dtype_of(module, tensor.dtype), tensor.data_ptr(), _adjacent(tensor)

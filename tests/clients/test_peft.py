@@ -4,7 +4,8 @@ import inspect
 
 import pytest
 import torch
-from clients import KERNEL, MODELS, assert_same_step, build, close, inputs_of, plain_code, step
+from clients import KERNEL, MODELS, assert_same_step, build, inputs_of, plain_code
+from hosts import close, step
 from seeds import seeded
 
 import igva_kernels as ik

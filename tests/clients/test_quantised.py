@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from clients import KERNEL, MODELS, assert_same_step, build, inputs_of, plain_code, step
+from clients import KERNEL, MODELS, assert_same_step, build, inputs_of, plain_code
+from hosts import step
 from seeds import seeded
 from torch import nn
 

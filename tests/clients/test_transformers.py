@@ -6,7 +6,8 @@ pytest.importorskip("transformers")
 
 import torch
 import transformers
-from clients import KERNEL, MODELS, assert_same_step, build, close, inputs_of, plain_code, step
+from clients import KERNEL, MODELS, assert_same_step, build, inputs_of, plain_code
+from hosts import close, step
 
 import igva_kernels as ik
 

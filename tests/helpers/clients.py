@@ -2,10 +2,9 @@
 
 from types import MethodType
 
-import torch
 from compatibility import MODELS
 from harness import quick_impls
-from hosts import gradients, host_inputs, host_model
+from hosts import close, host_inputs, host_model
 
 from igva_kernels.ops.weighted_mix import layer_mix
 from igva_kernels.runtime.activations import ACTIVATIONS
@@ -53,18 +52,6 @@ def inputs_of(kind, labels=False):
     from tiny import batch
 
     return batch(labels=labels)
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=3e-5)
-
-
-def step(model, inputs):
-    """Loss, logits and gradients of one backward pass."""
-    model.zero_grad()
-    out = model(**inputs)
-    out.loss.backward()
-    return out.loss.detach(), out.logits.detach(), gradients(model)
 
 
 def assert_same_step(found, expected):

@@ -106,3 +106,15 @@ def host_inputs(model, video=False, labels=False, seed=0):
 
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=3e-5)
+
+
+def step(model, inputs):
+    """Loss, logits and gradients of one backward pass."""
+    model.zero_grad()
+    out = model(**inputs)
+    out.loss.backward()
+    return out.loss.detach(), out.logits.detach(), gradients(model)

@@ -1,8 +1,10 @@
 """What every backend of a GPU must do with rows that no token, no row or several tokens take; each is a test."""
 
 import torch
+from seeds import seeded
 
 import igva_kernels as ik
+from igva_kernels.ops.inject_tokens.cases import InjectionCase
 
 NAN = float("nan")
 
@@ -89,7 +91,17 @@ def the_gradient_of_what_is_replaced_is_zero(impl, implementation, device):
     assert torch.equal(grad, hidden.masked_fill((rows >= 0).unsqueeze(-1), 0))
 
 
+def empty_tensors_give_what_plain_torch_gives(impl, implementation, device):
+    for batch, tokens, width, count in ((0, 3, 16, 0), (2, 0, 16, 3), (2, 3, 0, 4)):
+        case = InjectionCase("", batch, tokens, width, count, gate="one")
+        inputs = case.draw(seeded(), torch.float32, device)
+        expected = case.run(inputs, "reference")
+        for name, actual in case.run(inputs, impl).items():
+            assert torch.equal(actual, expected[name]), name
+
+
 CORNERS = (
+    empty_tensors_give_what_plain_torch_gives,
     without_a_gate_every_bit_is_that_of_plain_torch,
     a_row_out_of_range_gives_a_nan_token_and_takes_no_part_in_gradients,
     a_row_taken_twice_has_a_gradient_of_nan_and_no_other_has,

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 
 import transformers
 from deepstack_hosts import HOSTS, VIDEO, deepstack_host, deepstack_inputs
-from hosts import gradients
+from hosts import close, gradients, step
 from recording import Dispatched
 
 METHOD = "_deepstack_process"
@@ -43,18 +43,6 @@ def qwen():
 
 def has_videos(host):
     return "Granite" not in type(host.model).__name__
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=3e-5)
-
-
-def step(model, inputs):
-    """Loss, logits and gradients of one backward pass."""
-    model.zero_grad()
-    out = model(**inputs)
-    out.loss.backward()
-    return out.loss.detach(), out.logits.detach(), gradients(model)
 
 
 def assert_identical(found, expected):

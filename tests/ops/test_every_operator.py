@@ -34,6 +34,12 @@ def test_plain_torch_keeps_its_own_rule(case):
     harness.assert_right(case, "bf16", REFERENCE, "cpu", seeded())
 
 
+@pytest.mark.parametrize("case", harness.cases())
+@torch.no_grad()
+def test_without_gradients_a_case_gives_its_output_alone_as_the_benchmarks_ask(case):
+    assert len(case.run(case.draw(seeded(), torch.float32, "cpu"), REFERENCE)) == 1
+
+
 @pytest.mark.parametrize(("subject", "case", "dtype"), harness.calls(dtypes=("bf16",), few=1))
 def test_reruns_are_bit_identical(subject, case, dtype):
     inputs = case.draw(seeded(), DTYPES[dtype], subject.device)

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from igva_kernels.ops.inject_tokens import spec
 from igva_kernels.ops.inject_tokens.api import inject_tokens
-from igva_kernels.testing import SPECIFICATION
-
-OUTPUT = "output"
+from igva_kernels.testing import SPECIFICATION, results
 
 
 class Inputs(NamedTuple):
@@ -75,17 +73,15 @@ class InjectionCase:
     def run(self, inputs: Inputs, impl: str, only: Collection[str] = ()) -> dict[str, Tensor]:
         """See ``testing.Case``."""
         trained = {"hidden_states": inputs.hidden_states, "features": inputs.features, "gate": inputs.gate}
-        leaves = {name: t.detach().requires_grad_() for name, t in trained.items() if t is not None}
+        leaves = {name: tensor.detach() for name, tensor in trained.items() if tensor is not None}
         hidden, features, gate = leaves["hidden_states"], leaves["features"], leaves.get("gate")
-        if impl == SPECIFICATION:
-            out = spec.inject_tokens(hidden, features, inputs.token_rows, gate, self.mode)
-        else:
-            out = inject_tokens(hidden, features, inputs.token_rows, gate=gate, mode=self.mode, impl=impl)
-        asked = {name: leaf for name, leaf in leaves.items() if not only or f"grad {name}" in only}
-        if not torch.is_grad_enabled():
-            asked = {}
-        grads = torch.autograd.grad(out, list(asked.values()), inputs.grad_out) if asked else ()
-        return {OUTPUT: out.detach()} | {f"grad {name}": g for name, g in zip(asked, grads, strict=True)}
+
+        def forward() -> Tensor:
+            if impl == SPECIFICATION:
+                return spec.inject_tokens(hidden, features, inputs.token_rows, gate, self.mode)
+            return inject_tokens(hidden, features, inputs.token_rows, gate=gate, mode=self.mode, impl=impl)
+
+        return results(forward, {f"grad {name}": leaf for name, leaf in leaves.items()}, inputs.grad_out, only)
 
     def is_rounded_once(self, result: str) -> bool:
         """See ``testing.Case``."""

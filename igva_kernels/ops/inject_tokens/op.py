@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igva_kernels.registry import Implementation, Operator, choose
+from igva_kernels.registry import Implementation, Operator
+from igva_kernels.runtime.operands import adjacent
 from igva_kernels.runtime.torch_op import define, no_second_derivative
 
 OPERATOR = Operator("inject_tokens", __package__)
@@ -36,10 +37,10 @@ class Injection(Implementation):
 
 def _inject(given: SimpleNamespace) -> Tensor:
     _check_fits(given.hidden_states, given.features, given.token_rows, given.features.shape[0])
-    hidden, features = _adjacent(given.hidden_states), _adjacent(given.features)
+    hidden, features = adjacent(given.hidden_states), adjacent(given.features)
     rows = _int32(given.token_rows, features.shape[0])
     gate = None if given.gate is None else given.gate.contiguous()
-    return _implementation(given, hidden).inject(hidden, features, rows, gate, given.mode == "replace")
+    return OPERATOR.serving(given.impl, hidden).inject(hidden, features, rows, gate, given.mode == "replace")
 
 
 def _check_fits(states: Tensor, features: Tensor | None, rows: Tensor, num_features: int) -> None:
@@ -81,13 +82,13 @@ def _differentiate(grad: Tensor, needs: SimpleNamespace, saved: SimpleNamespace)
 def _run_backward(given: SimpleNamespace) -> list[Tensor]:
     into_hidden, into_features, into_gate = given.needs
     _check_fits(given.grad, given.features, given.token_rows, given.num_features)
-    implementation, grad = _implementation(given, given.grad), _adjacent(given.grad)
+    implementation, grad = OPERATOR.serving(given.impl, given.grad), adjacent(given.grad)
     rows = _int32(given.token_rows, given.num_features)
     found: list[Tensor | None] = []
     if into_hidden:
         found.append(implementation.inject(grad, None, rows, None, True))
     if into_features or into_gate:
-        features = None if given.features is None else _adjacent(given.features)
+        features = None if given.features is None else adjacent(given.features)
         gate = None if given.gate is None else given.gate.contiguous()
         needs = (into_features, into_gate)
         found += implementation.features_grad(grad, features, rows, gate, given.num_features, needs)
@@ -100,17 +101,6 @@ def _backward_fake(given: SimpleNamespace) -> list[Tensor]:
     if into_features:
         found.append(given.grad.new_empty((given.num_features, given.grad.shape[2])))
     return [*found, torch.empty_like(given.gate, memory_format=torch.contiguous_format)] if into_gate else found
-
-
-def _implementation(given: SimpleNamespace, tensor: Tensor) -> Injection:
-    """The code of the backend that the call names; an exported program may have been moved to another device since."""
-    choose(OPERATOR.name, given.impl, tensor.device, tensor.dtype, ())
-    return OPERATOR.implementation(given.impl)
-
-
-def _adjacent(tensor: Tensor) -> Tensor:
-    """The tensor with the elements of a row side by side."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
 def _int32(rows: Tensor, num_features: int) -> Tensor:

@@ -13,9 +13,8 @@ from igva_kernels.ops.layer_project import spec
 from igva_kernels.ops.layer_project.api import layer_project
 from igva_kernels.ops.weighted_mix import MixPlan
 from igva_kernels.ops.weighted_mix.steps import Projector
-from igva_kernels.testing import SPECIFICATION
+from igva_kernels.testing import SPECIFICATION, results
 
-OUTPUT = "output"
 LINEARS = ("weight1", "bias1", "weight2", "bias2")
 
 
@@ -112,13 +111,7 @@ class BankCase:
         leaves |= {f"grad mix_weights[{j}]": w for j, w in enumerate(inputs.mix_weights) if w is not None}
         if self.trainable_tower:
             leaves |= {f"grad layer {i}": layer for i, layer in enumerate(inputs.layers) if layer is not None}
-        leaves = {name: leaf for name, leaf in leaves.items() if not only or name in only}
-        for leaf in leaves.values():
-            leaf.requires_grad_()
-        out = self.forward(inputs, impl)
-        grads = torch.autograd.grad(out, list(leaves.values()), inputs.grad_out) if leaves else ()
-        output = {OUTPUT: out.detach()} if not only or OUTPUT in only else {}
-        return output | dict(zip(leaves, grads, strict=True))
+        return results(lambda: self.forward(inputs, impl), leaves, inputs.grad_out, only)
 
     def forward(self, inputs: Inputs, impl: str) -> Tensor:
         """The output of the operator."""

@@ -20,7 +20,7 @@ from igva_kernels.ops.layer_project.steps import LayerProject
 from igva_kernels.ops.weighted_mix import MixPlan
 from igva_kernels.ops.weighted_mix import op as projector
 from igva_kernels.ops.weighted_mix.steps import Shapes
-from igva_kernels.registry import Operator, choose
+from igva_kernels.registry import Operator
 from igva_kernels.runtime.torch_op import define
 
 OPERATOR = Operator("layer_project", __package__)
@@ -84,9 +84,7 @@ def _forward(given: SimpleNamespace, implementation: LayerProject) -> tuple[Tens
 
 
 def _run(given: SimpleNamespace) -> tuple[Tensor, list[Tensor]]:
-    first = given.layers[0]
-    choose(OPERATOR.name, given.impl, first.device, first.dtype, ())  # an exported program may have been moved since
-    return _forward(given, OPERATOR.implementation(given.impl))
+    return _forward(given, OPERATOR.serving(given.impl, given.layers[0]))
 
 
 def _save(given: SimpleNamespace, output: tuple[Tensor, list[Tensor]]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from igva_kernels.ops.weighted_mix import api, spec
 from igva_kernels.ops.weighted_mix.plan import MixPlan
 from igva_kernels.runtime.activations import ACTIVATIONS
-from igva_kernels.testing import SPECIFICATION
+from igva_kernels.testing import OUTPUT, SPECIFICATION, results
 
 LINEARS = {
     "layer_mix": (),
@@ -24,7 +24,7 @@ LINEARS = {
     "layer_mix_mlp": ("weight1", "bias1", "weight2", "bias2"),
 }
 """The weights and biases that each public function takes, in the order of its arguments."""
-OUTPUT, MIX_WEIGHTS_GRAD = "output", "grad mix_weights"
+MIX_WEIGHTS_GRAD = "grad mix_weights"
 
 KINK = 2.0**-17
 """Where z is nearer to zero than this (64 rounding units of fp32 at 1), two correct kernels may be on different sides
@@ -129,13 +129,7 @@ class Case:
             leaves |= {f"grad layer {i}": layer for i, layer in enumerate(inputs.layers) if layer is not None}
         if inputs.mix_weights is not None:
             leaves[MIX_WEIGHTS_GRAD] = inputs.mix_weights
-        leaves = {name: leaf for name, leaf in leaves.items() if not only or name in only}
-        for leaf in leaves.values():
-            leaf.requires_grad_()
-        out = self.forward(inputs, impl)
-        grads = torch.autograd.grad(out, list(leaves.values()), inputs.grad_out) if leaves else ()
-        output = {OUTPUT: out.detach()} if not only or OUTPUT in only else {}
-        return output | dict(zip(leaves, grads, strict=True))
+        return results(lambda: self.forward(inputs, impl), leaves, inputs.grad_out, only)
 
 
 class Inputs(NamedTuple):

@@ -30,7 +30,7 @@ from igva_kernels.ops.weighted_mix.steps import (
     Shapes,
     WeightedMix,
 )
-from igva_kernels.registry import Operator, choose
+from igva_kernels.registry import Operator
 from igva_kernels.runtime.context import check_storage
 from igva_kernels.runtime.torch_op import Differentiate, define, no_second_derivative
 
@@ -197,19 +197,12 @@ def _backward_flops(given: SimpleNamespace) -> int:
     return 2 * given.grad_out.shape[0] * given.grad_out.shape[1] * weights
 
 
-def _implementation(given: SimpleNamespace, tensor: Tensor) -> WeightedMix:
-    """The code of the backend that the call names; the public functions chose it, but an exported program may have been
-    moved to another device since."""
-    choose(OPERATOR.name, given.impl, tensor.device, tensor.dtype, ())
-    return OPERATOR.implementation(given.impl)
-
-
 def _register_backward(schema: str) -> Differentiate:
     """Registers a backward; how a forward is differentiated by it."""
 
     def run(given: SimpleNamespace) -> list[Tensor]:
         _check_storages(given)
-        return _backward(given, _implementation(given, given.grad_out))
+        return _backward(given, OPERATOR.serving(given.impl, given.grad_out))
 
     return _differentiate(
         define(
@@ -222,7 +215,7 @@ def _register_backward(schema: str) -> Differentiate:
 def _register_forward(schema: str, differentiate: Differentiate) -> Callable[..., Any]:
     """Registers a forward, and returns it as a function of its arguments by name."""
     return define(
-        schema, lambda given: _forward(given, _implementation(given, given.layers[0])),
+        schema, lambda given: _forward(given, OPERATOR.serving(given.impl, given.layers[0])),
         lambda given: _forward(given, Shapes()), save, differentiate, _LEFT_OUT, flops,
     )  # fmt: skip
 

@@ -24,6 +24,7 @@ from igva_kernels.ops.weighted_mix.program import Program, Shares, lower
 from igva_kernels.registry import Implementation
 from igva_kernels.runtime.activations import ACTIVATIONS
 from igva_kernels.runtime.dense import Dense, Norm, NormGrads, accumulation_dtype, layer_norm, norm_param_grads
+from igva_kernels.runtime.operands import adjacent
 
 
 class Keep(str, Enum):
@@ -53,7 +54,7 @@ class MixArgs:
     skip_tokens: int
 
     def __post_init__(self) -> None:
-        layers = [x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous() for x in self.layers]
+        layers = [adjacent(layer) for layer in self.layers]
         object.__setattr__(self, "layers", layers)
         if self.image_index is not None:
             object.__setattr__(self, "image_index", self.image_index.contiguous())

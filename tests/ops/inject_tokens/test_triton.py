@@ -27,16 +27,6 @@ def test_widths_that_no_tile_divides_obey_the_error_rule(width):
     harness.assert_right(case, "bf16", "triton", "cpu", seeded())
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 16, 0), (2, 0, 16, 3), (2, 3, 0, 4)])
-def test_empty_tensors(shape):
-    batch, tokens, width, count = shape
-    case = InjectionCase("", batch, tokens, width, count, gate="one")
-    inputs = case.draw(seeded(), torch.float32, "cpu")
-    expected = case.run(inputs, "reference")
-    for name, actual in case.run(inputs, "triton").items():
-        assert torch.equal(actual, expected[name]), name
-
-
 def test_positions_name_the_one_token_that_takes_a_row():
     rows = torch.tensor([[-1, 2, 5, -7], [0, 2, 1, 9]], dtype=torch.int32)
     assert positions(rows, 5).tolist() == [4, 6, -2, -1, -1]

@@ -18,7 +18,7 @@ from igva_kernels.runtime import operands
 from igva_kernels.runtime.cuda import launch
 from igva_kernels.runtime.cuda.dense import CudaDense, allows_vectors, chunks
 from igva_kernels.runtime.dense import Norm, accumulation_dtype
-from igva_kernels.runtime.operands import activations, address, dtype_of, view
+from igva_kernels.runtime.operands import activations, address, adjacent, dtype_of, view
 
 
 class CudaWeightedMix(CudaDense, WeightedMix):
@@ -166,7 +166,7 @@ def _readable(grad_rows: Tensor, layers: torch.dtype) -> Tensor:
     """The gradient of the mixed row as the kernels read it: adjacent channels, fp64 beside fp64 layers only."""
     if not serves_pair(layers, grad_rows.dtype):
         grad_rows = grad_rows.to(layers)
-    return grad_rows if grad_rows.stride(-1) == 1 else grad_rows.contiguous()
+    return adjacent(grad_rows)
 
 
 IMPLEMENTATION = CudaWeightedMix()
