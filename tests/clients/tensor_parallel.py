@@ -7,7 +7,8 @@ import warnings
 from pathlib import Path
 
 import torch
-from clients import KERNEL, assert_same_step, build, inputs_of, plain_code, step
+from clients import KERNEL, assert_same_step, build, inputs_of, plain_code
+from hosts import step
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from clients import KERNEL, MODELS, build, close, inputs_of, plain_code, step
+from clients import KERNEL, MODELS, build, inputs_of, plain_code
+from hosts import close, step
 
 import igva_kernels as ik
 

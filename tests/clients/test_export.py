@@ -4,7 +4,8 @@ import io
 
 import pytest
 import torch
-from clients import KERNEL, MODELS, build, close, inputs_of
+from clients import KERNEL, MODELS, build, inputs_of
+from hosts import close
 from torch import nn
 
 import igva_kernels as ik
