@@ -4,6 +4,7 @@ The per-layer weighted sum and the projector that reads it, in one operator; fea
 """
 
 from igva_kernels.integrations import PatchHandle, patch, patched
+from igva_kernels.ops.deform_attn import deform_attn
 from igva_kernels.ops.inject_tokens import inject_tokens, token_rows
 from igva_kernels.ops.layer_project import layer_project
 from igva_kernels.ops.weighted_mix import MixPlan, layer_mix, layer_mix_linear, layer_mix_mlp
@@ -20,6 +21,7 @@ __all__ = [
     "PatchHandle",
     "__version__",
     "backends",
+    "deform_attn",
     "inject_tokens",
     "layer_mix",
     "layer_mix_linear",
