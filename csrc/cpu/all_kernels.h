@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cpu/kernels.h"
+#include "deform_attn/cpu/kernels.h"
 #include "dense/cpu/kernels.h"
 #include "dense/cpu/operand.h"
 #include "inject_tokens/cpu/kernels.h"
@@ -15,7 +16,7 @@ namespace {
 constexpr igva::cpu::Kernels kernels_of(const char* isa) {
   return {isa, {epilogue, activation_grad, linear, linear_grad},
           {mix, dots, layer_grads, mixed_linear, mixed_linear_grad, linear_dots},
-          {inject, features_grad}};
+          {inject, features_grad}, {attend, attend_grad}};
 }
 
 } // namespace

@@ -1,6 +1,7 @@
 // The CPU kernels as one instruction set offers them.
 #pragma once
 
+#include "deform_attn/cpu/table.h"
 #include "dense/cpu/table.h"
 #include "inject_tokens/cpu/table.h"
 #include "weighted_mix/cpu/table.h"
@@ -12,6 +13,7 @@ struct Kernels {
   DenseKernels dense;
   MixKernels mix;
   InjectKernels inject;
+  DeformKernels deform;
 };
 
 extern const Kernels scalar_kernels;
