@@ -99,8 +99,8 @@ def _check_value(value: Any, shapes: Any) -> tuple[list[Tensor], tuple[tuple[int
         hint = "; shapes.tolist() gives them, and waits for the device" if isinstance(shapes, Tensor) else ""
         raise TypeError(f"shapes: need a sequence of (H, W), as Python integers, got {type(shapes).__name__}{hint}")
     sizes = tuple((int(height), int(width)) for height, width in shapes)
-    if not sizes or any(side < 0 for size in sizes for side in size):
-        raise ValueError(f"shapes: need (H, W) of at least one level, none of them negative, got {list(shapes)}")
+    if not sizes or any(side < 1 for size in sizes for side in size):
+        raise ValueError(f"shapes: need (H, W) of at least one level, each at least 1, got {list(shapes)}")
     values = [value] if isinstance(value, Tensor) else list(value)
     rows = [height * width for height, width in sizes]
     if isinstance(value, Tensor):

@@ -88,6 +88,6 @@ def _bilinear(value: Tensor, cell: Tensor, fraction: Tensor, size: tuple[int, in
             column, row = x + dx, y + dy
             exists = (column >= 0) & (column < width) & (row >= 0) & (row < height)
             at = torch.where(exists, row.long() * width + column.long(), 0)
-            corner = value[b, at, h] * exists.unsqueeze(-1)
+            corner = torch.where(exists.unsqueeze(-1), value[b, at, h], 0)  # also where pixel 0 is NaN
             total = total + (along_x * along_y).unsqueeze(-1) * corner
     return total
