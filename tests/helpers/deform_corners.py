@@ -210,7 +210,6 @@ def empty_tensors_give_what_plain_torch_gives(impl, implementation, device):
         DeformCase("no image", 0, ((2, 3),), 2, 4, 2),
         DeformCase("no query", 2, ((2, 3),), 2, 4, 2, BOXES, 0),
         DeformCase("no channel", 2, ((2, 3),), 2, 0, 2),
-        DeformCase("no head", 2, ((2, 3),), 0, 4, 2),
         DeformCase("no point", 2, ((2, 3), (3, 2)), 2, 4, (0, 0)),
     ):
         inputs = case.draw(seeded(), torch.float32, device)

@@ -112,8 +112,10 @@ def _check_value(value: Any, shapes: Any) -> tuple[list[Tensor], tuple[tuple[int
         reason = why_no_float(tensor)
         if reason is not None:
             raise TypeError(f"{name}: {reason}")
-        if tensor.dim() != 4 or tensor.shape[1] != count:
-            raise ValueError(f"{name}: need shape [B, {count}, Hd, dh] by shapes, got {list(tensor.shape)}")
+        if tensor.dim() != 4 or tensor.shape[1] != count or not tensor.shape[2]:
+            raise ValueError(
+                f"{name}: need shape [B, {count}, Hd, dh] by shapes, with at least one head, got {list(tensor.shape)}"
+            )
         first = values[0]
         others = (first.shape[0], first.shape[2], first.shape[3], first.dtype, first.device)
         if (tensor.shape[0], tensor.shape[2], tensor.shape[3], tensor.dtype, tensor.device) != others:
