@@ -183,7 +183,7 @@ def products_of_every_kind(most=dense.PRODUCT_BYTES, lent=False):
 def test_neither_threads_nor_memory_change_a_bit(isa):
     torch.set_num_threads(1)
     alone = products_of_every_kind()
-    for threads, most, lent in product((1, 2, 3, 5), (LITTLE, 1 << 20, 1 << 30), (False, True)):
+    for threads, most, lent in ((1, 1 << 20, True), (2, LITTLE, False), (3, 1 << 30, True), (5, LITTLE, True)):
         torch.set_num_threads(threads)
         assert_same(products_of_every_kind(most, lent), alone)
 
