@@ -1,10 +1,12 @@
-"""Modules: weight allocators, the projector over mixed layers, and the loss that keeps the weights balanced.
+"""Modules: weight allocators, the projector over mixed layers, the fuser by deformable attention, and the loss that keeps
+the weights balanced.
 
 Symbols: B rows of the batch, I images, T tokens, P patches, D vision width, K weight columns, G blocks of a mixed row,
 H language-model width, E width of the sentence embedding.
 """
 
 from igva_kernels.nn.allocators import LearnedWeights, TextAllocator, WeightAllocator
+from igva_kernels.nn.deformable import DeformableAttention, DeformableFuser, fuse
 from igva_kernels.nn.injection import TokenInjection
 from igva_kernels.nn.layer_projectors import LayerProjectors, connect_all
 from igva_kernels.nn.losses import balance_loss, negative_entropy
@@ -26,6 +28,8 @@ from igva_kernels.nn.projector import (
 
 __all__ = [
     "Connector",
+    "DeformableAttention",
+    "DeformableFuser",
     "LayerMixLinear",
     "LayerMixNorm",
     "LayerMixProjector",
@@ -40,6 +44,7 @@ __all__ = [
     "column_summaries",
     "connect",
     "connect_all",
+    "fuse",
     "is_one_operator",
     "is_plain",
     "mixes_in_linear",

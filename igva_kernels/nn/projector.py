@@ -25,7 +25,7 @@ class MixInput(NamedTuple):
     norm: Norm | None
     plan: MixPlan
     skip_tokens: int
-    activation: str
+    activation: str | None
     impl: str
 
 
@@ -41,7 +41,7 @@ class LayerMixLinear(nn.Linear):
             if input.norm is not None:
                 weight, bias, eps = input.norm
                 rows = nn.functional.layer_norm(rows, rows.shape[-1:], weight, bias, eps)
-            return ACTIVATIONS[input.activation](nn.Linear.forward(self, rows))
+            return _activated(nn.Linear.forward(self, rows), input.activation)
         return layer_mix_linear(
             input.hidden_states, input.plan, input.mix_weights, self.weight, self.bias, activation=input.activation,
             norm=input.norm, skip_tokens=input.skip_tokens, image_index=input.image_index, impl=input.impl,
@@ -240,7 +240,11 @@ def connect(mixed: MixInput, modules: Connector) -> Tensor:
         return linear_2(linear_1(mixed if norm is None else norm(mixed)))
     rows = _mixed_row(mixed)
     rows = linear_1(rows if norm is None else norm(rows))
-    return linear_2(ACTIVATIONS[mixed.activation](rows) if act is None else act(rows))
+    return linear_2(_activated(rows, mixed.activation) if act is None else act(rows))
+
+
+def _activated(x: Tensor, activation: str | None) -> Tensor:
+    return x if activation is None else ACTIVATIONS[activation](x)
 
 
 def _mixed_row(mixed: MixInput) -> Tensor:
