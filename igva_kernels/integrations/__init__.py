@@ -29,6 +29,7 @@ FAMILIES = (
     "layer_select_fuse",
     "tgif",
     "llava_repo",
+    "transformers_deformable",
 )
 """The families' modules, in the order in which they are asked."""
 
