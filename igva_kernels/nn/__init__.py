@@ -1,5 +1,5 @@
-"""Modules: weight allocators, the projector over mixed layers, the fuser by deformable attention, and the loss that keeps
-the weights balanced.
+"""Modules: weight allocators, the projector over mixed layers, several such projectors, the fuser of layers by
+deformable attention, injection into a language model, and the loss that keeps the weights balanced.
 
 Symbols: B rows of the batch, I images, T tokens, P patches, D vision width, K weight columns, G blocks of a mixed row,
 H language-model width, E width of the sentence embedding.
