@@ -170,6 +170,15 @@ __device__ inline float approximate_reciprocal(float x) {
   return y;
 }
 
+// Starts to copy a vector, of 16 bytes, to shared memory; and waits for what this thread has started.
+template <class Vector>
+__device__ inline void copy_async(Vector* to, const Vector* from) {
+  static_assert(sizeof(Vector) == 16);
+  const uint32_t address = uint32_t(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+}
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 __device__ inline void* dynamic_shared() {
   extern __shared__ __align__(1024) unsigned char shared[];
   return shared;

@@ -1,6 +1,7 @@
 // What host code knows of the GPU: launches, the few calls of the CUDA runtime that bindings need, and their checks.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -13,6 +14,14 @@ using Stream = void*;
 
 const char* error_name(int error);
 int set_device(int device);
+
+// What the current device has.
+struct Card {
+  int multiprocessors;
+  size_t shared; // bytes of shared memory that a block may have
+};
+int card(Card& found);
+
 std::pair<int, int> versions();
 
 // Throws where `error` is not the runtime's success.

@@ -3,6 +3,7 @@
 // It links the CUDA runtime statically and touches no driver until the first launch.
 #include "common/bindings.h"
 #include "cuda/host.h"
+#include "deform_attn/bindings.h"
 #include "dense/bindings.h"
 #include "inject_tokens/bindings.h"
 #include "weighted_mix/bindings.h"
@@ -16,6 +17,7 @@ using namespace igva;
 PYBIND11_MODULE(IGVA_CUDA_MODULE, m) {
   bind_common(m);
   bind_dense(m);
+  bind_deform_attn(m);
   bind_inject_tokens(m);
   bind_weighted_mix(m);
   m.def("set_device", [](int device) { cuda::check(cuda::set_device(device), "set_device"); },

@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc"
 EMULATION = Path(__file__).parent / "cuda_emulation"
 BUILT = ROOT / "build" / "cuda_tests"
-BINDINGS = ["common/bindings", "weighted_mix/plan", "cuda/module", "dense/cuda/bindings", "inject_tokens/cuda/bindings"]
+BINDINGS = ["common/bindings", "weighted_mix/plan", "cuda/module", "dense/cuda/bindings", "deform_attn/cuda/bindings"]
+BINDINGS += ["inject_tokens/cuda/bindings"]
 BINDINGS += [f"weighted_mix/cuda/{name}" for name in ("program", "bindings", "gemm_bindings")]
 
 

@@ -18,23 +18,35 @@ pytestmark = [
     pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump"),
 ]
 
-PORTABLE = ["activation", "inject", "layer_grads", "mix", "mix_norm", "mix_weights_grad", "norm_grad"]
+PORTABLE = ["activation", "attend", "inject", "layer_grads", "levels_grad", "mix", "mix_norm", "mix_weights_grad"]
+PORTABLE += ["norm_grad", "places_grad"]
 ARCHS = ["80", "86", "89", "90a", "100a", "120"]
 
 BUDGET = {
     "activation_kernel": 64,
     "activation_grad_kernel": 64,
+    "attend_kernel": 80,
+    "attend_resident_kernel": 128,
     "column_sums_kernel": 64,
     "dots_kernel": 64,
     "features_grad_kernel": 64,
     "inject_kernel": 64,
     "layer_grads_kernel": 64,
+    "levels_grad_resident_kernel": 128,
     "mix_kernel": 80,
     "mix_norm_kernel": 80,
     "norm_grad_kernel": 64,
     "norm_param_grads_kernel": 64,
+    "places_grad_kernel": 128,
+    "places_grad_resident_kernel": 128,
+    "points_kernel": 64,
+    "sorted_grad_kernel": 64,
 }
-"""Registers of the 16-byte kernels in fp32 and 16 bits; with 256 threads, 80 leave three blocks on a multiprocessor."""
+"""Registers of the 16-byte kernels in fp32 and 16 bits. With 256 threads, 80 leave three blocks on a multiprocessor and
+128 two, which is as many as have room for a ViT's map in shared memory; levels_grad_resident_kernel has 512."""
+
+SHARED = {"activation_grad_kernel": 9216, "attend_resident_kernel": 3072, "places_grad_resident_kernel": 8192}
+"""Bytes of static shared memory, of which the driver takes 1024 from sm_90 on; 2048 for the other kernels."""
 
 HOPPER = {"gemm_sm90_kernel": 168, "mix_weights_grad_sm90_kernel": 168}
 """Registers, exactly: 65536 of a multiprocessor for 384 threads, in steps of 8. setmaxnreg moves them between warps."""
@@ -56,12 +68,24 @@ def check_budgets(kernels):
             continue
         else:
             assert used.registers <= BUDGET[kernel], (name, used)
-            assert used.shared <= (9216 if kernel == "activation_grad_kernel" else 2048), (name, used)
+            assert used.shared <= SHARED.get(kernel, 2048), (name, used)
         assert used.stack == used.local == 0, (name, used)
 
 
 def test_the_mix_kernel_reads_16_bytes_at_a_time(tmp_path):
     assert "LDG.E.128" in machine_code(compile_cubin("mix", "90a", tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["attend", "levels_grad", "places_grad"])
+def test_a_head_is_copied_to_shared_memory_and_gathered_from_there_16_bytes_at_a_time(source, tmp_path):
+    cubin = compile_cubin(source, "90a", tmp_path)
+    check_budgets(usage(cubin))
+    resident = [part for part in machine_code(cubin).split("Function :")[1:] if "_resident_kernel" in part.split()[0]]
+    assert len(resident) == 4
+    for code in resident:
+        assert "LDGSTS.E.BYPASS.128" in code and "LDS.128" in code
+        assert not re.search(r"\bLD\.E|ATOMG|ATOM\.E|RED\.|STL|LDL", code)  # no generic access, no float atomic
 
 
 @pytest.mark.slow

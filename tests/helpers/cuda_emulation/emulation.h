@@ -2,7 +2,8 @@
 // one. Blocks run one after the other; those of a kernel with clusters, which wait for each other, all at once.
 //
 // Environment: with IGVA_EMULATION_SEED, threads and the copies of the copy engine run in a random order;
-// IGVA_EMULATION_RESIDENT is the most clusters that run at a time, as on a card that others use too.
+// IGVA_EMULATION_RESIDENT is the most clusters that run at a time, as on a card that others use too;
+// IGVA_EMULATION_MULTIPROCESSORS and IGVA_EMULATION_SHARED (bytes) are what the card has.
 #pragma once
 
 #define IGVA_EMULATION
@@ -271,6 +272,17 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   return __shfl_sync(mask, value, (emulation::current->thread % 32) ^ lanes);
 }
+inline unsigned __match_any_sync(unsigned mask, int value) {
+  unsigned equal = 0;
+  for (int lane = 0; lane < 32; ++lane) equal |= unsigned(__shfl_sync(mask, value, lane) == value) << lane;
+  return equal;
+}
+inline int atomicAdd(int* to, int value) {
+  const int old = *to;
+  *to += value;
+  return old;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline void __syncwarp() {
   emulation::arrive_and_wait(emulation::current->block->warps[emulation::current->thread / 32], 32);
 }
@@ -278,6 +290,9 @@ inline void __syncwarp() {
 namespace igva::cuda {
 
 inline void* dynamic_shared() { return emulation::current->block->shared; }
+template <class Vector>
+inline void copy_async(Vector* to, const Vector* from) { *to = *from; }
+inline void wait_for_copies() {}
 inline float approximate_exp2(float x) { return exp2f(x); }
 inline float approximate_reciprocal(float x) { return 1 / x; }
 

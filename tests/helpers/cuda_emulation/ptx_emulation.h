@@ -3,12 +3,6 @@
 // source which is not complete is seen, and writes later, over NaN.
 #pragma once
 
-inline int atomicAdd(int* to, int value) {
-  const int old = *to;
-  *to += value;
-  return old;
-}
-
 namespace emulation {
 
 struct TensorMap {
