@@ -41,8 +41,8 @@ KERNEL_TESTS := tests/ops tests/runtime
 CLIENT_TESTS := tests/clients
 EVERY_VERSION := $(CLIENT_TESTS)/test_transformers.py
 MODEL_TESTS := tests/models tests/integrations tests/training tests/package/test_demo.py $(EVERY_VERSION)
-CPU_KERNEL_TESTS := tests/ops/weighted_mix/test_cpu.py tests/ops/inject_tokens/test_cpu.py tests/runtime/test_cpu_dense.py \
-	tests/runtime/test_products.py tests/runtime/test_native.py
+CPU_KERNEL_TESTS := tests/ops/weighted_mix/test_cpu.py tests/ops/inject_tokens/test_cpu.py \
+	tests/ops/deform_attn/test_cpu.py tests/runtime/test_cpu_dense.py tests/runtime/test_products.py tests/runtime/test_native.py
 
 # Every step says what runs and how long it took; the summary finds its steps by the time at which this make started.
 export MAKE_STARTED := $(shell date +%s)

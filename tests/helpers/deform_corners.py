@@ -221,7 +221,7 @@ def empty_tensors_give_what_plain_torch_gives(impl, implementation, device):
 SMALL = (
     DeformCase("one pixel", 2, ((1, 1),), 2, 4, 2),
     DeformCase("one channel, one row, one column", 2, ((1, 4), (4, 1)), 2, 1, 2),
-    DeformCase("levels without points", 1, ((2, 3), (3, 2), (1, 6)), 2, 5, (2, 0, 3)),
+    DeformCase("levels without points", 1, ((2, 3), (3, 2), (1, 6)), 2, 5, (2, 0, 3), BOXES, 4),
     DeformCase("more points than a vector has lanes", 1, ((2, 2), (1, 3)), 1, 8, (40, 33), IMAGE, 3),
     DeformCase("a head of three channels in boxes", 1, ((3, 2), (2, 2)), 2, 3, (1, 2), BOXES, 3, softmax=False),
 )

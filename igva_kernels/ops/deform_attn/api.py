@@ -148,18 +148,23 @@ def _check_sampling(
         if len(counts) != levels or any(count < 0 for count in counts):
             raise ValueError(f"points: need one number for each of the {levels} levels, got {list(points)}")
         inner = (sum(counts),)
-    rest = ", ".join(map(str, inner))
     at = sampling.dim() - len(inner) - 1
     fits = at == 3 and sampling.shape[3:] == (*inner, 2) and sampling.shape[2] == heads
     if not fits or sampling.shape[0] not in (1, batch):
-        raise ValueError(f"sampling: need shape [{batch} or 1, Q, {heads}, {rest}, 2], got {list(sampling.shape)}")
+        need = f"[{batch} or 1, Q, {heads}, {_listed(inner)}, 2]"
+        raise ValueError(f"sampling: need shape {need}, got {list(sampling.shape)}")
     queries = sampling.shape[1]
     if logits.shape[1:] != (queries, heads, *inner) or logits.shape[0] not in (1, batch):
-        raise ValueError(f"logits: need shape [{batch} or 1, {queries}, {heads}, {rest}], got {list(logits.shape)}")
+        need = f"[{batch} or 1, {queries}, {heads}, {_listed(inner)}]"
+        raise ValueError(f"logits: need shape {need}, got {list(logits.shape)}")
     total = math.prod(inner)
     sampling = sampling.reshape(sampling.shape[0], queries, heads, total, 2)
     logits = logits.reshape(logits.shape[0], queries, heads, total)
     return sampling.expand(batch, -1, -1, -1, -1), logits.expand(batch, -1, -1, -1), counts
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return ", ".join(map(str, sizes))
 
 
 def _check_reference(

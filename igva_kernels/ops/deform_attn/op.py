@@ -94,6 +94,7 @@ def _run_backward(given: SimpleNamespace) -> list[Tensor]:
     if reads_value:
         _check_fits(given, given.value, geometry)
     grads = _new_grads(given, geometry) if of_value else []
+    _check_grad(given, given.value if reads_value else grads)
     _check_fits(given, grads, geometry)
     needs = (of_sampling or of_reference, of_logits)
     if _is_work(given.grad.shape, geometry):
@@ -208,6 +209,14 @@ def _check_fits(given: SimpleNamespace, values: Sequence[Tensor], geometry: Geom
         raise ValueError(f"reference: need one where origin is {POINTS!r} or {BOXES!r}, and only there")
     if given.origin == GRID and any(rows != queries for rows in geometry.rows):
         raise ValueError(f"shapes: need levels of {queries} pixels, one for each query, got {list(geometry.shapes)}")
+
+
+def _check_grad(given: SimpleNamespace, values: Sequence[Tensor]) -> None:
+    """The same for the gradient of the output."""
+    for value in values:
+        need, dtype = (*given.sampling.shape[:2], value.shape[2] * value.shape[3]), value.dtype
+        if tuple(given.grad.shape) != need or given.grad.dtype != dtype:
+            raise ValueError(f"grad: need {list(need)} of {dtype}, got {list(given.grad.shape)} of {given.grad.dtype}")
 
 
 _backward = define(

@@ -59,7 +59,7 @@ def _place(offsets: Tensor, reference: Tensor | None, size: tuple[int, int], ori
     position = _in_pixels(offsets if reference is None else reference[..., :2], size)
     if reference is not None:
         boxes = reference[..., 2:]
-        step = (_in_pixels(boxes, size) + 0.5) * (0.5 / offsets.shape[3]) if origin == BOXES else 1
+        step = (_in_pixels(boxes, size) + 0.5) * (0.5 / max(offsets.shape[3], 1)) if origin == BOXES else 1
         position = position + step * offsets
     floor = position.detach().floor()
     return floor, position - floor
