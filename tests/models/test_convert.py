@@ -161,8 +161,8 @@ def test_an_injection_that_layer_select_fuse_does_not_have_is_refused(tmp_path):
 def test_a_checkpoint_of_layer_select_fuse_with_other_fusions_or_without_a_projector_is_refused(tmp_path):
     to_repo(internal_fusion(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "layer_fusing_strategy": "E_M"}))
-    with pytest.raises(ValueError, match="layer_fusing_strategy is 'E_M', need 'I_D'"):
+    (tmp_path / "config.json").write_text(json.dumps({**config, "layer_fusing_strategy": "I_M"}))
+    with pytest.raises(ValueError, match="layer_fusing_strategy is 'I_M', need 'I_D' or 'E_M'"):
         from_repo(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**config, "layer_using_strategy": "former"}))
     with pytest.raises(ValueError, match=r"missing: model\.mm_projectors\.3\.0\.weight"):

@@ -7,9 +7,10 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig
 
+from igva_kernels.models.llava_igva.fuser import FuserPlan
 from igva_kernels.models.llava_igva.injection import InjectionPlan
 from igva_kernels.models.llava_igva.remote_code import CarriesRemoteCode, auto_map
-from igva_kernels.ops.weighted_mix import Entry, MixPlan
+from igva_kernels.ops.weighted_mix import Entry, MixPlan, is_tap
 from igva_kernels.runtime.activations import hidden_acts, of_hidden_act
 
 # By a tower's model type: whether token 0 of its states is a CLS token.
@@ -38,6 +39,11 @@ class LlavaIgvaConfig(CarriesRemoteCode, LlavaConfig):
             tower's layers, or the layers of each group. The plan's base layer is ``vision_feature_layer``.
         mix_plan: a plan in place of IGVA's: a ``MixPlan``, or plain data, either what ``MixPlan.to_dict`` writes or a
             constructor with its arguments, such as ``{"dense_connector": {"kind": "dci"}}``.
+        fuser: deformable fusion: the base state reads others by deformable attention, and the projector reads the sum
+            of both. None for none; ``{"mmfuser": {}}`` for MMFuser's four states of CLIP-L; ``{"layer_select":
+            {"strategy": "3-18-23"}}`` for E_M of Layer_Select_Fuse, one of "18", "3-18-23", "former", "latter" and
+            "all"; or the states, ``{"levels": [3, 8, 13, 18]}``. Each takes "heads" (16) and "points" (4) beside its
+            own field. The base is ``vision_feature_layer``, or the ``mix_plan``, which then is a single state.
         injection: internal direct fusion (I_D of Layer_Select_Fuse): states of the tower that are projected and added
             to the image tokens before layers of the language model, beside the visual tokens of the plan. None for
             none; ``{"strategy": "3-18-23"}``, one of "18", "3-18", "3-18-23", "former", "latter" and "all"; or the
@@ -62,8 +68,8 @@ class LlavaIgvaConfig(CarriesRemoteCode, LlavaConfig):
             about the machine that it will run on.
 
     Raises:
-        ValueError: the plan or the injection does not fit the tower or the language model, the tower is unknown and
-            ``vision_has_cls`` is None, or the strategy or the activation is not supported.
+        ValueError: the plan, the fuser or the injection does not fit the tower or the language model, the tower is
+            unknown and ``vision_has_cls`` is None, or the strategy or the activation is not supported.
         StrictDataclassFieldValidationError: a field of another type, or an ``aggregation`` that there is not.
     """
 
@@ -72,6 +78,7 @@ class LlavaIgvaConfig(CarriesRemoteCode, LlavaConfig):
     aggregation: Literal["instruction", "text", "learned", "uniform"] = "instruction"
     mix_groups: Any = 4
     mix_plan: Any = None
+    fuser: Any = None
     injection: Any = None
     projector_layernorm_eps: float | int | None = None
     vision_has_cls: bool | None = None
@@ -108,11 +115,26 @@ class LlavaIgvaConfig(CarriesRemoteCode, LlavaConfig):
                 f"projector_hidden_act: got {self.projector_hidden_act!r}, need one of {', '.join(hidden_acts())}"
             )
         _ = self.plan  # raises if the plan does not fit the tower
+        kind = tower.removesuffix("_vision_model")
+        if self.fuser is not None:
+            sizes = self.vision_config.num_hidden_layers, self.vision_config.hidden_size
+            self.fuser = FuserPlan.from_dict(self.fuser, *sizes, kind).to_dict()
+            self._check_fuser()
         if self.injection is not None:
             layers = self.vision_config.num_hidden_layers, self.text_config.num_hidden_layers
-            kind = tower.removesuffix("_vision_model")
             self.injection = InjectionPlan.from_dict(self.injection, *layers, kind).to_dict()
         self.auto_map = auto_map(AUTO_CLASSES, getattr(self, "auto_map", None))
+
+    def _check_fuser(self) -> None:
+        """Raises if a fuser would read something else than the patches of one base state."""
+        blocks = self.plan.blocks
+        if len(blocks) != 1 or not is_tap(blocks[0]):
+            raise ValueError(f"mix_plan: got {self.plan}, need None or a single state, which a fuser adds to")
+        if self.vision_has_cls and not self.skip_tokens:
+            raise ValueError(
+                "vision_feature_select_strategy: 'full' keeps the CLS token, which has no place in the grid of patches "
+                "that a fuser reads; need 'default'"
+            )
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -131,18 +153,32 @@ class LlavaIgvaConfig(CarriesRemoteCode, LlavaConfig):
 
     @property
     def plan(self) -> MixPlan:
-        """The connector's plan over the states of the vision tower; without columns if ``aggregation`` is "uniform"."""
+        """The connector's plan over the states of the vision tower; without columns if ``aggregation`` is "uniform".
+
+        With a ``fuser`` it is the base state alone, to which the fuser adds what it finds in its levels.
+        """
         layers = self.vision_config.num_hidden_layers
         if self.mix_plan is None:
             if not isinstance(self.vision_feature_layer, int):
+                if self.fuser is not None:
+                    raise ValueError(f"vision_feature_layer: a fuser has one base, got {self.vision_feature_layer}")
                 raise ValueError(
                     f"vision_feature_layer: IGVA's plan has one base layer, got {self.vision_feature_layer}; "
                     f"for a list of layers give mix_plan=MixPlan.concat({list(self.vision_feature_layer)})"
                 )
+            if self.fuser is not None:
+                return MixPlan.concat([self.vision_feature_layer], layers + 1)
             plan = MixPlan.igva(layers, self.mix_groups, self.vision_feature_layer)
         else:
             plan = MixPlan.from_dict(self.mix_plan).resolve(layers + 1)
         return uniform_plan(plan) if self.aggregation == "uniform" else plan
+
+    @property
+    def fuser_plan(self) -> FuserPlan | None:
+        """What ``fuser`` says, as tuples."""
+        if self.fuser is None:
+            return None
+        return FuserPlan(tuple(self.fuser["levels"]), self.fuser["heads"], self.fuser["points"])
 
     @property
     def injection_plan(self) -> InjectionPlan | None:

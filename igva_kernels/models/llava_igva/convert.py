@@ -2,9 +2,9 @@
 
 The repositories save a ``LlavaLlamaForCausalLM``, whose config has the ``model_type`` "llava_llama". If that config
 has ``vit_aggregate_groups``, the checkpoint is IGVA's; if it has ``layer_fusing_strategy``, it is Layer_Select_Fuse's
-(I_D alone); if it has ``igva_kernels``, it is of a LLaVA that was patched with a plan, which the config records. These
-become a ``LlavaIgvaForConditionalGeneration``. Otherwise it is a plain LLaVA's and becomes transformers' own Llava. No
-repository is imported.
+(I_D and E_M); if it has ``igva_kernels``, it is of a LLaVA that was patched with a plan, which the config records; if
+its projector begins with a fuser, it is MMFuser's. These become a ``LlavaIgvaForConditionalGeneration``. Otherwise it
+is a plain LLaVA's and becomes transformers' own Llava. No repository is imported.
 
 They differ from transformers in three ways:
 
@@ -53,6 +53,7 @@ from igva_kernels.models.llava_igva.checkpoint_files import (
     read_weights,
 )
 from igva_kernels.models.llava_igva.configuration_llava_igva import LlavaIgvaConfig
+from igva_kernels.models.llava_igva.fuser import EXTERNAL_STRATEGIES, HEADS, POINTS, FuserPlan
 from igva_kernels.models.llava_igva.injection import STRATEGIES, InjectionPlan
 from igva_kernels.models.llava_igva.modeling_llava_igva import LlavaIgvaForConditionalGeneration
 from igva_kernels.models.llava_igva.processing_llava_igva import LlavaIgvaProcessor
@@ -82,6 +83,18 @@ _LAYER_SELECT = (
     ("model.mm_projector_f.0.", "model.multi_modal_projector.linear_1."),
     ("model.mm_projector_f.2.", "model.multi_modal_projector.linear_2."),
 )
+_MMFUSER = (
+    ("model.mm_projector.0.", "model.fuser."),
+    ("model.mm_projector.1.", "model.multi_modal_projector.linear_1."),
+    ("model.mm_projector.3.", "model.multi_modal_projector.linear_2."),
+)
+_EXTERNAL_MODULAR = tuple((theirs.replace("projector", "projector_f"), ours) for theirs, ours in _MMFUSER)
+_OLD_GAMMAS = tuple(
+    (f"model.{projector}.0.weight{n}", f"model.fuser.gamma{n}")
+    for projector in ("mm_projector", "mm_projector_f")
+    for n in (1, 2)
+)
+"""The names that old versions of transformers give to parameters called gamma; they are only read."""
 _OTHERS = (
     ("model.mm_projector.0.", "model.multi_modal_projector.linear_1."),
     ("model.mm_projector.2.", "model.multi_modal_projector.linear_2."),
@@ -94,6 +107,7 @@ _OTHERS = (
 _NOT_WEIGHTS = ("model.sentence_embedder.", ".rotary_emb.inv_freq", ".embeddings.position_ids")
 """Entries of a checkpoint whose names contain one of these are dropped."""
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+_OFFSETS = "model.fuser.cross_attn.sampling_offsets.weight"
 _EMBEDDINGS, _LINEAR_1 = "model.language_model.embed_tokens.weight", "model.multi_modal_projector.linear_1.weight"
 _AGGREGATIONS = {
     None: "uniform",
@@ -108,7 +122,7 @@ _OPTIONS = {field.name for field in fields_of(LlavaIgvaConfig)} - {field.name fo
 _OPTIONS |= {"vision_feature_layer", "vision_feature_select_strategy"}
 """The fields that ``config_fields`` may have: all but those that the checkpoint alone can know."""
 _BASE = MixPlan.concat([-2])
-"""What the connector reads in Layer_Select_Fuse's internal fusion."""
+"""What the connector reads in Layer_Select_Fuse's internal fusion, and its fuser's query in E_M."""
 _HOW_TO_NAME_A_TOWER = "--vision-tower (vision_tower=) takes the directory of the tower that the model was trained with"
 
 
@@ -124,8 +138,8 @@ def convert(
     written before everything has been read.
 
     Args:
-        source: a checkpoint of the IGVA, Layer_Select_Fuse or LLaVA repository, or of transformers' LLaVA-IGVA or
-            Llava.
+        source: a checkpoint of the IGVA, Layer_Select_Fuse, MMFuser or LLaVA repository, or of transformers'
+            LLaVA-IGVA or Llava.
         target: a new or an empty directory.
         vision_tower: the tower's own checkpoint; None for the ``mm_vision_tower`` of the repository's config.
         config_fields: fields of ``LlavaIgvaConfig`` in place of what the repository's checkpoint says, or in addition.
@@ -200,8 +214,9 @@ def from_repo(
     if stated.get("quantization_config"):
         raise UserError(f"{file}: the checkpoint is quantised; need the weights before they were quantised")
     loaded = read_weights(source)
-    own = _LAYER_SELECT if "layer_fusing_strategy" in stated else _AGGREGATOR
-    names = {_renamed(name, (*_TOWER, *own, *_OTHERS)): name for name in loaded if not _is_dropped(name)}
+    own = _own_names(stated, any(name.startswith("model.mm_projector.0.cross_attn.") for name in loaded))
+    prefixes = (*_TOWER, *_OLD_GAMMAS, *own, *_OTHERS)
+    names = {_renamed(name, prefixes): name for name in loaded if not _is_dropped(name)}
     weights = {ours: loaded[theirs] for ours, theirs in names.items()}
     if _EMBEDDINGS not in weights or not weights[_EMBEDDINGS].is_floating_point() or _LINEAR_1 not in weights:
         raise UserError(
@@ -236,7 +251,8 @@ def to_repo(
 ) -> None:
     """Save a model as a checkpoint of the IGVA repository or, if it is a plain Llava, of the LLaVA repository.
 
-    A model with an ``injection`` becomes a checkpoint of Layer_Select_Fuse (I_D). Any other with a plan of its own
+    A model with an ``injection`` becomes a checkpoint of Layer_Select_Fuse (I_D). One with a ``fuser`` becomes one of
+    MMFuser if it reads four levels, otherwise of Layer_Select_Fuse (E_M). Any other with a plan of its own
     (``mix_plan``) becomes one of a LLaVA that was patched with this plan; its config records the plan, the allocator
     and the balance coefficient.
 
@@ -254,7 +270,7 @@ def to_repo(
     target = Path(target)
     tower = target / "vision_tower"
     fields = {**_repo_config(model, str(tower.resolve())), "image_aspect_ratio": image_aspect_ratio}
-    own = _LAYER_SELECT if "layer_fusing_strategy" in fields else () if KEY in fields else _AGGREGATOR
+    own = _own_names(fields, isinstance(model.config, LlavaIgvaConfig) and model.config.fuser is not None)
     weights, of_tower = {}, {}
     for name, value in model.state_dict().items():
         if name.startswith("model.vision_tower."):
@@ -276,6 +292,15 @@ def to_repo(
 
 def _is_dropped(name: str) -> bool:
     return any(part in name for part in _NOT_WEIGHTS)
+
+
+def _own_names(fields: Mapping[str, Any], has_fuser: bool) -> tuple[tuple[str, str], ...]:
+    """The prefixes that only this repository has, by what its config says."""
+    if "layer_fusing_strategy" in fields:
+        return _EXTERNAL_MODULAR if fields["layer_fusing_strategy"] == "E_M" else _LAYER_SELECT
+    if has_fuser:
+        return _MMFUSER
+    return () if KEY in fields else _AGGREGATOR
 
 
 def _renamed(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
@@ -345,12 +370,14 @@ def _transformers_config(
         feature = need(stated, "mm_vision_select_feature", str, file, default="patch")
         if feature not in _FEATURES:
             raise UserError(f"{file}: mm_vision_select_feature is {feature!r}, need {' or '.join(_FEATURES)}")
-        shared |= {
-            "vision_feature_layer": need(stated, "mm_vision_select_layer", int, file),
-            "vision_feature_select_strategy": _FEATURES[feature],
-        }
+        shared["vision_feature_select_strategy"] = _FEATURES[feature]
+        is_mmfuser = _OFFSETS in weights and "layer_fusing_strategy" not in stated
+        if not is_mmfuser:
+            shared["vision_feature_layer"] = need(stated, "mm_vision_select_layer", int, file)
         if "layer_fusing_strategy" in stated:
             shared |= _layer_select_fields(file, stated)
+        elif is_mmfuser:
+            shared |= _mmfuser_fields(file, stated, weights)
         elif KEY in stated:
             shared |= _patch_fields(file, need(stated, KEY, dict, file))
         elif config_fields is None:
@@ -374,17 +401,29 @@ def _igva_fields(file: Path, stated: dict[str, Any]) -> dict[str, Any]:
 
 
 def _layer_select_fields(file: Path, stated: dict[str, Any]) -> dict[str, Any]:
-    """What the config of Layer_Select_Fuse says. Its visual tokens are the projected layer before the last."""
+    """What the config of Layer_Select_Fuse says. Its base is the layer before the last."""
     fusing = need(stated, "layer_fusing_strategy", str, file)
-    if fusing != "I_D":
-        raise UserError(f"{file}: layer_fusing_strategy is {fusing!r}, need 'I_D', which the reference model has")
-    strategy = need(stated, "layer_using_strategy", str, file)
-    return {
-        "mix_plan": _BASE,
-        "aggregation": "uniform",
-        "injection": {"strategy": strategy},
-        "vision_feature_layer": -2,
-    }
+    if fusing not in ("I_D", "E_M"):
+        raise UserError(f"{file}: layer_fusing_strategy is {fusing!r}, need 'I_D' or 'E_M', which the reference has")
+    chosen = {"strategy": need(stated, "layer_using_strategy", str, file)}
+    own = {"injection": chosen} if fusing == "I_D" else {"fuser": {"layer_select": chosen}}
+    return {"mix_plan": _BASE, "aggregation": "uniform", "vision_feature_layer": -2, **own}
+
+
+def _mmfuser_fields(file: Path, stated: dict[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the config of MMFuser says: a list of the fuser's levels, with the query behind them."""
+    given = need(stated, "mm_vision_select_layer", (list, str, int), file)
+    layers = given
+    if isinstance(given, str) and given.startswith("list"):  # as its scripts have it: list-22/-17/-12/-7/-2
+        with reading(f"{file}: mm_vision_select_layer is {given!r}", "need layers, such as list-22/-17/-12/-7/-2"):
+            layers = [int(layer) for layer in given.removeprefix("list").split("/")]
+    levels = weights[_OFFSETS].shape[0] // (2 * HEADS * POINTS)
+    if not isinstance(layers, list) or len(layers) != levels + 1:
+        raise UserError(
+            f"{file}: mm_vision_select_layer is {given!r}, need a list of the {levels} levels that the weights of the "
+            f"fuser read, and the query"
+        )
+    return {"fuser": {"levels": layers[:-1]}, "vision_feature_layer": layers[-1]}
 
 
 def _patch_fields(file: Path, record: dict[str, Any]) -> dict[str, Any]:
@@ -481,6 +520,8 @@ def _repo_config(model: Any, tower: str) -> dict[str, Any]:
     }
     features = {ours: theirs for theirs, ours in _FEATURES.items()}
     feature = features[str(config.vision_feature_select_strategy)]
+    if is_igva and config.fuser_plan is not None:
+        return {**fields, **_fuser_config(config, config.fuser_plan), "mm_vision_select_feature": feature}
     if is_igva and config.injection_plan is not None:
         selected = _layer_select_config(config, config.injection_plan)
         return {**fields, **selected, "mm_vision_select_layer": -2, "mm_vision_select_feature": feature}
@@ -513,6 +554,31 @@ def _layer_select_config(config: LlavaIgvaConfig, injection: InjectionPlan) -> d
             return {"layer_fusing_strategy": "I_D", "layer_using_strategy": strategy}
     raise ValueError(
         f"injection: got {config.injection}, the Layer_Select_Fuse repository supports only {', '.join(STRATEGIES)}"
+    )
+
+
+def _fuser_config(config: LlavaIgvaConfig, fuser: FuserPlan) -> dict[str, Any]:
+    """What the config of MMFuser, or of Layer_Select_Fuse for other numbers of levels, says of a fuser."""
+    if config.injection is not None:
+        raise ValueError(f"injection: got {config.injection}, the repositories of fusers support only None")
+    layers, width = config.vision_config.num_hidden_layers, config.vision_config.hidden_size
+    base = config.plan.layers[0] - layers - 1
+    if len(fuser.levels) == 4 and (fuser.heads, fuser.points) == (HEADS, POINTS):
+        return {"mm_vision_select_layer": [*(level - layers - 1 for level in fuser.levels), base]}
+    for strategy in EXTERNAL_STRATEGIES if base == -2 else ():
+        try:
+            plan = FuserPlan.from_dict({"layer_select": {"strategy": strategy}}, layers, width)
+        except ValueError:  # a tower of this size has no such strategy
+            continue
+        if plan == fuser:
+            return {
+                "layer_fusing_strategy": "E_M",
+                "layer_using_strategy": strategy,
+                "mm_vision_select_layer": base,
+            }
+    raise ValueError(
+        f"fuser: got {config.fuser}, need four levels, which MMFuser supports, or those of Layer_Select_Fuse's "
+        f"strategies {', '.join(EXTERNAL_STRATEGIES)} and the base -2, with {HEADS} heads and {POINTS} points"
     )
 
 

@@ -57,7 +57,7 @@ class InjectionPlan(NamedTuple):
         if "strategy" in fields:
             taps, layers = _layer_select(data["strategy"], tower_layers, text_layers, tower)
         else:
-            taps, layers = _integers("taps", data["taps"]), _integers("layers", data["layers"])
+            taps, layers = (integers("injection", name, data[name]) for name in ("taps", "layers"))
         if len(taps) != len(layers) or not taps:
             raise ValueError(f"injection: need a layer for each tap, got {len(taps)} taps and {len(layers)} layers")
         states = tower_layers + 1
@@ -135,8 +135,9 @@ def _layer_select(
     return taps[strategy], chosen
 
 
-def _integers(name: str, values: Any) -> tuple[int, ...]:
+def integers(field: str, name: str, values: Any) -> tuple[int, ...]:
+    """A list of integers of a field of the config, as a tuple; a TypeError names both if it is none."""
     wrong = isinstance(values, str) or not isinstance(values, Sequence)
     if wrong or any(isinstance(value, bool) or not isinstance(value, int) for value in values):
-        raise TypeError(f"injection: need a list of integers as {name}, got {values!r}")
+        raise TypeError(f"{field}: need a list of integers as {name}, got {values!r}")
     return tuple(values)

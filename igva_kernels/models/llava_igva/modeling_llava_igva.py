@@ -2,8 +2,10 @@
 
 The path of an image: vision tower -> its hidden states -> summaries of the layer groups -> ``WeightAllocator`` (with
 the sentence embedding) -> ``LayerMixProjector`` (the hidden states and the weights) -> visual tokens, which take the
-places of the image tokens in the prompt. Everything else is transformers' Llava. Where the config has an ``injection``,
-further states are projected on their own and added to the image tokens before layers of the language model.
+places of the image tokens in the prompt. Everything else is transformers' Llava. Where the config has a ``fuser``, the
+projector reads one state, to which deformable attention has added what it finds in others. Where it has an
+``injection``, further states are projected on their own and added to the image tokens before layers of the language
+model.
 
 Symbols: B samples of the batch, S tokens of a prompt, I images, R image places in the prompts of the batch (I without
 an ``image_index``), P visual tokens per image, E width of the sentence embedding, K weight columns, H width of the
@@ -39,6 +41,7 @@ from igva_kernels.models.llava_igva.injection import InjectedImages, rows_of_cop
 from igva_kernels.models.llava_igva.sentence_encoder import encode_sentences
 from igva_kernels.models.llava_igva.upgrade import load_state_dict, upgraded_config, upgraded_state_dict
 from igva_kernels.nn import (
+    DeformableFuser,
     LayerMixProjector,
     LayerProjectors,
     LearnedWeights,
@@ -115,6 +118,13 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         self.vision_tower.requires_grad_(not config.freeze_vision_tower)
         self.weight_allocator = _allocator(config)
         self.multi_modal_projector = _projector(config, plan, config.projector_layernorm_eps)
+        self.fuser = None
+        if (fuser := config.fuser_plan) is not None:
+            self.fuser = DeformableFuser(
+                config.vision_config.hidden_size, len(fuser.levels), fuser.heads, fuser.points,
+                skip_tokens=config.skip_tokens, impl=config.impl,
+            )  # fmt: skip
+            self.multi_modal_projector.skip_tokens = 0  # which the fuser has left out
         self.language_model = AutoModel.from_config(config.text_config)
         self.injection_projectors = None
         if (injection := config.injection_plan) is not None:
@@ -125,6 +135,19 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
             self.token_injection = TokenInjection(by_layer, impl=config.impl)
             self.token_injection.attach(self.language_model, encoder_layers(self.language_model))
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """transformers' initial values, but a fuser's are those of its class; it comes after its Linears."""
+        super()._init_weights(module)
+        if isinstance(module, DeformableFuser):
+            parameters = list(module.parameters())
+            loaded = [p for p in parameters if getattr(p, "_is_hf_initialized", False)]
+            if len(loaded) < len(parameters):
+                values = [p.clone() for p in loaded]
+                module.reset_parameters()
+                for parameter, value in zip(loaded, values, strict=True):
+                    parameter.copy_(value)
 
     def train(self, mode: bool = True) -> LlavaIgvaModel:
         """A frozen tower stays in eval mode: without dropout, and not recomputed under gradient checkpointing."""
@@ -403,24 +426,39 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         self, features: ImageFeatures, sentence_embeds: Tensor | None, image_index: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Visual tokens ``[R, P, H]`` and layer weights ``[R, K]``."""
+        if self.fuser is not None:
+            fused = self.fuser(self._taps(features, slice(self._num_connected)))
+            return self.multi_modal_projector([fused], plan=_ONE_STATE, image_index=image_index), None
         weights = self._weights(features, sentence_embeds, image_index)
-        plan = _blocks(features.plan, slice(self.multi_modal_projector.plan.num_blocks))
+        plan = _blocks(features.plan, slice(self._num_connected))
         tokens = self.multi_modal_projector(features.sources, weights, plan=plan, image_index=image_index)
         return tokens, weights
 
     @property
     def _read_plan(self) -> MixPlan:
-        """What is read from the tower: the blocks of the connector's plan, and one for each injection."""
-        plan = self.multi_modal_projector.plan
-        if self.injection_projectors is None:
+        """What is read from the tower: the levels of the fuser, the blocks of the connector's plan, and one block for
+        each injection."""
+        plan, fuser = self.multi_modal_projector.plan, self.config.fuser_plan
+        if fuser is None and self.injection_projectors is None:
             return plan
-        taps = [block for projector in self.injection_projectors for block in projector.plan.blocks]
-        return MixPlan((*plan.blocks, *taps), plan.num_states)
+        levels = () if fuser is None else MixPlan.concat(fuser.levels).blocks
+        taps = [block for projector in self.injection_projectors or () for block in projector.plan.blocks]
+        return MixPlan((*levels, *plan.blocks, *taps), plan.num_states)
+
+    @property
+    def _num_connected(self) -> int:
+        """How many of the first blocks of ``_read_plan`` become visual tokens."""
+        fuser = self.config.fuser_plan
+        return (0 if fuser is None else len(fuser.levels)) + self.multi_modal_projector.plan.num_blocks
+
+    def _taps(self, features: ImageFeatures, which: slice) -> list[Tensor]:
+        """The states of these blocks of ``_read_plan``, each of which is a state as it is."""
+        return [features.sources[block[0].layer] for block in features.plan.blocks[which]]
 
     def _injected_plans(self, features: ImageFeatures) -> list[MixPlan]:
         """The plan of each injection over the sources: one of them, as it is."""
-        plan, first = features.plan, self.multi_modal_projector.plan.num_blocks
-        return [_blocks(plan, slice(g, g + 1)) for g in range(first, plan.num_blocks)]
+        plan = features.plan
+        return [_blocks(plan, slice(g, g + 1)) for g in range(self._num_connected, plan.num_blocks)]
 
     def _injected_features(self, features: ImageFeatures, image_index: Tensor | None) -> tuple[Tensor, ...]:
         """``[R, P, H]`` for each injection."""
@@ -441,7 +479,7 @@ class LlavaIgvaModel(_FrozenTowerMixin, LlavaModel):
         if self.config.injection_plan.when == "encode":
             projected = self._injected_features(features, image_index)
             return InjectedImages(projected, True, None, token_rows(places))
-        states = tuple(features.sources[plan.layers[0]] for plan in self._injected_plans(features))
+        states = tuple(self._taps(features, slice(self._num_connected, None)))
         return InjectedImages(states, False, image_index, token_rows(places))
 
     def _injected_of_output(self, encoded: Any, rows: int, places: Tensor) -> InjectedImages | None:
@@ -540,12 +578,13 @@ class LlavaIgvaForConditionalGeneration(_FrozenTowerMixin, LlavaForConditionalGe
         """Upgrade a Llava: it answers at first as before, and can learn to read further layers.
 
         The Llava's projector becomes the part of ``linear_1`` that reads the plan's base layer; the part that reads the
-        mix starts at zero, and so does what an ``injection`` adds. The allocator is new. Weights are shared, not
-        copied: a Llava passed as a model must not be trained any further.
+        mix starts at zero, and so does what a ``fuser`` or an ``injection`` adds. The allocator is new. Weights are
+        shared, not copied: a Llava passed as a model must not be trained any further.
 
         Args:
             model_or_path: any transformers Llava, or the name or directory of its checkpoint, of any version.
-            config_overrides: fields of ``LlavaIgvaConfig`` (``aggregation``, ``mix_plan``, ``injection``, ...).
+            config_overrides: fields of ``LlavaIgvaConfig`` (``aggregation``, ``mix_plan``, ``fuser``, ``injection``,
+                ...).
 
         Raises:
             ValueError: a layer that the Llava reads has no block of its own in the plan.
@@ -743,7 +782,7 @@ class LlavaIgvaForConditionalGeneration(_FrozenTowerMixin, LlavaForConditionalGe
         return isinstance(assistant, type(self)) and assistant.get_input_embeddings() is self.get_input_embeddings()
 
 
-_NEW_IN_LLAVA = ("weight_allocator", "injection_projectors")
+_NEW_IN_LLAVA = ("weight_allocator", "injection_projectors", "fuser")
 """Modules that a Llava has no weights for."""
 
 _IMAGE_ARGUMENTS = (
@@ -780,7 +819,7 @@ def _projector(config: LlavaIgvaConfig, plan: MixPlan, layernorm_eps: float | No
 
 
 _ONE_STATE = MixPlan.concat([0], 1)
-"""Of the projector of an injection, which is given the one state that it reads."""
+"""Of a projector that is given the one state that it reads: that of a fuser, or of an injection."""
 
 
 def _blocks(plan: MixPlan, which: slice) -> MixPlan:
