@@ -131,15 +131,17 @@ def load_model(args: ModelArguments) -> PreTrainedModel:
 
 
 def _is_projector(name: str) -> bool:
-    """Whether a parameter belongs to the connector's projector, or to one of an injection."""
-    return "multi_modal_projector." in name or "injection_projectors." in name
+    """Whether a parameter belongs to the connector's projector, to its fuser, or to a projector of an injection."""
+    return any(part in name for part in ("multi_modal_projector.", "fuser.", "injection_projectors."))
 
 
 def _freeze_unread(model: PreTrainedModel) -> None:
     """Freeze what follows the last layer of the tower that the connector reads: DDP would wait for its gradients."""
     tower = model.model.vision_tower
-    injection = model.config.injection_plan
-    read = (*model.config.plan.layers, *(() if injection is None else injection.taps))
+    config = model.config
+    fuser, injection = config.fuser_plan, config.injection_plan
+    beside = (*(() if fuser is None else fuser.levels), *(() if injection is None else injection.taps))
+    read = (*config.plan.layers, *beside)
     *_, last = encoder_layers(tower)[max(read) - 1].parameters()
     for parameter in reversed(list(tower.parameters())):
         if parameter is last:
@@ -148,13 +150,14 @@ def _freeze_unread(model: PreTrainedModel) -> None:
 
 
 def with_lora(model: PreTrainedModel, args: ModelArguments) -> PreTrainedModel:
-    """LoRA on every Linear of the language model and the projector; the allocator is trained and saved whole."""
+    """LoRA on every Linear of the language model and the projector; allocator and fuser are trained and saved whole."""
     from peft import LoraConfig, get_peft_model
 
+    whole = [*(["weight_allocator"] if args.stage == 2 else []), *(["fuser"] if model.config.fuser else [])]
     config = LoraConfig(
         r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, task_type="CAUSAL_LM",
         target_modules=r".*language_model.*_proj|.*(multi_modal_projector|injection_projectors\.\d+)\.linear_[12]",
-        modules_to_save=["weight_allocator"] if args.stage == 2 else None,
+        modules_to_save=whole or None,
     )  # fmt: skip
     model.enable_input_require_grads()
     return get_peft_model(model, config)
