@@ -80,7 +80,7 @@ def deform_attn(
             f"sampling, got {list(sizes)}"
         )
     geometry = Geometry(sizes, counts, origin, softmax)
-    backend = op.OPERATOR.select(impl, device, dtype, (values, sampling, logits, reference))
+    backend = op.OPERATOR.select(impl, device, dtype, (values, sampling, logits, reference), len(sizes))
     if backend == REFERENCE:
         if torch.is_grad_enabled():  # plain torch saves these for its backward
             values, sampling, logits = [saveable(each) for each in values], saveable(sampling), saveable(logits)

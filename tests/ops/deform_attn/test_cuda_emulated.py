@@ -98,7 +98,13 @@ def test_the_order_in_which_threads_run_changes_no_bit(shared, card, monkeypatch
         assert all(torch.equal(result, in_order[name]) for name, result in case.run(inputs, "cuda").items())
 
 
-def test_more_levels_than_a_kernel_has_parameters_for_are_refused():
+def test_more_levels_than_a_kernel_has_parameters_for_are_refused_or_left_to_others():
     case = DeformCase("", 1, ((1, 1),) * (cuda.MAX_LEVELS + 1), 1, 8, 1)
+    inputs = case.draw(seeded(), torch.float32, "cpu")
     with pytest.raises(NotImplementedError, match="at most 64 levels, not 65"):
-        case.run(case.draw(seeded(), torch.float32, "cpu"), "cuda")
+        case.run(inputs, "cuda")
+    assert case.run(inputs, "auto").keys() == case.run(inputs, "reference").keys()
+    count, places = len(case.shapes), (inputs.sampling.flatten(3, 4), inputs.logits.flatten(3, 4), None)
+    direct = torch.ops.igva_kernels.deform_attn
+    with pytest.raises(NotImplementedError, match="at most 64 levels, not 65"):
+        direct(inputs.value, *places, [1] * 2 * count, [1] * count, "grid", True, "cuda")
