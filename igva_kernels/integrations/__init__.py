@@ -28,6 +28,7 @@ FAMILIES = (
     "dense_connector",
     "layer_select_fuse",
     "tgif",
+    "mmfuser",
     "llava_repo",
     "transformers_deformable",
 )

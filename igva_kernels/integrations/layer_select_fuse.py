@@ -1,8 +1,9 @@
 """Layer_Select_Fuse (arXiv 2503.06063).
 
-External direct fusion (E_D) concatenates layers, or means of layers, in front of one MLP, the base last. Internal
-direct fusion (I_D) has an MLP for each layer, and adds what it returns to the image tokens in front of a layer of the
-language model. Which layers these are is read from the model, whose code knows them.
+External direct fusion (E_D) concatenates layers, or means of layers, in front of one MLP, the base last. External
+modular fusion (E_M) has MMFuser's block there: the base reads the others by deformable attention. Internal direct
+fusion (I_D) has an MLP for each layer, and adds what it returns to the image tokens in front of a layer of the language
+model. Which layers these are is read from the model, whose code knows them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from igva_kernels.integrations.handle import PatchHandle
 from igva_kernels.integrations.lazy import set_forward, set_method
+from igva_kernels.integrations.mmfuser import encoder, patch_projector
 from igva_kernels.integrations.research import check_host, encode, find_host, has_host, num_states, patch_mlp
 from igva_kernels.nn import MixInput
 from igva_kernels.ops.inject_tokens import inject_tokens, token_rows
@@ -29,7 +31,7 @@ from igva_kernels.runtime.context import PerThread
 from igva_kernels.runtime.errors import UserError
 from igva_kernels.runtime.files import read_tensors, some
 
-DESCRIPTION = "the Layer_Select_Fuse repository (E_D, I_D)"
+DESCRIPTION = "the Layer_Select_Fuse repository (E_D, E_M, I_D)"
 
 _BASE = "mm_projector_f"
 
@@ -40,17 +42,17 @@ def matches(model: nn.Module) -> bool:
 
 
 def apply(model: nn.Module, edits: PatchHandle, impl: str = "auto") -> None:
-    """Serve E_D and I_D.
+    """Serve E_D, E_M and I_D.
 
-    E_D: the projector mixes what ``encode_images`` stacks, averages and concatenates. I_D: the tower keeps no state but
-    those that are projected, and the features are added to the image tokens by one operator a layer, where the
-    repository's code has a loop over the samples. That loop needs one image a sample; with the patch, several images,
-    also apart, find their own places.
+    E_D: the projector mixes what ``encode_images`` stacks, averages and concatenates. E_M: see ``mmfuser``. I_D: the
+    tower keeps no state but those that are projected, and the features are added to the image tokens by one operator a
+    layer, where the repository's code has a loop over the samples. That loop needs one image a sample; with the patch,
+    several images, also apart, find their own places.
 
     Args:
         model: contains a model of the repository.
         edits: the handle of the patch.
-        impl: as in ``layer_mix_mlp`` and ``inject_tokens``.
+        impl: as in ``layer_mix_mlp``, ``deform_attn`` and ``inject_tokens``.
 
     Raises:
         NotImplementedError: another strategy, or a model that its code could not run with this one.
@@ -60,11 +62,13 @@ def apply(model: nn.Module, edits: PatchHandle, impl: str = "auto") -> None:
     fusing = host.config.layer_fusing_strategy
     if fusing == "E_D":
         _patch_external(host, tower, edits, impl)
+    elif fusing == "E_M":
+        _patch_modular(host, tower, edits, impl)
     elif fusing == "I_D":
         _patch_internal(host, tower, edits, impl)
     else:
         raise NotImplementedError(
-            f"layer_fusing_strategy: got {fusing!r}, need 'E_D' or 'I_D' (the others fuse layers by attention)"
+            f"layer_fusing_strategy: got {fusing!r}, need 'E_D', 'E_M' or 'I_D' (in I_M layers attend to features)"
         )
 
 
@@ -83,15 +87,23 @@ def _patch_external(host: Any, tower: Any, edits: PatchHandle, impl: str) -> Non
         raise NotImplementedError(f"layer_using_strategy: got {using!r}, its SigLIP tower has '3-18-23' and 'latter'")
     plan = MixPlan.layer_select(using, "siglip" if siglip else "clip").resolve(num_states(tower))
     patch_mlp(edits, host.get_model().mm_projector_f, f"model.{_BASE}", impl)
-    set_method(edits, host, "encode_images", _external_encoder(plan, _skip_tokens(tower)))
+    set_method(edits, host, "encode_images", encoder(_BASE, plan, skip_tokens=_skip_tokens(tower), no_grad=False))
 
 
-def _external_encoder(plan: MixPlan, skip_tokens: int) -> Callable[[Any, Tensor], Tensor]:
-    def encode_images(self: Any, images: Tensor) -> Tensor:
-        mixed = encode(self.get_vision_tower(), images, plan, skip_tokens, no_grad=False)
-        return self.get_model().mm_projector_f(mixed)
+# ---- external modular fusion ----
 
-    return encode_images
+
+def _patch_modular(host: Any, tower: Any, edits: PatchHandle, impl: str) -> None:
+    siglip, feature = "clip" not in tower.vision_tower_name, tower.select_feature
+    if feature != ("cls_patch" if siglip else "patch"):
+        raise NotImplementedError(
+            f"mm_vision_select_feature: got {feature!r}, which leaves no square of patches for E_M; need "
+            f"{'cls_patch' if siglip else 'patch'!r} with {'SigLIP' if siglip else 'CLIP'}"
+        )
+    layers = _selected_layers(tower, host.config.layer_using_strategy)
+    patch_projector(edits, host.get_model().mm_projector_f, f"model.{_BASE}", len(layers), impl)
+    plan = MixPlan.concat(layers, num_states(tower))
+    set_method(edits, host, "encode_images", encoder(_BASE, plan, skip_tokens=_skip_tokens(tower), no_grad=False))
 
 
 # ---- internal direct fusion ----

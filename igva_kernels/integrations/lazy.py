@@ -221,12 +221,19 @@ def patch_projector(
     weight = getattr(below_adapter(modules.linear_1), "weight", None)
     check_patch_impl(OPERATOR, impl, weight, activation)
     set_forward(edits, projector, _projector_forward(children, activation, impl))
-    # A replacement (LoRA's, a quantised one) is given the mixed row, so neither it nor what it holds is changed.
-    if type(modules.linear_1).forward is nn.Linear.forward:
-        set_forward(edits, modules.linear_1, LayerMixLinear.forward)
-    if modules.norm is not None and type(modules.norm).forward is nn.LayerNorm.forward:
-        set_forward(edits, modules.norm, LayerMixNorm.forward)
+    let_take_layers(edits, modules.linear_1, modules.norm)
     edits.note(lambda: f"{name}: {explain(children(projector), activation, impl)}")
+
+
+def let_take_layers(edits: PatchHandle, *modules: nn.Module | None) -> None:
+    """Let Linears and LayerNorms take layers in their own forward, as sharding and offload need it.
+
+    A replacement (LoRA's, a quantised one) is given tensors, so neither it nor what it holds is changed.
+    """
+    for module in modules:
+        for taken, forward in ((nn.Linear, LayerMixLinear.forward), (nn.LayerNorm, LayerMixNorm.forward)):
+            if module is not None and type(module).forward is taken.forward:
+                set_forward(edits, module, forward)
 
 
 def check_patch_impl(operator: Operator, impl: str, weight: Tensor | None, *demands: Any) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
+from published_fuser import published_fuser, random_weights
 from seeds import seeded
 from tiny import EMBED, PAD, VISION, liven, text_config, vision_config
 from torch import nn
@@ -316,6 +317,19 @@ class SelectedTower(Tower):
         return self.feature_select(SimpleNamespace(hidden_states=self.states(images)))
 
 
+class LayerSelectFuseModular(Host):
+    def __init__(self, using="3-18-23", tower="clip", feature=None):
+        levels = {"18": 1, "3-18-23": 2, "former": 12, "latter": 12, "all": 24}[using]
+        layers, feature = (24, "patch") if tower == "clip" else (26, "cls_patch") if feature is None else (26, feature)
+        super().__init__(None, None, layer_using_strategy=using, layer_fusing_strategy="E_M")
+        del self.model.mm_projector
+        self.model.vision_tower = SelectedTower(tower, layers, using, feature)
+        self.model.mm_projector_f = nn.Sequential(MSCrossAttnBlock(levels), *mlp(VISION))
+
+    def encode_images(self, images):
+        return self.model.mm_projector_f(self.model.vision_tower(images))
+
+
 class LayerSelectFuseInternal(Host):
     """Internal direct fusion, with the loop that the repository has in front of the layers of its language model."""
 
@@ -399,6 +413,49 @@ def write(image_token_mask, feature, layer, args):
             args[0][sample, place] = args[0][sample, place] + feature[sample]
 
 
+# ---- MMFuser ----
+
+
+class MMFuser(Host):
+    def __init__(self, selected=(-22, -17, -12, -7, -2), feature="patch", tower="clip"):
+        super().__init__(ListTower(tower, 24, list(selected), feature), nn.Sequential(MSCrossAttnBlock(), *mlp(VISION)))
+
+    def encode_images(self, images):
+        return self.model.mm_projector(self.model.vision_tower(images))
+
+
+class ListTower(Tower):
+    @torch.no_grad()
+    def forward(self, images):
+        states = self.states(images)
+        return torch.stack([self.cut(states[layer]) for layer in self.select_layer])
+
+
+class MSDeformAttn(nn.Module):
+    """Deformable DETR's attention; the block computes what it returns."""
+
+    def __init__(self, n_levels, n_heads=2, n_points=4):
+        super().__init__()
+        self.n_levels, self.n_heads, self.n_points = n_levels, n_heads, n_points
+        self.sampling_offsets = nn.Linear(VISION, n_heads * n_levels * n_points * 2)
+        self.attention_weights = nn.Linear(VISION, n_heads * n_levels * n_points)
+        self.value_proj = nn.Linear(VISION, VISION)
+        self.output_proj = nn.Linear(VISION, VISION)
+
+
+class MSCrossAttnBlock(nn.Module):
+    def __init__(self, n_levels=4):
+        super().__init__()
+        self.select_layer, self.query_layer = list(range(n_levels)), -1
+        self.cross_attn, self.self_attn = MSDeformAttn(n_levels), MSDeformAttn(1)
+        self.query_norm, self.feat_norm, self.norm1 = (nn.LayerNorm(VISION, eps=1e-6) for _ in range(3))
+        self.gamma1, self.gamma2 = nn.Parameter(torch.zeros(VISION)), nn.Parameter(torch.zeros(VISION))
+
+    def forward(self, srcs, masks=None, pos_embeds=None):
+        states = [srcs[level] for level in (*self.select_layer, self.query_layer)]
+        return published_fuser(dict(self.named_parameters()), states, heads=2)
+
+
 # ---- TGIF ----
 
 
@@ -454,7 +511,11 @@ class LayerSelector(nn.Module):
 def make(host_class, *args, seed=0, **kwargs):
     """A host with weights as large as a trained model's."""
     torch.manual_seed(seeded(seed))
-    return liven(host_class(*args, **kwargs).eval())
+    model = liven(host_class(*args, **kwargs).eval())
+    for module in model.modules():
+        if isinstance(module, MSCrossAttnBlock):
+            random_weights(module, seed)
+    return model
 
 
 def inputs(images_per_sample=(1, 1, 1), labels=False, sentences=False, seed=0):

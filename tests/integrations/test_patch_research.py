@@ -16,7 +16,18 @@ pytest.importorskip("transformers")
 
 from hosts import gradients
 from recording import Dispatched
-from research_hosts import IGVA, TGIF, DenseConnector, LayerSelectFuse, LayerSelectFuseInternal, LLaVA, inputs, make
+from research_hosts import (
+    IGVA,
+    TGIF,
+    DenseConnector,
+    LayerSelectFuse,
+    LayerSelectFuseInternal,
+    LayerSelectFuseModular,
+    LLaVA,
+    MMFuser,
+    inputs,
+    make,
+)
 from threads import in_threads
 from tiny import EMBED, FUSED, VISION
 from transformers import Trainer, TrainingArguments
@@ -38,6 +49,9 @@ HOSTS = {
     "Layer_Select_Fuse latter siglip": (LayerSelectFuse, {"using": "latter", "tower": "siglip"}),
     "Layer_Select_Fuse I_D 3-18-23": (LayerSelectFuseInternal, {"using": "3-18-23"}),
     "Layer_Select_Fuse I_D latter siglip": (LayerSelectFuseInternal, {"using": "latter", "tower": "siglip"}),
+    "Layer_Select_Fuse E_M 3-18-23": (LayerSelectFuseModular, {"using": "3-18-23"}),
+    "Layer_Select_Fuse E_M latter siglip": (LayerSelectFuseModular, {"using": "latter", "tower": "siglip"}),
+    "MMFuser": (MMFuser, {}),
     "TGIF": (TGIF, {}),
     "TGIF siglip": (TGIF, {"tower": "siglip"}),
     "LLaVA": (LLaVA, {}),
@@ -47,6 +61,7 @@ HOSTS = {
 MORE_HOSTS = {
     **{f"Layer_Select_Fuse I_D {name}": (LayerSelectFuseInternal, {"using": name})
        for name in ("18", "3-18", "former", "latter", "all")},
+    "Layer_Select_Fuse E_M all": (LayerSelectFuseModular, {"using": "all"}),
     "Layer_Select_Fuse I_D 3-18-23 siglip": (LayerSelectFuseInternal, {"using": "3-18-23", "tower": "siglip"}),
 }  # fmt: skip
 """Other choices of layers in a host that is among HOSTS."""
@@ -238,7 +253,13 @@ REFUSED = {
     "token concatenation": (lambda: spoilt("DenseConnector dci", config__mm_dense_connector_type="sti"), "'sti'"),
     "CLS among the tokens": (
         lambda: spoilt("DenseConnector dci", model__vision_tower__select_feature="cls_patch"), "cls_patch"),
-    "modular fusion": (lambda: spoilt("Layer_Select_Fuse 18", config__layer_fusing_strategy="E_M"), "'E_M'"),
+    "no block of modular fusion": (
+        lambda: spoilt("Layer_Select_Fuse 18", config__layer_fusing_strategy="E_M"), "of 3 modules, need MSCrossAttnB"),
+    "modular fusion, no square": (
+        lambda: make(LayerSelectFuseModular, "latter", "siglip", "patch"), "got 'patch', which leaves no square"),
+    "MMFuser, one layer": (lambda: spoilt("MMFuser", model__vision_tower__select_layer=-2), "got -2, need a list"),
+    "MMFuser, CLS": (lambda: make(MMFuser, feature="cls_patch"), "got 'cls_patch', need 'patch'"),
+    "MMFuser, too few layers": (lambda: make(MMFuser, [3, 8, 23]), "reads 4 of 3 states"),
     "internal modular fusion": (lambda: spoilt("Layer_Select_Fuse 18", config__layer_fusing_strategy="I_M"), "'I_M'"),
     "two features for one layer": (
         lambda: make(LayerSelectFuseInternal, "all", layers=16), "24 features for 16 of the 16 layers"),
@@ -272,7 +293,9 @@ def test_a_tower_that_is_not_loaded_is_refused():
         ik.patch(model)
 
 
-@pytest.mark.parametrize("name", ["Layer_Select_Fuse former", "DenseConnector dci siglip"])
+@pytest.mark.parametrize(
+    "name", ["Layer_Select_Fuse former", "Layer_Select_Fuse E_M 3-18-23", "DenseConnector dci siglip"]
+)
 def test_towers_that_the_repository_trains_are_trained(name):
     grads = []
     for patched in (False, True):
@@ -285,6 +308,16 @@ def test_towers_that_the_repository_trains_are_trained(name):
     assert grads[0].keys() == grads[1].keys()
     for path, grad in grads[0].items():
         close(grads[1][path], grad)
+
+
+def test_a_hook_on_the_block_of_mmfuser_sees_the_patches_alone():
+    model, batch, seen = host("MMFuser"), inputs((1, 1)), []
+    block = model.model.mm_projector[0]
+    expected = model.encode_images(batch["images"])
+    with block.register_forward_hook(lambda module, args, out: seen.append((args, out))), ik.patch(model):
+        close(model.encode_images(batch["images"]), expected)
+    (((states,), out),) = seen
+    assert [tuple(state.shape) for state in states] == [tuple(out.shape)] * 5
 
 
 # ---- LLaVA, given a plan ----

@@ -3,8 +3,9 @@
     RESEARCH_REPOS=/folder/of/clones pytest tests/integrations/test_research_repos.py
 
 The folder has clones named as on GitHub: YiZheng-zy/IGVA, haotian-liu/LLaVA, HJYao00/DenseConnector,
-EIT-NLP/Layer_Select_Fuse_for_MLLM, Linchenchen/TGIF. Three of them are a package called ``llava``, so each runs in a
-process of its own. Their code is used as it is; stubs stand for packages that it imports and these models never use.
+EIT-NLP/Layer_Select_Fuse_for_MLLM, yuecao0119/MMFuser, Linchenchen/TGIF. Most of them are a package called ``llava``,
+so each runs in a process of its own. Their code is used as it is; stubs stand for packages that it imports and these
+models never use, and ``integrations.msda`` for the CUDA extension of two of them.
 """
 
 import importlib.util
@@ -17,6 +18,8 @@ from types import ModuleType
 
 import pytest
 from seeds import seeded
+
+from igva_kernels.integrations import msda
 
 CLONES = Path(os.environ.get("RESEARCH_REPOS", "/nowhere"))
 CASES = {
@@ -32,6 +35,10 @@ CASES = {
        for name in ("18", "3-18-23", "former", "latter", "all")},
     "Layer_Select_Fuse latter siglip": (
         "Layer_Select_Fuse_for_MLLM", {"layer_using_strategy": "latter", "siglip": True}),
+    **{f"Layer_Select_Fuse E_M {name}": (
+        "Layer_Select_Fuse_for_MLLM", {"layer_using_strategy": name, "layer_fusing_strategy": "E_M"})
+       for name in ("18", "3-18-23", "all")},
+    "MMFuser": ("MMFuser", {"mm_vision_select_layer": [-22, -17, -12, -7, -2]}),
     "TGIF": ("TGIF", {}),
 }  # fmt: skip
 
@@ -74,7 +81,7 @@ def test_converted_checkpoints_give_the_same_logits_in_the_repository(tmp_path, 
 
 
 PAGES = {"igva": "IGVA", "dense_connector": "DenseConnector", "layer_select_fuse": "Layer_Select_Fuse_for_MLLM",
-         "tgif": "TGIF", "llava": "LLaVA"}  # fmt: skip
+         "mmfuser": "MMFuser", "tgif": "TGIF", "llava": "LLaVA"}  # fmt: skip
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -112,8 +119,8 @@ def load(repo):
     _stub("timm.models")
     _stub("timm.models.layers", LayerNorm=None, LayerNorm2d=None)
     _stub("timm.models.regnet", RegStage=None)
-    if repo == "Layer_Select_Fuse_for_MLLM":  # its deformable attention is a CUDA extension
-        _stub("llava.model.multimodal_projector.ms_cross_attn", MSCrossAttnBlock=None)
+    if repo in ("Layer_Select_Fuse_for_MLLM", "MMFuser"):
+        msda.register()
     return importlib.import_module(f"{root}.model.llava_arch"), root
 
 
@@ -138,7 +145,7 @@ def build(repo, folder, siglip=False, **settings):
 
     arch, root = load(repo)
     torch.manual_seed(seeded())
-    layers = 24 if repo in ("DenseConnector", "Layer_Select_Fuse_for_MLLM") else 4
+    layers = 24 if repo in ("DenseConnector", "Layer_Select_Fuse_for_MLLM", "MMFuser") else 4
     tower = Path(folder) / ("siglip" if siglip else "clip")
     liven(CLIPVisionModel(vision_config(num_hidden_layers=layers))).save_pretrained(tower)
     CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(tower)
@@ -156,7 +163,7 @@ def build(repo, folder, siglip=False, **settings):
     if repo == "TGIF":
         config.mm_projector_type = "layer_selector"
     if repo == "Layer_Select_Fuse_for_MLLM":
-        config.layer_fusing_strategy = "E_D"
+        config.layer_fusing_strategy = settings.get("layer_fusing_strategy", "E_D")
 
     if repo in ("IGVA", "LLaVA"):
         model_class = importlib.import_module(f"{root}.model.language_model.llava_llama").LlavaLlamaForCausalLM
@@ -186,7 +193,11 @@ def build(repo, folder, siglip=False, **settings):
         wrapper.load_model()
         if repo == "TGIF":  # it asks for attentions, which sdpa does not return
             wrapper.vision_tower.set_attn_implementation("eager")
-    return liven(model.eval())
+    model = liven(model.eval())
+    for name, parameter in model.named_parameters():
+        if "gamma" in name or "sampling_offsets.bias" in name:  # zeros, and places on kinks of the interpolation
+            torch.nn.init.normal_(parameter)
+    return model
 
 
 def difference(a, b):

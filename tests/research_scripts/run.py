@@ -63,8 +63,9 @@ class Repository:
         self.assets = work / "assets"
         shutil.copytree(CLONES / name, self.folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".git", "images"))
         apply(self.folder, diffs)
-        # A CUDA extension that Layer_Select_Fuse imports, and that the runs do not use.
-        (self.folder / "MultiScaleDeformableAttention.py").touch()
+        # A CUDA extension that Layer_Select_Fuse imports, and that the runs do not use; its page registers another.
+        if not any("msda" in line for _, lines in diffs for line in lines):
+            (self.folder / "MultiScaleDeformableAttention.py").touch()
 
     def run(self, *command: object, processes: int = 1) -> str:
         """What a Python script of the repository prints; its errors are ours."""
