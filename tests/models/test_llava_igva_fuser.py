@@ -16,6 +16,7 @@ from tiny import FUSED, IMAGE, PATCHES, batch, igva_model, llava_config, text_co
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
+import igva_kernels as ik
 from igva_kernels import MixPlan
 from igva_kernels.models import ImageFeatures, LlavaIgvaConfig, LlavaIgvaForConditionalGeneration
 from igva_kernels.models.llava_igva.convert import from_repo, to_repo
@@ -368,6 +369,14 @@ def test_a_fuser_that_no_repository_has_is_refused_before_anything_is_written(tm
     with pytest.raises(ValueError, match=r"fuser: got .*, need .*16 heads and 4 points"):
         to_repo(repository_model(fuser), tmp_path / "theirs")
     assert not (tmp_path / "theirs").exists()
+
+
+def test_a_patch_chooses_who_serves_the_fuser():
+    model = model_of()
+    with ik.patch(model, impl="auto") as handle:
+        assert model.model.fuser.impl == "auto"
+        assert "model.fuser: deformable attention by" in repr(handle)
+    assert model.model.fuser.impl == "reference"
 
 
 def test_a_copy_of_a_model_has_a_fuser_of_its_own():
