@@ -70,7 +70,8 @@ test-all: test isas sanitize .venv-oldest/installed .venv-transformers4/installe
 	$(RUN) "transformers $(OLDEST_TRANSFORMERS)" -- .venv-oldest/bin/python -m pytest $(PARALLEL) -m "not slow and not gpu" \
 		$(MODEL_TESTS) $(ARGS)
 	$(RUN) "transformers $(TRANSFORMERS_4)" -- .venv-transformers4/bin/python -m pytest $(PARALLEL) \
-		tests/integrations/test_patch_transformers.py tests/integrations/test_patch_deepstack.py $(EVERY_VERSION) $(ARGS)
+		tests/integrations/test_patch_transformers.py tests/integrations/test_patch_deepstack.py \
+		tests/integrations/test_patch_deformable.py $(EVERY_VERSION) $(ARGS)
 	$(STEPS) summary
 
 # Every instruction set of this CPU below the best one, which `make test` uses; tests/conftest.py restricts torch's
