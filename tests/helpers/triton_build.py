@@ -14,6 +14,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from igva_kernels.ops.allocator import triton as allocator
+from igva_kernels.ops.deform_attn import triton as deform
 from igva_kernels.ops.inject_tokens import triton as injection
 from igva_kernels.ops.layer_project import triton as bank
 from igva_kernels.ops.weighted_mix.triton import gemm as mix_gemm
@@ -41,7 +42,7 @@ class Built(NamedTuple):
 def record(monkeypatch, call):
     """The launches ``(kernel, args, constants)`` of ``call``, which gets meta tensors."""
     launches = []
-    for module in (allocator, bank, injection, gemm, mix, mix_gemm, norm):
+    for module in (allocator, bank, deform, injection, gemm, mix, mix_gemm, norm):
         monkeypatch.setattr(module, "launch", lambda kernel, _, __, *args, **kw: launches.append((kernel, args, kw)))
     call()
     return launches
@@ -50,7 +51,8 @@ def record(monkeypatch, call):
 def build(launch, capability):
     """Compile one launch for ``sm_<capability>``."""
     kernel, _, constants = launch
-    options = {name: constants[name] for name in ("num_warps", "num_stages")} | {"enable_fp_fusion": True}
+    options = {name: constants[name] for name in ("num_warps", "num_stages")}
+    options["enable_fp_fusion"] = constants.get("enable_fp_fusion", True)
     source = ASTSource(kernel, **specialised(launch))
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage = _resource_usage(compiled.asm["cubin"])
@@ -70,11 +72,18 @@ def specialised(launch):
         if name in constants:
             signature[name], constexprs[(i,)] = "constexpr", given[name]
         elif kernel.params[i].do_not_specialize:
-            assert isinstance(given[name], int)
-            signature[name] = "i32"
+            signature[name] = _plain(given[name])
         else:
             signature[name] = _specialise(given[name], (i,), constexprs, attributes)
     return {"signature": signature, "constexprs": constexprs, "attrs": attributes}
+
+
+def _plain(value):
+    """The type of an argument that is not specialised."""
+    if isinstance(value, torch.Tensor):
+        return f"*{TYPES[value.dtype]}"
+    assert isinstance(value, int)
+    return "i32"
 
 
 def _specialise(value, path, constexprs, attributes):
@@ -90,7 +99,9 @@ def _specialise(value, path, constexprs, attributes):
         return "fp32"
     if isinstance(value, torch.Tensor) or value % 16 == 0:
         attributes[path] = [["tt.divisibility", 16]]
-    return f"*{TYPES[value.dtype]}" if isinstance(value, torch.Tensor) else "i32" if value < 2**31 else "i64"
+    if isinstance(value, torch.Tensor):
+        return _plain(value)
+    return "i32" if value < 2**31 else "i64"
 
 
 def _resource_usage(cubin):

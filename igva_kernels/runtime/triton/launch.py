@@ -14,13 +14,13 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **const
 
     Vectors (indices, biases, norm parameters) become contiguous: kernels take no strides for them. Triton launches on
     the current device, which need not be the tensors' own. Fused multiply-adds are asked for by name: they are part of
-    the specified rounding, and Triton 3.10 stops assuming them.
+    the specified rounding, and Triton 3.10 stops assuming them. A kernel that must not have them says so.
     """
     if programs == 0:
         return
     args = tuple(x.contiguous() if isinstance(x, Tensor) and x.dim() == 1 else x for x in args)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](*args, **constants, enable_fp_fusion=True)
+        kernel[(programs,)](*args, **{"enable_fp_fusion": True, **constants})
 
 
 def strides(tensors: tuple[Tensor, ...], dim: int) -> tuple[int, ...]:

@@ -1,0 +1,83 @@
+"""The Triton kernels of deformable attention, compiled without a GPU at the shapes of MMFuser, of Deformable DETR and
+of Layer_Select_Fuse with every layer."""
+
+import os
+from itertools import product
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter does not compile", allow_module_level=True)
+pytest.importorskip("triton")
+
+from triton_build import build, record, specialised
+
+from igva_kernels.ops.deform_attn.geometry import BOXES, GRID, POINTS, Geometry
+from igva_kernels.ops.deform_attn.triton import IMPLEMENTATION
+
+DETECTOR = ((67, 100), (34, 50), (17, 25), (9, 13))
+SHAPES = {
+    "MMFuser": (((24, 24),) * 4, 16, 64, GRID),
+    "detector": (DETECTOR, 8, 32, POINTS),
+    "detector, boxes": (DETECTOR, 8, 32, BOXES),
+    "24 layers": (((24, 24),) * 24, 16, 64, GRID),
+}
+
+
+def meta(*shape, dtype=torch.float32):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def launches(monkeypatch, dtype, shapes, heads, width, origin):
+    """The kernels of a step of one image, by name."""
+    geometry = Geometry(shapes, (4,) * len(shapes), origin, True)
+    queries = geometry.rows[0] if origin == GRID else sum(geometry.rows)
+    sampling = meta(1, queries, heads * geometry.num_points * 2)
+    logits = meta(1, queries, heads * geometry.num_points)
+    per_level = {GRID: 0, POINTS: 2, BOXES: 4}[origin]
+    reference = meta(1, queries, len(shapes) * per_level) if per_level else None
+    levels, grads = (geometry.levels([meta(1, sum(geometry.rows), heads, width, dtype=dtype)]) for _ in range(2))
+    grad = meta(1, queries, heads * width, dtype=dtype)
+
+    def calls():
+        IMPLEMENTATION.attend(levels, sampling, logits, reference, geometry)
+        IMPLEMENTATION.attend_grad(grad, levels, sampling, logits, reference, geometry, grads, (True, True), False)
+
+    return {kernel.__name__: (kernel, *rest) for kernel, *rest in record(monkeypatch, calls)}
+
+
+def targets():
+    """Of these, a few are compiled in every run."""
+    for capability, (shape, dtype) in product((90, 80, 100), product(SHAPES, (torch.bfloat16, torch.float32))):
+        is_quick = capability == 90 and (dtype == torch.bfloat16 or shape == "MMFuser")
+        yield pytest.param(capability, dtype, shape, marks=[] if is_quick else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("capability", "dtype", "shape"), targets())
+def test_kernels_gather_16_bytes_at_a_time_keep_to_their_registers_and_fuse_no_position(
+    capability, dtype, shape, monkeypatch
+):
+    built = {name: build(each, capability) for name, each in launches(monkeypatch, dtype, *SHAPES[shape]).items()}
+    assert [*built] == ["attend_kernel", "places_grad_kernel", "levels_grad_kernel", "convert_kernel"]
+    for name, each in built.items():
+        assert each.stack == 0, name
+        products = [line for line in each.ttir.splitlines() if "arith.muli" in line]
+        assert any("i64" in line for line in products) and not [line for line in products if "xi32>" in line], name
+        # Four corners of 16 bytes, whatever the number of levels: their loop is not unrolled.
+        gathers = name in ("attend_kernel", "places_grad_kernel")
+        fused = each.ptx.count("fma.rn.f32") + each.ptx.count("fma.rn.f32x2")
+        assert fused == (4 * 16 // dtype.itemsize if gathers else 0), name
+        if gathers:
+            assert each.ptx.count("ld.global.v4.b32") >= 4, name
+    # Neighbours in a row are added by neighbours in a warp, with no exchange between them.
+    added = built["levels_grad_kernel"]
+    assert added.ptx.count("atom.global.gpu.relaxed.add.u64") == 4 * 4 and added.shared <= 64
+
+
+def test_images_of_another_size_compile_nothing_anew(monkeypatch):
+    found = []
+    for shapes in (DETECTOR, ((64, 128), (32, 64), (16, 32), (1, 16))):
+        launched = launches(monkeypatch, torch.bfloat16, shapes, *SHAPES["detector"][1:])
+        found.append({name: specialised(each) for name, each in launched.items()})
+    assert found[0] == found[1]
