@@ -149,6 +149,16 @@ def a_nan_stays_with_its_query_and_head(impl, implementation, device):
     assert torch.equal(found["value 0"], expected["value 0"])
 
 
+def a_weight_that_is_nan_shows_even_where_nothing_is_read(impl, implementation, device):
+    sampling = torch.full((1, HEIGHT * WIDTH, 1, 1, 2, 2), 99.0, device=device)
+    logits = torch.zeros(sampling.shape[:-1], device=device)
+    logits[0, 4, 0, 0, 1] = NAN
+    for softmax in (True, False):
+        out = ik.deform_attn(ramp(device), [(HEIGHT, WIDTH)], sampling, logits, softmax=softmax, impl=impl)
+        assert out[0].isnan().any(-1).nonzero().flatten().tolist() == [4]
+        assert not out[0, 5:].any() and not out[0, :4].any()
+
+
 def what_is_not_finite_is_never_hidden_by_a_gradient(impl, implementation, device):
     """A kernel may let it spread over the gradients of the levels, but not make it a number."""
     value = ramp(device, 2)
@@ -328,6 +338,7 @@ CORNERS = (
     positions_at_every_side_read_the_corners_that_are_inside,
     at_a_kink_the_derivative_is_that_to_the_right_and_below,
     a_nan_stays_with_its_query_and_head,
+    a_weight_that_is_nan_shows_even_where_nothing_is_read,
     what_is_not_finite_is_never_hidden_by_a_gradient,
     a_pixel_that_nobody_reads_may_be_nan,
     many_points_may_read_one_pixel,

@@ -254,14 +254,14 @@ inline void attend_level(const Sampling& s, const Level& level, int64_t index, c
       const int32_t stop = n + most_points < level.points ? n + most_points : level.points;
       for (; n < stop; ++n) {
         const Cell<W> cell = cell_of(query, level, offsets + 2 * n);
-        if (cell.state == Cell<W>::outside) continue;
+        if (cell.state == Cell<W>::outside && attention[n] == attention[n]) continue; // a weight of NaN shows
         Corners<E, W>& point = points[count++];
         int64_t rows[4];
         corners_of(cell, level, rows);
         weights_of(cell, attention[n], point.weight);
         for (int c = 0; c < 4; ++c) {
           point.row[c] = map.at(rows[c]);
-          if (cell.state == Cell<W>::nowhere) point.weight[c] = W(__builtin_nan(""));
+          if (cell.state != Cell<W>::inside) point.weight[c] = W(__builtin_nan(""));
         }
       }
       add_points<V>(points, count, width, starts, sum);

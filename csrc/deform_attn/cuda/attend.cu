@@ -35,7 +35,7 @@ __device__ inline void add_level(W (&sum)[V], const Sampling& s, int index, cons
     for (int i = 0; i < count; ++i) {
       const Point<W> point = mine.from(first_lane + i);
       if (!reads) continue;
-      if (point.right != point.right) {
+      if (point.right != point.right || point.weight != point.weight) {
 #pragma unroll
         for (int c = 0; c < V; ++c) sum[c] = W(NAN);
       }
