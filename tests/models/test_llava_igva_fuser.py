@@ -9,9 +9,15 @@ import torch
 
 pytest.importorskip("transformers")
 
-from hosts import gradients
+from hosts import close, gradients
 from huggingface_hub import save_torch_state_dict
 from published_fuser import PARAMETERS, published_fuser, random_weights
+from reference_models import (
+    assert_a_compiled_step_is_the_step,
+    assert_samples_answer_alone_as_in_a_batch,
+    assert_step_is,
+    assert_zero_gradients_without_images,
+)
 from tiny import FUSED, IMAGE, PATCHES, batch, igva_model, llava_config, text_config, vision_config
 from torch import nn
 from transformers import LlavaForConditionalGeneration
@@ -31,10 +37,6 @@ def model_of(tower="clip", **overrides):
     model = igva_model(tower, **{"fuser": fuser, **overrides})
     random_weights(model.model.fuser)
     return model
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=3e-5)
 
 
 def published(model, inputs):
@@ -122,20 +124,9 @@ def test_a_fuser_that_cannot_be_meant_is_refused(fuser, fields, error, said):
 
 @pytest.mark.parametrize(("impl", "tower"), [("reference", "clip"), *((impl, "siglip") for impl in FUSED)])
 def test_logits_and_gradients_are_those_of_the_published_block(impl, tower):
-    model, inputs = model_of(tower, impl=impl).train(), batch((1, 2), labels=True)
-    out, logits = model(**inputs), published(model, inputs)
-    close(out.logits, logits)
-    loss = model.loss_function(logits=logits, labels=inputs["labels"], vocab_size=64)
-    close(out.loss, loss)
-    out.loss.backward()
-    ours = gradients(model)
-    model.zero_grad()
-    loss.backward()
-    expected = gradients(model)
+    model = model_of(tower, impl=impl).train()
+    ours = assert_step_is(model, batch((1, 2), labels=True), published)
     assert {f"model.fuser.{name}" for name in PARAMETERS} <= ours.keys()
-    assert ours.keys() == expected.keys()
-    for name, grad in expected.items():
-        close(ours[name], grad)
 
 
 def test_a_new_fuser_starts_as_its_class_does_and_reads_the_base_alone():
@@ -150,15 +141,7 @@ def test_a_new_fuser_starts_as_its_class_does_and_reads_the_base_alone():
 
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_samples_answer_in_a_batch_as_they_do_alone(padding):
-    model, inputs = model_of(impl="auto"), batch((2, 0, 1), padding)
-    together, image = model(**inputs).logits, 0
-    for sample, images in enumerate((2, 0, 1)):
-        keep = inputs["attention_mask"][sample] == 1
-        alone = {"input_ids": inputs["input_ids"][sample : sample + 1, keep]}
-        if images:
-            alone["pixel_values"] = inputs["pixel_values"][image : image + images]
-        close(together[sample, keep], model(**alone).logits[0])
-        image += images
+    assert_samples_answer_alone_as_in_a_batch(model_of(impl="auto"), padding)
 
 
 def test_generation_gives_the_tokens_of_repeated_forwards():
@@ -187,20 +170,12 @@ def test_an_injection_goes_with_a_fuser():
 
 def test_without_images_the_fuser_gets_zero_gradients():
     model = model_of().train()
-    model(**batch((0, 0), labels=True)).loss.backward()
-    grads = [p.grad for p in model.model.fuser.parameters()]
-    assert all(grad is not None and not grad.any() for grad in grads)
+    assert_zero_gradients_without_images(model, model.model.fuser)
 
 
 @pytest.mark.slow
 def test_a_compiled_step_is_the_step():
-    model, inputs = model_of(impl="auto").train(), batch((1, 1), labels=True)
-    model(**inputs).loss.backward()
-    expected = gradients(model)
-    model.zero_grad()
-    torch.compile(model, backend="aot_eager")(**inputs).loss.backward()
-    for name, grad in gradients(model).items():
-        close(grad, expected[name])
+    assert_a_compiled_step_is_the_step(model_of(impl="auto").train())
 
 
 def test_a_tower_that_learns_gets_the_gradients_of_its_states():

@@ -8,7 +8,13 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers
-from hosts import gradients
+from hosts import close, gradients
+from reference_models import (
+    assert_a_compiled_step_is_the_step,
+    assert_samples_answer_alone_as_in_a_batch,
+    assert_step_is,
+    assert_zero_gradients_without_images,
+)
 from threads import in_threads
 from tiny import FUSED, IMAGE, PATCHES, batch, igva_config, igva_model, llava_config, text_config, vision_config
 from torch import nn
@@ -26,10 +32,6 @@ def model_of(when="encode", taps=(1, -2), layers=(0, 1), **overrides):
     fields = {"mix_plan": {"concat": {"layers": [-2]}}, "aggregation": "uniform"}
     injection = {"taps": list(taps), "layers": list(layers), "when": when}
     return igva_model(**{**fields, "injection": injection, **overrides})
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=3e-5)
 
 
 def loop(model, inputs):
@@ -146,35 +148,15 @@ def test_a_strategy_is_refused_for_models_that_the_repository_does_not_know():
 @pytest.mark.parametrize("when", TIMES)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_logits_and_gradients_are_those_of_the_plain_loop(when, impl):
-    model, inputs = model_of(when, impl=impl).train(), batch((1, 2, 1), labels=True)
-    out = model(**inputs)
-    logits = loop(model, inputs)
-    close(out.logits, logits)
-    loss = model.loss_function(logits=logits, labels=inputs["labels"], vocab_size=64)
-    close(out.loss, loss)
-    out.loss.backward()
-    ours = gradients(model)
-    model.zero_grad()
-    loss.backward()
-    expected = gradients(model)
+    model = model_of(when, impl=impl).train()
+    ours = assert_step_is(model, batch((1, 2, 1), labels=True), loop)
     assert any("injection_projectors.1.linear_2" in name for name in ours)
-    assert ours.keys() == expected.keys()
-    for name, grad in expected.items():
-        close(ours[name], grad)
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_samples_answer_in_a_batch_as_they_do_alone(tower, padding):
-    model, inputs = model_of(tower=tower), batch((2, 0, 1), padding)
-    together, image = model(**inputs).logits, 0
-    for sample, images in enumerate((2, 0, 1)):
-        keep = inputs["attention_mask"][sample] == 1
-        alone = {"input_ids": inputs["input_ids"][sample : sample + 1, keep]}
-        if images:
-            alone["pixel_values"] = inputs["pixel_values"][image : image + images]
-        close(together[sample, keep], model(**alone).logits[0])
-        image += images
+    assert_samples_answer_alone_as_in_a_batch(model_of(tower=tower), padding)
 
 
 def test_every_injection_changes_the_answer():
@@ -210,9 +192,7 @@ def test_a_late_projection_keeps_only_the_states():
 @pytest.mark.parametrize("when", TIMES)
 def test_without_images_the_projectors_get_zero_gradients(when):
     model = model_of(when).train()
-    model(**batch((0, 0), labels=True)).loss.backward()
-    grads = [p.grad for p in model.model.injection_projectors.parameters()]
-    assert all(grad is not None and not grad.any() for grad in grads)
+    assert_zero_gradients_without_images(model, model.model.injection_projectors)
 
 
 @pytest.mark.parametrize("when", TIMES)
@@ -237,14 +217,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(when, reentrant):
 @pytest.mark.slow
 @pytest.mark.parametrize("when", TIMES)
 def test_a_compiled_step_is_the_step(when):
-    model, inputs = model_of(when, impl="auto").train(), batch((1, 1), labels=True)
-    model(**inputs).loss.backward()
-    expected = gradients(model)
-    model.zero_grad()
-    compiled = torch.compile(model, backend="aot_eager")
-    compiled(**inputs).loss.backward()
-    for name, grad in gradients(model).items():
-        close(grad, expected[name])
+    assert_a_compiled_step_is_the_step(model_of(when, impl="auto").train())
 
 
 # ---- generation ----

@@ -43,6 +43,11 @@ namespace {
 using namespace cpu;
 using Levels = std::vector<Level>;
 
+void add_levels(Sampling& sampling, const Levels& levels) {
+  sampling.levels = levels.data();
+  sampling.num_levels = int64_t(levels.size());
+}
+
 void add_operands(Sampling& sampling, const Levels& levels, const View& offsets, const View& logits,
                   const std::optional<View>& reference, Address weights, Address scratch) {
   sampling.offsets = offsets;
@@ -51,8 +56,7 @@ void add_operands(Sampling& sampling, const Levels& levels, const View& offsets,
   sampling.softmax = weights != 0;
   sampling.weights = pointer(weights);
   sampling.scratch = pointer(scratch);
-  sampling.levels = levels.data();
-  sampling.num_levels = int64_t(levels.size());
+  add_levels(sampling, levels);
 }
 
 int threads_of(const Sampling& s, int threads) {
@@ -66,15 +70,13 @@ int64_t slices_of(const Sampling& s, int threads) {
 }
 
 int64_t scratch_of_attend(Sampling sampling, const Levels& levels, int threads) {
-  sampling.levels = levels.data();
-  sampling.num_levels = int64_t(levels.size());
+  add_levels(sampling, levels);
   threads = threads_of(sampling, threads);
   return threads * attend_scratch(sampling, slices_of(sampling, threads));
 }
 
 int64_t scratch_of_attend_grad(Sampling sampling, const Levels& levels, bool dots, bool sums, int threads) {
-  sampling.levels = levels.data();
-  sampling.num_levels = int64_t(levels.size());
+  add_levels(sampling, levels);
   return threads_of(sampling, threads) * attend_grad_scratch(sampling, dots, sums);
 }
 

@@ -167,16 +167,26 @@ inline void softmax(const W* logits, int64_t n, W* weights) {
 // Queries that one task of the softmax takes.
 constexpr int64_t softmax_queries = 16;
 
-inline int64_t softmax_tasks(const Sampling& s) {
-  return s.softmax ? s.batch * ((s.queries + softmax_queries - 1) / softmax_queries) : 0;
+inline int64_t softmax_slices(const Sampling& s) { return (s.queries + softmax_queries - 1) / softmax_queries; }
+
+inline int64_t softmax_tasks(const Sampling& s) { return s.softmax ? s.batch * softmax_slices(s) : 0; }
+
+// The queries of an image that a task of the softmax takes.
+struct SoftmaxShare {
+  int64_t b;
+  int64_t begin;
+  int64_t end;
+};
+
+inline SoftmaxShare softmax_share(const Sampling& s, int64_t task) {
+  const int64_t slices = softmax_slices(s), begin = task % slices * softmax_queries;
+  return {task / slices, begin, begin + softmax_queries < s.queries ? begin + softmax_queries : s.queries};
 }
 
 template <class V>
 inline void softmax_task(const Sampling& s, int64_t task) {
   using W = typename V::Scalar;
-  const int64_t slices = (s.queries + softmax_queries - 1) / softmax_queries, b = task / slices;
-  const int64_t begin = task % slices * softmax_queries;
-  const int64_t end = begin + softmax_queries < s.queries ? begin + softmax_queries : s.queries;
+  const auto [b, begin, end] = softmax_share(s, task);
   for (int64_t q = begin; q < end; ++q) {
     const W* logits = row_of<W>(s.logits, b, q);
     W* weights = static_cast<W*>(s.weights) + (b * s.queries + q) * s.heads * s.num_points;
@@ -427,9 +437,8 @@ template <class V>
 inline void softmax_grad_task(const AttendGradJob& job, int64_t task) {
   using W = typename V::Scalar;
   const Sampling& s = job.sampling;
-  const int64_t slices = (s.queries + softmax_queries - 1) / softmax_queries, b = task / slices;
-  const int64_t begin = task % slices * softmax_queries, n = s.num_points;
-  const int64_t end = begin + softmax_queries < s.queries ? begin + softmax_queries : s.queries;
+  const int64_t n = s.num_points;
+  const auto [b, begin, end] = softmax_share(s, task);
   for (int64_t i = (b * s.queries + begin) * s.heads; i < (b * s.queries + end) * s.heads; ++i) {
     const W* weights = static_cast<const W*>(s.weights) + i * n;
     W* grads = static_cast<W*>(job.grad_logits) + i * n;
