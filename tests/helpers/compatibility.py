@@ -64,7 +64,9 @@ Llava of transformers that reads three layers. **patched**: the same after `ik.p
 * **accelerate, hooks, peft, tensor parallelism**: loss, logits and all gradients of plain code; merged adapters;
   nothing is left after `revert`.
 * **bitsandbytes, torchao**: logits and layer weights of plain code over the numbers that the quantised weights stand
-  for. In 8 bit, bitsandbytes rounds the activations too.
+  for. In 8 bit, bitsandbytes rounds the activations too. In 4 bit on a CPU with AVX512-BF16 it multiplies in bf16, and
+  only Linears of whole blocks of 32 outputs: there an allocator's last Linear, with an output a group, belongs in
+  `llm_int8_skip_modules` (`["model.weight_allocator.head", "lm_head"]`, or `.linear_2` where the text decides).
 * **torch.export, ONNX**: what was exported answers other images. ONNX knows plain PyTorch only (`impl="reference"`).
 * **transformers**: saved, loaded, trained for a step, asked.
 """
