@@ -19,7 +19,11 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[2]
-PATCH_TESTS = ("tests/integrations/test_patch_transformers.py", "tests/integrations/test_patch_deepstack.py")
+PATCH_TESTS = (
+    "tests/integrations/test_patch_transformers.py",
+    "tests/integrations/test_patch_deepstack.py",
+    "tests/integrations/test_patch_deformable.py",
+)
 CLIENT_TESTS = "tests/clients"
 EVERY_VERSION = "tests/clients/test_transformers.py"
 MODELS = ("plain", "patched", "reference")
@@ -42,6 +46,14 @@ CHECKS = {
 }
 """Columns: the tests behind them. The last ones run on two or three models, which stand for all."""
 
+DEFORMABLE_CHECKS = {
+    "test_outputs_and_gradients": "outputs and gradients",
+    "test_whole_models": "whole model",
+    "test_autocast": "autocast",
+    "test_compile": "compile",
+}
+"""The same, of models with deformable attention."""
+
 HEAD = """# What works with what
 
 `make compatibility` writes this page from the outcomes of the tests: tiny models with random weights on a CPU, each
@@ -52,6 +64,7 @@ models. An empty cell: there is no such test. Any other word is the right answer
 
 1. [Clients and models](#clients-and-models)
 2. [Models of transformers that `ik.patch` serves](#models-of-transformers-that-ikpatch-serves)
+3. [Deformable attention](#deformable-attention)
 
 ## Clients and models
 
@@ -83,6 +96,12 @@ PATCH_HEAD = """## Models of transformers that `ik.patch` serves
 * **checkpointing**: reentrant and not. **offload**: accelerate's, to CPU and disk. **LoRA**: peft's on the projector,
   with dropout, DoRA, modules_to_save. **FSDP2**: units down to the single Linear. The last three are tested with the
   patch before and after.
+"""
+
+DEFORMABLE_HEAD = """## Deformable attention
+
+The attention module of each model, by its folder in transformers, in fp32. **whole model**: outputs and the gradients
+of every parameter of a whole model. **autocast**: the dtype of transformers. **compile**: one graph.
 """
 
 CLIENTS = ("accelerate", "bitsandbytes", "lmms-eval", "onnxruntime", "peft", "torch", "torchao", "transformers", "trl")
@@ -137,11 +156,11 @@ def table(first: str, columns: Sequence[str], cells: Iterable[tuple[str, str, st
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def patch_cells(found: Sequence[Outcome]) -> Iterator[tuple[str, str, str]]:
-    """Of the tests of the patch: ``(model, check, word)``."""
-    for each in found:
-        if "host" in each.properties and each.test in CHECKS:
-            yield each.properties["host"], CHECKS[each.test], each.word
+def patch_cells(found: Sequence[Outcome], row: str, checks: dict[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Of the tests of the patch that recorded this property: ``(its value, check, word)``, by its value."""
+    of_rows = [each for each in found if row in each.properties and each.test in checks]
+    for each in sorted(of_rows, key=lambda each: each.properties[row].casefold()):
+        yield each.properties[row], checks[each.test], each.word
 
 
 def client_cells(found: Sequence[Outcome]) -> list[tuple[str, str, str]]:
@@ -158,8 +177,8 @@ def version(python: str, *distributions: str) -> str:
     """Of the distributions that the interpreter has: ``"peft 0.21.2, ..."``."""
     code = (
         "import importlib.metadata as m, sys\n"
-        "have = {d.name.lower().replace('_', '-'): d.version for d in m.distributions()}\n"
-        "print(', '.join(f'{name} {have[name]}' for name in sys.argv[1:] if name in have))"
+        "have = {d.name.lower().replace('_', '-') for d in m.distributions()}\n"
+        "print(', '.join(f'{name} {m.version(name)}' for name in sys.argv[1:] if name in have))"
     )
     return subprocess.check_output([python, "-c", code, *distributions], text=True).strip()
 
@@ -171,18 +190,20 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "compatibility.md")
     args = parser.parse_args()
 
-    of_clients, sections = outcomes(args.clients, CLIENT_TESTS), []
+    of_clients = outcomes(args.clients, CLIENT_TESTS)
+    sections, deformable = [PATCH_HEAD], [DEFORMABLE_HEAD]
     for python in args.pythons:
         found = outcomes(python, *PATCH_TESTS, EVERY_VERSION)
         of_clients += found
-        patched = table("model", list(CHECKS.values()), patch_cells(found))
-        sections.append(f"### {version(python, 'transformers')}\n\n{patched}")
+        for part, row, checks in ((sections, "host", CHECKS), (deformable, "deformable", DEFORMABLE_CHECKS)):
+            cells = table("model", list(checks.values()), patch_cells(found, row, checks))
+            part.append(f"### {version(python, 'transformers')}\n\n{cells}")
     rows = client_cells(of_clients)
     methods = [(client.removeprefix(PEFT), *rest) for client, *rest in rows if client.startswith(PEFT)]
     others = [row for row in rows if not row[0].startswith(PEFT)]
     clients = [table("client", MODELS, others), table("method of peft", MODELS, methods)]
     head = HEAD.format(versions=textwrap.fill(f"Tested with {version(args.clients, *CLIENTS)}.", 120))
-    args.output.write_text("\n".join([head, *clients, PATCH_HEAD, *sections]))
+    args.output.write_text("\n".join([head, *clients, *sections, *deformable]))
 
 
 if __name__ == "__main__":

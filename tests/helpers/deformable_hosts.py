@@ -129,5 +129,5 @@ def _model(kind, config):
     return liven(kind(config).eval())
 
 
-WHOLE = {"DeformableDetr": (deformable_detr, "logits"), "Mask2Former": (mask2former, "masks_queries_logits")}
+WHOLE = {"deformable_detr": (deformable_detr, "logits"), "mask2former": (mask2former, "masks_queries_logits")}
 """Whole models, and the name of an output."""

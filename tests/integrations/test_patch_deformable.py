@@ -19,6 +19,13 @@ IMPLS = ["reference", *(["auto"] if harness.quick_impls("deform_attn") else [])]
 CASES = [*((name, False) for name in hosts.CLASSES if name not in hosts.BY_LEVEL), *((n, True) for n in hosts.CLASSES)]
 
 
+@pytest.fixture(autouse=True)
+def row(request, record_property):
+    """Of docs/compatibility.md: the model that a test is about."""
+    if "name" in request.fixturenames:
+        record_property("deformable", request.getfixturevalue("name"))
+
+
 def step(module, given):
     """The outputs and every gradient, of the arguments too."""
     module.zero_grad()
@@ -77,9 +84,9 @@ def test_the_core_is_one_operator(name):
 
 
 @pytest.mark.parametrize("name", ["deformable_detr", "d_fine", "mask2former"])
-def test_autocast_returns_the_dtype_of_transformers(name):
-    """The output projection, where there is one, rounds the sum to bf16 anyway; where there is none it is rounded once
-    more than in transformers."""
+def test_autocast(name):
+    """The dtype is that of transformers. The output projection, where there is one, rounds the sum to bf16 anyway;
+    where there is none it is rounded once more than in transformers."""
     module = hosts.attention(name)
     given = hosts.inputs(module, boxes=True)
     with torch.autocast("cpu", torch.bfloat16):
