@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, SiglipVisionConfig
 
+from igva_kernels import MixPlan
 from igva_kernels.models import LlavaIgvaConfig, LlavaIgvaModel
 from igva_kernels.testing import measure_memory, relative_error
 
@@ -50,12 +51,23 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """The fields of ``LlavaIgvaConfig`` that make each system, for a tower of 24 layers (see ``tower_layers``)."""
 
+FUSERS: dict[str, dict[str, Any]] = {
+    "MMFuser": {"fuser": {"mmfuser": {}}},
+    "Layer_Select_Fuse E_M 18": {"fuser": {"layer_select": {"strategy": "18"}}},
+    "Layer_Select_Fuse E_M 3-18-23": {"fuser": {"layer_select": {"strategy": "3-18-23"}}},
+    "Layer_Select_Fuse E_M all": {"fuser": {"layer_select": {"strategy": "all"}}},
+}
+"""The same of systems with deformable fusion: a block before the projector."""
+
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"clip": (16, 32, 2, 28, 14), "siglip": (16, 32, 2, 28, 14), "text": 32},
     "real": {"clip": (1024, 4096, 16, 336, 14), "siglip": (1152, 4304, 16, 384, 14), "text": 4096},
 }
 """Of each tower: width, width of the MLP, heads, pixels per side of an image and of a patch. "text": width of the
 language model."""
+
+
+CHOICES = [*SYSTEMS, *FUSERS]
 
 
 def tower_layers(system: str) -> int:
@@ -80,7 +92,7 @@ def make_config(system: str, size: str = "tiny", **overrides: Any) -> LlavaIgvaC
             hidden_size=hidden, intermediate_size=hidden, num_hidden_layers=1, num_attention_heads=8, vocab_size=64
         ),
         "image_token_index": 60,
-        **SYSTEMS[system],
+        **(SYSTEMS | FUSERS)[system],
         **overrides,
     }  # fmt: skip
     return LlavaIgvaConfig(**fields)
@@ -91,8 +103,8 @@ def measure(system: str, size: str, batch: int, rounds: int) -> list[str]:
     torch.manual_seed(0)
     config = make_config(system, size)
     model = LlavaIgvaModel(config).eval()
-    projector, allocator = model.multi_modal_projector, model.weight_allocator
-    parameters = [p for module in (projector, allocator) if module is not None for p in module.parameters()]
+    projector, allocator, fuser = model.multi_modal_projector, model.weight_allocator, model.fuser
+    parameters = [p for module in (projector, allocator, fuser) if module is not None for p in module.parameters()]
     pixels = torch.randn(batch, 3, config.vision_config.image_size, config.vision_config.image_size)
     kept = model.encode_images(pixels).nbytes / batch
     with torch.no_grad():
@@ -101,7 +113,11 @@ def measure(system: str, size: str, batch: int, rounds: int) -> list[str]:
 
     def connect(impl: str) -> Tensor:
         projector.impl = impl
-        return projector(states, weights)
+        if fuser is None or config.fuser_plan is None:
+            return projector(states, weights)
+        fuser.impl = impl
+        fused = fuser([states[layer] for layer in (*config.fuser_plan.levels, *config.plan.layers)])
+        return projector([fused], plan=MixPlan.concat([0], 1))
 
     def infer(impl: str) -> Tensor:
         with torch.no_grad():
@@ -132,7 +148,7 @@ def measure(system: str, size: str, batch: int, rounds: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="tiny", help="default: %(default)s")
-    parser.add_argument("--only", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="SYSTEM")
+    parser.add_argument("--only", nargs="+", choices=CHOICES, default=CHOICES, metavar="SYSTEM")
     parser.add_argument("--batch", type=int, default=2, help="images (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="timed calls (default: %(default)s)")
     args = parser.parse_args()

@@ -8,7 +8,7 @@ from seeds import seeded
 
 pytest.importorskip("transformers")
 
-from compare_connectors import SYSTEMS, make_config
+from compare_connectors import SYSTEMS, make_config, measure
 from hosts import gradients
 from huggingface_hub.errors import StrictDataclassError
 from tiny import EMBED, FUSED, IMAGE, PATCHES, batch, igva_config, liven, text_config
@@ -89,6 +89,14 @@ def test_the_visual_tokens_are_the_formula_of_the_system(name):
     tokens = projector.linear_2(gelu(projector.linear_1(rows)))
     close(torch.stack(out.pooler_output), tokens)
     assert tokens.shape[1] == PATCHES
+
+
+@pytest.mark.parametrize("name", ["IGVA", "MMFuser"])
+def test_the_comparison_has_a_number_for_every_column(name):
+    """It also compares the fused connector with the plain one."""
+    parameters, kept, *pairs = measure(name, "tiny", batch=1, rounds=1)
+    assert float(parameters) > 0 and float(kept) > 0
+    assert len(pairs) == 4 and all(float(number) > 0 for pair in pairs for number in pair.split(" / "))
 
 
 def test_the_instruction_can_weigh_the_layers_of_any_plan():

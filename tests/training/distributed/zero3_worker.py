@@ -1,7 +1,7 @@
 """Losses of models under ZeRO-3, untouched and patched, in the processes of one launch.
 
 The command line names a family, ``transformers`` or ``research``, and a file, which gets ``{model: {how: losses}}``.
-The first losses of a model are those that its others must equal.
+The reference model is with ``transformers``. The first losses of a model are those that its others must equal.
 """
 
 import json
@@ -17,7 +17,7 @@ import research_hosts
 from hosts import host_inputs, host_model
 from research_hosts import IGVA, TGIF, DenseConnector, LLaVA
 from seeds import seeded
-from tiny import EMBED, VISION
+from tiny import EMBED, VISION, batch, igva_model
 
 import igva_kernels as ik
 from igva_kernels.nn import WeightAllocator
@@ -30,9 +30,12 @@ CONFIG = {
     "zero_force_ds_cpu_optimizer": False,
 }
 PATCHED = ("never", "before", "after")
+IMPLS = ("reference", "auto")
+FUSED_IN = {"fuser": {"levels": [1, 2], "heads": 4}, "injection": {"taps": [1, 2], "layers": [0, 1]}}
+"""Fields of the reference model's config."""
 
 
-def train(model, batch, patched="never"):
+def train(model, inputs, patched="never"):
     """The losses of four steps of a model patched before or after the engine takes it."""
     handle = ik.patch(model) if patched == "before" else None
     engine, *_ = deepspeed.initialize(model=model, config=CONFIG, model_parameters=list(model.parameters()))
@@ -40,7 +43,7 @@ def train(model, batch, patched="never"):
         handle = ik.patch(engine)
     losses = []
     for _ in range(4):
-        loss = engine(**batch).loss
+        loss = engine(**inputs).loss
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
@@ -55,8 +58,8 @@ def train_transformers(name, patched):
 
 def train_research(host_class, patched):
     sentences = host_class is IGVA
-    batch = research_hosts.inputs((1, 1), labels=True, sentences=sentences, seed=torch.distributed.get_rank())
-    return train(research_hosts.make(host_class).train(), batch, patched)
+    inputs = research_hosts.inputs((1, 1), labels=True, sentences=sentences, seed=torch.distributed.get_rank())
+    return train(research_hosts.make(host_class).train(), inputs, patched)
 
 
 def train_with_a_plan(impl):
@@ -68,13 +71,20 @@ def train_with_a_plan(impl):
     return train(model, research_hosts.inputs((1, 1), labels=True, sentences=True, seed=torch.distributed.get_rank()))
 
 
+def train_reference_model(field, impl):
+    """Plain torch is ``impl="reference"``."""
+    model = igva_model(**{field: FUSED_IN[field]}, impl=impl).train()
+    return train(model, batch(labels=True, seed=torch.distributed.get_rank()))
+
+
 def losses_of(family):
     if family == "transformers":
-        return {name: {how: train_transformers(name, how) for how in PATCHED} for name in ("Llava", "VipLlava")}
+        hosts = {name: {how: train_transformers(name, how) for how in PATCHED} for name in ("Llava", "VipLlava")}
+        return hosts | {name: {impl: train_reference_model(name, impl) for impl in IMPLS} for name in FUSED_IN}
     hosts = {
         host.__name__: {how: train_research(host, how) for how in PATCHED} for host in (IGVA, DenseConnector, TGIF)
     }
-    return {**hosts, "LLaVA": {impl: train_with_a_plan(impl) for impl in ("reference", "auto")}}
+    return {**hosts, "LLaVA": {impl: train_with_a_plan(impl) for impl in IMPLS}}
 
 
 if __name__ == "__main__":
