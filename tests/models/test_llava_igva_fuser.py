@@ -1,6 +1,5 @@
 """Deformable fusion (MMFuser, E_M): the config line, the visual tokens, training, streaming, and checkpoints."""
 
-import copy
 import json
 import shutil
 
@@ -13,18 +12,21 @@ from hosts import close, gradients
 from huggingface_hub import save_torch_state_dict
 from published_fuser import PARAMETERS, published_fuser, random_weights
 from reference_models import (
+    assert_a_checkpoint_gives_the_same_bits,
     assert_a_compiled_step_is_the_step,
+    assert_a_copy_answers_by_itself,
+    assert_an_upgraded_llava_answers_as_before,
+    assert_many_questions_read_one_encoded_image,
     assert_samples_answer_alone_as_in_a_batch,
     assert_step_is,
     assert_zero_gradients_without_images,
 )
-from tiny import FUSED, IMAGE, PATCHES, batch, igva_model, llava_config, text_config, vision_config
+from tiny import FUSED, IMAGE, PATCHES, batch, igva_model, text_config, vision_config
 from torch import nn
-from transformers import LlavaForConditionalGeneration
 
 import igva_kernels as ik
 from igva_kernels import MixPlan
-from igva_kernels.models import ImageFeatures, LlavaIgvaConfig, LlavaIgvaForConditionalGeneration
+from igva_kernels.models import LlavaIgvaConfig, LlavaIgvaForConditionalGeneration
 from igva_kernels.models.llava_igva.convert import from_repo, to_repo
 from igva_kernels.runtime.files import read_tensors
 from igva_kernels.testing import measure_memory
@@ -204,26 +206,16 @@ def test_the_tower_is_streamed_and_leaves_the_states_that_are_read():
 
 
 def test_many_questions_read_one_encoded_image(tmp_path):
-    model, inputs = model_of(impl="auto"), batch((1, 1, 1))
-    inputs["pixel_values"] = inputs["pixel_values"][:1].expand(3, -1, -1, -1)
-    expected = model(**inputs).logits
-    features = model.encode_images(inputs.pop("pixel_values")[:1])
-    features.save(tmp_path / "image.safetensors")
-    features = ImageFeatures.load(tmp_path / "image.safetensors")
-    close(model(**inputs, image_features=features, image_index=torch.zeros(3, dtype=torch.long)).logits, expected)
-    with pytest.raises(ValueError, match="image_features"):
-        model_of(fuser={"levels": [1, 0], "heads": 4})(**inputs, image_features=features)
+    other = model_of(fuser={"levels": [1, 0], "heads": 4})
+    assert_many_questions_read_one_encoded_image(model_of(impl="auto"), other, tmp_path)
 
 
 # ---- models and checkpoints ----
 
 
 def test_a_checkpoint_keeps_the_fuser_and_weights_that_it_lacks_start_anew(tmp_path):
-    model, inputs = model_of(), batch((1,))
-    model.save_pretrained(tmp_path)
-    again = LlavaIgvaForConditionalGeneration.from_pretrained(tmp_path, impl="reference")
-    assert again.config.fuser == model.config.fuser
-    torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits, rtol=0, atol=0)
+    model = model_of()
+    assert assert_a_checkpoint_gives_the_same_bits(model, tmp_path).config.fuser == model.config.fuser
     weights = {name: x for name, x in model.state_dict().items() if not name.endswith("gamma1")}
     partial = LlavaIgvaForConditionalGeneration.from_pretrained(None, config=model.config, state_dict=weights)
     assert not partial.model.fuser.gamma1.any()
@@ -231,16 +223,8 @@ def test_a_checkpoint_keeps_the_fuser_and_weights_that_it_lacks_start_anew(tmp_p
 
 
 def test_an_upgraded_llava_answers_as_before_and_learns_to_fuse():
-    torch.manual_seed(0)
-    llava = LlavaForConditionalGeneration(llava_config()).eval()
-    inputs = batch((1,), labels=True)
-    inputs.pop("sentence_embeds")
-    expected = llava(**inputs).logits
-    model = LlavaIgvaForConditionalGeneration.from_llava(llava, fuser={"levels": [1, 2], "heads": 4})
-    out = model(**inputs)
-    close(out.logits, expected)
+    model = assert_an_upgraded_llava_answers_as_before(fuser={"levels": [1, 2], "heads": 4})
     assert model.model.fuser.cross_attn.sampling_offsets.bias.any()
-    out.loss.backward()
     assert model.model.fuser.gamma1.grad.any()
 
 
@@ -355,10 +339,5 @@ def test_a_patch_chooses_who_serves_the_fuser():
 
 
 def test_a_copy_of_a_model_has_a_fuser_of_its_own():
-    model, inputs = model_of(), batch((1,))
-    expected = model(**inputs).logits
-    other = copy.deepcopy(model)
-    for parameter in model.parameters():
-        nn.init.zeros_(parameter)
-    close(other(**inputs).logits, expected)
+    assert_a_copy_answers_by_itself(model_of())
     assert PATCHES == 4  # two by two: the only grid of the tiny tower

@@ -10,17 +10,20 @@ pytest.importorskip("transformers")
 import transformers
 from hosts import close, gradients
 from reference_models import (
+    assert_a_checkpoint_gives_the_same_bits,
     assert_a_compiled_step_is_the_step,
+    assert_a_copy_answers_by_itself,
+    assert_an_upgraded_llava_answers_as_before,
+    assert_many_questions_read_one_encoded_image,
     assert_samples_answer_alone_as_in_a_batch,
     assert_step_is,
     assert_zero_gradients_without_images,
 )
 from threads import in_threads
-from tiny import FUSED, IMAGE, PATCHES, batch, igva_config, igva_model, llava_config, text_config, vision_config
+from tiny import FUSED, IMAGE, PATCHES, batch, igva_config, igva_model, text_config, vision_config
 from torch import nn
-from transformers import LlavaForConditionalGeneration
 
-from igva_kernels.models import ImageFeatures, LlavaIgvaConfig, LlavaIgvaForConditionalGeneration
+from igva_kernels.models import LlavaIgvaConfig
 from igva_kernels.testing import measure_memory
 
 TRANSFORMERS = tuple(map(int, transformers.__version__.split(".")[:2]))
@@ -294,15 +297,7 @@ def test_embeddings_that_hold_their_images_already_come_with_what_is_injected():
 @pytest.mark.parametrize("when", TIMES)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_many_questions_read_one_encoded_image(when, impl, tmp_path):
-    model, inputs = model_of(when, impl=impl), batch((1, 1, 1))
-    inputs["pixel_values"] = inputs["pixel_values"][:1].expand(3, -1, -1, -1)
-    expected = model(**inputs).logits
-    features = model.encode_images(inputs.pop("pixel_values")[:1])
-    features.save(tmp_path / "image.safetensors")
-    features = ImageFeatures.load(tmp_path / "image.safetensors")
-    close(model(**inputs, image_features=features, image_index=torch.zeros(3, dtype=torch.long)).logits, expected)
-    with pytest.raises(ValueError, match="image_features"):
-        model_of(injection=None)(**inputs, image_features=features)
+    assert_many_questions_read_one_encoded_image(model_of(when, impl=impl), model_of(injection=None), tmp_path)
 
 
 def test_encoded_images_hold_a_state_that_connector_and_injection_share_once():
@@ -338,11 +333,8 @@ def test_threads_that_share_a_model_inject_their_own_images():
 
 
 def test_a_checkpoint_keeps_injection_and_weights(tmp_path):
-    model, inputs = model_of("inject"), batch((1,))
-    model.save_pretrained(tmp_path)
-    again = LlavaIgvaForConditionalGeneration.from_pretrained(tmp_path, impl="reference")
-    assert again.config.injection == model.config.injection
-    torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits, rtol=0, atol=0)
+    model = model_of("inject")
+    assert assert_a_checkpoint_gives_the_same_bits(model, tmp_path).config.injection == model.config.injection
     names = {name for name in model.state_dict() if "injection" in name}
     linears = (f"linear_{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias"))
     expected = {f"model.injection_projectors.{j}.{name}" for name in linears for j in range(2)}
@@ -350,28 +342,13 @@ def test_a_checkpoint_keeps_injection_and_weights(tmp_path):
 
 
 def test_an_upgraded_llava_answers_as_before_and_learns_what_to_inject():
-    torch.manual_seed(0)
-    llava = LlavaForConditionalGeneration(llava_config()).eval()
-    inputs = batch((1,), labels=True)
-    inputs.pop("sentence_embeds")
-    expected = llava(**inputs).logits
     plan, injection = {"concat": {"layers": [-2]}}, {"taps": [1, 3], "layers": [0, 1]}
-    model = LlavaIgvaForConditionalGeneration.from_llava(
-        llava, mix_plan=plan, aggregation="uniform", injection=injection
-    )
-    out = model(**inputs)
-    close(out.logits, expected)
-    out.loss.backward()
+    model = assert_an_upgraded_llava_answers_as_before(mix_plan=plan, aggregation="uniform", injection=injection)
     assert all(projector.linear_2.weight.grad.any() for projector in model.model.injection_projectors)
 
 
 def test_a_copy_of_a_model_injects_its_own_features():
-    model, inputs = model_of(), batch((1,))
-    expected = model(**inputs).logits
-    other = copy.deepcopy(model)
-    for parameter in model.parameters():
-        nn.init.zeros_(parameter)
-    close(other(**inputs).logits, expected)
+    assert_a_copy_answers_by_itself(model_of())
 
 
 def test_a_language_model_that_keeps_its_arguments_to_itself_is_refused():

@@ -128,20 +128,8 @@ __device__ inline Softmax<W> softmax_of(const Sampling& s, const W* logits) {
 
 // A product that is rounded before it is added to anything, as plain torch rounds it: near a kink of the interpolation
 // the derivative depends on it.
-__device__ inline float rounded_product(float a, float b) {
-#ifdef IGVA_EMULATION
-  return a * b;
-#else
-  return __fmul_rn(a, b);
-#endif
-}
-__device__ inline double rounded_product(double a, double b) {
-#ifdef IGVA_EMULATION
-  return a * b;
-#else
-  return __dmul_rn(a, b);
-#endif
-}
+__device__ inline float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+__device__ inline double rounded_product(double a, double b) { return __dmul_rn(a, b); }
 
 // The cell in which a point lies, by the pixel that is its upper left corner, and the place within it, from 0 to 1.
 template <class W>

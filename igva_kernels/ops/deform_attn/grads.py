@@ -41,7 +41,7 @@ def deform_attn_grads(
         ValueError, NotImplementedError: as in ``deform_attn``.
     """
     given = [tensor.detach() for tensor in (value, sampling, weights)]
-    backend = op.OPERATOR.select(impl, value.device, value.dtype, given)
+    backend = op.OPERATOR.select(impl, value.device, value.dtype, given, len(shapes))
     if backend == REFERENCE:
         leaves = [tensor.requires_grad_() for tensor in given]
         with torch.enable_grad():

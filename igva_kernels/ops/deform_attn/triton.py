@@ -75,12 +75,23 @@ def of_level(values, level):
 
 @triton.jit
 def block_of(num_queries, HEADS: tl.constexpr, TILES_D: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """``(b, head, queries [BQ], first channel / BLOCK_D)`` of this program. Programs that run together share a head."""
+    """``(b, head, queries [BQ], which exist, first channel / BLOCK_D)`` of this program.
+
+    Programs that run together share a head.
+    """
     pid = tl.program_id(0)
     tiles_q = tl.cdiv(num_queries, BLOCK_Q)
     o_q = ((pid // TILES_D) % tiles_q) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     bh = pid // TILES_D // tiles_q
-    return (bh // HEADS).to(tl.int64), bh % HEADS, o_q, pid % TILES_D
+    return (bh // HEADS).to(tl.int64), bh % HEADS, o_q, o_q < num_queries, pid % TILES_D
+
+
+@triton.jit
+def given_of(sampling, logits, place_strides, b, h, o_m, NUM_POINTS: tl.constexpr):
+    """The addresses of the samplings and logits of every query, and where its references begin, each ``[BQ]``."""
+    p_sampling = sampling + b * place_strides[0] + o_m * place_strides[1] + h * (2 * NUM_POINTS)
+    p_logits = logits + b * place_strides[2] + o_m * place_strides[3] + h * NUM_POINTS
+    return p_sampling, p_logits, b * place_strides[4] + o_m * place_strides[5]
 
 
 @triton.jit
@@ -189,20 +200,17 @@ def head_of(levels, stride_level, HEAD_STRIDES: tl.constexpr, level, b, h):
 @kernel
 def attend_kernel(
     levels, sampling, logits, reference, out, heights, widths, num_queries,
-    stride_level, stride_sb, stride_sq, stride_lb, stride_lq, stride_rb, stride_rq,
+    stride_level, place_strides,
     NUM_LEVELS: tl.constexpr, POINTS: tl.constexpr, NUM_POINTS: tl.constexpr, HALF_SHARES: tl.constexpr,
     ORIGIN: tl.constexpr, SOFTMAX: tl.constexpr, ROW_STRIDES: tl.constexpr, HEAD_STRIDES: tl.constexpr,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One tile ``[BLOCK_Q queries, BLOCK_D]`` of one head."""
-    b, h, o_q, tile_d = block_of(num_queries, HEADS, (WIDTH + BLOCK_D - 1) // BLOCK_D, BLOCK_Q)
+    b, h, o_q, m_q, tile_d = block_of(num_queries, HEADS, (WIDTH + BLOCK_D - 1) // BLOCK_D, BLOCK_Q)
     o_d = (tile_d * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
     m_d = o_d < WIDTH
-    m_q = o_q < num_queries
     o_m = o_q.to(tl.int64)
-    p_sampling = sampling + b * stride_sb + o_m * stride_sq + h * (2 * NUM_POINTS)
-    p_logits = logits + b * stride_lb + o_m * stride_lq + h * NUM_POINTS
-    o_reference = b * stride_rb + o_m * stride_rq
+    p_sampling, p_logits, o_reference = given_of(sampling, logits, place_strides, b, h, o_m, NUM_POINTS)
     b_largest, b_scale = normaliser(p_logits, m_q, NUM_POINTS, SOFTMAX, BLOCK_S)
 
     b_out = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
@@ -231,20 +239,17 @@ def attend_kernel(
 @kernel
 def places_grad_kernel(
     grad, levels, sampling, logits, reference, grad_sampling, grad_logits, heights, widths, num_queries,
-    stride_gb, stride_gq, stride_level, stride_sb, stride_sq, stride_lb, stride_lq, stride_rb, stride_rq,
+    stride_gb, stride_gq, stride_level, place_strides,
     NUM_LEVELS: tl.constexpr, POINTS: tl.constexpr, NUM_POINTS: tl.constexpr, HALF_SHARES: tl.constexpr,
     ORIGIN: tl.constexpr, SOFTMAX: tl.constexpr, IN_PIXELS: tl.constexpr, ROW_STRIDES: tl.constexpr,
     HEAD_STRIDES: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """All points of ``BLOCK_Q`` queries of one head, over all channels."""
-    b, h, o_q, _ = block_of(num_queries, HEADS, 1, BLOCK_Q)
+    b, h, o_q, m_q, _ = block_of(num_queries, HEADS, 1, BLOCK_Q)
     o_d = tl.arange(0, BLOCK_D)[None, :]
-    m_q = o_q < num_queries
     o_m = o_q.to(tl.int64)
-    p_sampling = sampling + b * stride_sb + o_m * stride_sq + h * (2 * NUM_POINTS)
-    p_logits = logits + b * stride_lb + o_m * stride_lq + h * NUM_POINTS
-    o_reference = b * stride_rb + o_m * stride_rq
+    p_sampling, p_logits, o_reference = given_of(sampling, logits, place_strides, b, h, o_m, NUM_POINTS)
 
     p_grad = grad + (b * stride_gb + o_m * stride_gq + h * WIDTH)[:, None] + o_d
     b_grads = ()
@@ -331,21 +336,18 @@ def power_of_two(exponent):
 @kernel_with("num_queries", "num_pixels", "grad", "integers")
 def levels_grad_kernel(
     grad, sampling, logits, reference, largest_grad, largest_weight, integers, heights, widths, num_queries, num_pixels,
-    unit, stride_gb, stride_gq, stride_sb, stride_sq, stride_lb, stride_lq, stride_rb, stride_rq,
+    unit, stride_gb, stride_gq, place_strides,
     FIRST_LEVEL: tl.constexpr, FIRST_POINT: tl.constexpr, NUM_LEVELS: tl.constexpr, POINTS: tl.constexpr,
     NUM_POINTS: tl.constexpr, HALF_SHARES: tl.constexpr, ORIGIN: tl.constexpr, SOFTMAX: tl.constexpr,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """What one tile ``[BLOCK_Q queries, BLOCK_D]`` of one head adds to ``integers [B, num_pixels, HEADS, WIDTH]``, in
     some of the levels."""
-    b, h, o_q, tile_d = block_of(num_queries, HEADS, (WIDTH + BLOCK_D - 1) // BLOCK_D, BLOCK_Q)
+    b, h, o_q, m_q, tile_d = block_of(num_queries, HEADS, (WIDTH + BLOCK_D - 1) // BLOCK_D, BLOCK_Q)
     o_d = (tile_d * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
     m_d = o_d < WIDTH
-    m_q = o_q < num_queries
     o_m = o_q.to(tl.int64)
-    p_sampling = sampling + b * stride_sb + o_m * stride_sq + h * (2 * NUM_POINTS)
-    p_logits = logits + b * stride_lb + o_m * stride_lq + h * NUM_POINTS
-    o_reference = b * stride_rb + o_m * stride_rq
+    p_sampling, p_logits, o_reference = given_of(sampling, logits, place_strides, b, h, o_m, NUM_POINTS)
     b_largest, b_scale = normaliser(p_logits, m_q, NUM_POINTS, SOFTMAX, BLOCK_S)
 
     p_largest = largest_grad + b * HEADS + h
@@ -451,7 +453,7 @@ class TritonDeformAttn(DeformAttn):
         launch(
             attend_kernel, batch * heads * _tiles(queries, constants) * triton.cdiv(width, constants["BLOCK_D"]),
             out.device, tuple(levels), sampling, logits, reference, out, *_levels_of(geometry, _ALL), queries,
-            strides(tuple(levels), 0), *_place_strides(sampling, logits, reference),
+            strides(tuple(levels), 0), _place_strides(sampling, logits, reference),
             **constants, **_inner_strides(levels),
         )  # fmt: skip
         return out
@@ -476,7 +478,7 @@ class TritonDeformAttn(DeformAttn):
                 places_grad_kernel, batch * heads * _tiles(queries, constants), grad.device,
                 grad, tuple(levels), sampling, logits, reference, grad_sampling, grad_logits,
                 *_levels_of(geometry, _ALL), queries, *grad.stride()[:2], strides(tuple(levels), 0),
-                *_place_strides(sampling, logits, reference),
+                _place_strides(sampling, logits, reference),
                 **constants, **_inner_strides(levels), IN_PIXELS=in_pixels,
             )  # fmt: skip
         if grad_levels is not None:
@@ -510,7 +512,7 @@ def _levels_grad(
         launch(
             levels_grad_kernel, batch * heads * _tiles(queries, constants) * tiles_d, grad.device,
             grad, sampling, logits, reference, largest_grad, largest_weight, integers, *sizes, queries, sum(rows), unit,
-            *grad.stride()[:2], *_place_strides(sampling, logits, reference),
+            *grad.stride()[:2], _place_strides(sampling, logits, reference),
             **constants | points, FIRST_LEVEL=group.start, FIRST_POINT=geometry.firsts[group.start],
         )  # fmt: skip
         num_tiles = sum(triton.cdiv(count, block_r) for count in rows)
@@ -571,9 +573,9 @@ def _tiles(queries: int, constants: dict[str, Any]) -> int:
     return triton.cdiv(queries, constants["BLOCK_Q"])
 
 
-def _place_strides(*tensors: Tensor | None) -> list[int]:
+def _place_strides(*tensors: Tensor | None) -> tuple[int, ...]:
     """Of batch and queries, tensor by tensor."""
-    return [stride for tensor in tensors for stride in ((0, 0) if tensor is None else tensor.stride()[:2])]
+    return tuple(stride for tensor in tensors for stride in ((0, 0) if tensor is None else tensor.stride()[:2]))
 
 
 def _inner_strides(levels: Sequence[Tensor]) -> dict[str, Any]:

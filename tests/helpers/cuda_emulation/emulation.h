@@ -282,6 +282,8 @@ inline int atomicAdd(int* to, int value) {
   *to += value;
   return old;
 }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline void __syncwarp() {
   emulation::arrive_and_wait(emulation::current->block->warps[emulation::current->thread / 32], 32);
