@@ -33,14 +33,11 @@ more, a launch of its own leaves little of the card idle. Modelled, not measured
 
 @triton.jit
 def of_member(pointers, member, MEMBERS: tl.constexpr):
-    """The pointer of a member, which the program knows only when it runs; None of None."""
-    if pointers is None:
-        return None
-    else:
-        found = pointers[0]
-        for j in tl.static_range(1, MEMBERS):
-            found = tl.where(member == j, pointers[j], found)
-        return found
+    """The pointer of a member, which the program knows only when it runs."""
+    found = pointers[0]
+    for j in tl.static_range(1, MEMBERS):
+        found = tl.where(member == j, pointers[j], found)
+    return found
 
 
 @kernel
@@ -57,9 +54,12 @@ def grouped_linear_kernel(
         of_member(xs, member, MEMBERS), of_member(weights, member, MEMBERS), m, n, num_rows, columns, K, K, K, True,
         False, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
+    # Triton 3.6 has no device function that returns None.
+    bias = None if biases is None else of_member(biases, member, MEMBERS)
+    z = None if zs is None else of_member(zs, member, MEMBERS)
     store_activated(
-        b_acc, of_member(biases, member, MEMBERS), None, None, None, of_member(ys, member, MEMBERS),
-        of_member(zs, member, MEMBERS), m, n, num_rows, columns, ACTIVATION, BLOCK_M, BLOCK_N, SLICES,
+        b_acc, bias, None, None, None, of_member(ys, member, MEMBERS), z, m, n, num_rows, columns, ACTIVATION, BLOCK_M,
+        BLOCK_N, SLICES,
     )  # fmt: skip
 
 
