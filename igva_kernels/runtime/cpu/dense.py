@@ -167,7 +167,7 @@ def floats(memory: Tensor) -> tuple[int, int]:
 
 def dense_fp32(vector: Tensor) -> Tensor:
     """A bias as our products read it."""
-    return vector.to(torch.float32).contiguous()
+    return vector if vector.dtype == torch.float32 and vector.is_contiguous() else vector.to(torch.float32).contiguous()
 
 
 # ---- activations -----------------------------------------------------------------------------------------------------

@@ -85,11 +85,17 @@ class CudaDense(Dense):
 
 def allows_vectors(width: int, tensors: Iterable[Tensor]) -> bool:
     """Whether rows of ``width`` elements can be read in 16-byte pieces: all addresses and strides are multiples."""
-    return all(
-        width * tensor.element_size() % VECTOR_BYTES == 0
-        and tensor.data_ptr() % VECTOR_BYTES == 0
-        and all(stride * tensor.element_size() % VECTOR_BYTES == 0 for stride in tensor.stride()[:-1])
-        for tensor in tensors
+    return all(allow_vectors_at(width, x.element_size(), (x.data_ptr(),), (x.stride(),)) for x in tensors)
+
+
+def allow_vectors_at(
+    width: int, element_size: int, addresses: Iterable[int], strides: Iterable[tuple[int, ...]]
+) -> bool:
+    """``allows_vectors`` of tensors whose elements have one size, by their addresses and strides."""
+    lengths = {width, *(stride for of_tensor in {*strides} for stride in of_tensor[:-1])}
+    return not (
+        any([length * element_size % VECTOR_BYTES for length in lengths])
+        or any([address % VECTOR_BYTES for address in addresses])
     )
 
 

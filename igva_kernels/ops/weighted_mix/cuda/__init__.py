@@ -16,7 +16,7 @@ from igva_kernels.ops.weighted_mix.program import shares as shares_of
 from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Mixed, Projector, WeightedMix
 from igva_kernels.runtime import operands
 from igva_kernels.runtime.cuda import launch
-from igva_kernels.runtime.cuda.dense import CudaDense, allows_vectors, chunks
+from igva_kernels.runtime.cuda.dense import CudaDense, allow_vectors_at, allows_vectors, chunks
 from igva_kernels.runtime.dense import Norm, accumulation_dtype
 from igva_kernels.runtime.operands import activations, address, adjacent, dtype_of, view
 
@@ -146,7 +146,9 @@ def _launch_mix(
 ) -> None:  # fmt: skip
     """Rows and sums in one launch; without ``rows`` the sums alone."""
     first, native = args.layers[0], launch.module()
-    vector = allows_vectors(args.width, [*args.layers, *sums])
+    of_layers = layers(dtype_of(native, first.dtype), args)
+    addresses, layouts = zip(*of_layers[-1], strict=True)
+    vector = allow_vectors_at(args.width, first.element_size(), addresses, layouts) and allows_vectors(args.width, sums)
     out = native.MixOutput(
         dtype_of(native, torch.float32 if rows is None else rows.dtype), address(rows), address(raw),
         [kept.data_ptr() for kept in sums],
@@ -157,7 +159,7 @@ def _launch_mix(
         native_norm = operands.norm(native, *norm, mean, rstd)
     with launch.on_device_of(first) as stream:
         native.mix(
-            mix_program(args.plan, bool(sums)), layers(dtype_of(native, first.dtype), args), weights(args.mix_weights),
+            mix_program(args.plan, bool(sums)), of_layers, weights(args.mix_weights),
             batch(args.image_index, args.num_rows), out, native_norm, vector, stream,
         )  # fmt: skip
 
