@@ -39,6 +39,7 @@ from igva_kernels.runtime.cpu.dense import (
 )
 from igva_kernels.runtime.dense import Norm, accumulation_dtype
 from igva_kernels.runtime.operands import activation_of, activations, address, dtype_of, matrix, view
+from igva_kernels.runtime.routes import took
 
 BLOCK_BYTES = 40 << 20
 """The most bytes of the row blocks that ``project`` works on. Blocks are as large as that allows, because a product
@@ -143,6 +144,8 @@ class CpuWeightedMix(CpuDense, WeightedMix):
             args.new_sums() if keep == Keep.SOURCES else [],
             args.new_stats(norm),
         )
+        how = "computed inside our products" if own else "a block at a time, beside torch's products"
+        took("weighted_mix, cpu: mixed rows", how, "nobody holds all of them" if kept.rows is None else "they are kept")
         (self._project if own else self._project_by_library)(args, projector, kept, out, z)
         rows = None if kept.rows is None else kept.rows.view(args.num_rows, args.num_patches, row_width)
         mixed = Mixed(rows if norm is None else None, None if norm is None else rows, kept.sums, *kept.stats)

@@ -20,6 +20,7 @@ from igva_kernels.ops.weighted_mix.steps import Keep, MixArgs, Projector
 from igva_kernels.registry import REFERENCE, choose
 from igva_kernels.runtime.context import autocast_dtype, is_plain, is_unobserved
 from igva_kernels.runtime.layouts import Key, Layouts
+from igva_kernels.runtime.routes import is_explaining
 
 
 class Call(NamedTuple):
@@ -52,7 +53,7 @@ _CHECKED: Layouts[Checked] = Layouts()
 def key_of(call: Call) -> Key | None:
     """What the call is remembered by; None where it must go the long way."""
     states, plan, mix_weights, skip_tokens, index, impl, projector = call
-    if not is_unobserved() or type(plan) is not MixPlan or type(states) not in (list, tuple):
+    if not is_unobserved() or is_explaining() or type(plan) is not MixPlan or type(states) not in (list, tuple):
         return None
     if type(skip_tokens) is not int or type(impl) is not str or impl == REFERENCE:
         return None

@@ -19,6 +19,7 @@ from igva_kernels.runtime.cuda import launch
 from igva_kernels.runtime.cuda.dense import CudaDense, allow_vectors_at, allows_vectors, chunks
 from igva_kernels.runtime.dense import Norm, accumulation_dtype
 from igva_kernels.runtime.operands import activations, address, adjacent, dtype_of, view
+from igva_kernels.runtime.routes import took
 
 
 class CudaWeightedMix(CudaDense, WeightedMix):
@@ -127,8 +128,11 @@ class CudaWeightedMix(CudaDense, WeightedMix):
     def mix_linear(
         self, args: MixArgs, projector: Projector, keep: Keep, keep_z: bool
     ) -> tuple[Tensor, Tensor | None, Mixed]:
-        if self.why_not_fused(args, projector, keep) is not None:
+        reason = self.why_not_fused(args, projector, keep)
+        if reason is not None:
+            took("weighted_mix, cuda: first product", "the mix kernel, cuBLAS and the activation", reason)
             return super().mix_linear(args, projector, keep, keep_z)
+        took("weighted_mix, cuda: first product", "one kernel that mixes and multiplies", f"{gemm.SWITCH}=1")
         sums = args.new_sums() if keep == Keep.SOURCES else []
         y, z = gemm.run(args, projector.weight1, projector.bias1, projector.activation, keep_z, sums)
         return y, z, Mixed(None, None, sums)
