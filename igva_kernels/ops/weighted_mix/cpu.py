@@ -144,8 +144,7 @@ class CpuWeightedMix(CpuDense, WeightedMix):
             args.new_sums() if keep == Keep.SOURCES else [],
             args.new_stats(norm),
         )
-        how = "computed inside our products" if own else "a block at a time, beside torch's products"
-        took("weighted_mix, cpu: mixed rows", how, "nobody holds all of them" if kept.rows is None else "they are kept")
+        took("weighted_mix, cpu: mixed rows", *_how_mixed(own, kept.rows is None or norm is not None))
         (self._project if own else self._project_by_library)(args, projector, kept, out, z)
         rows = None if kept.rows is None else kept.rows.view(args.num_rows, args.num_patches, row_width)
         mixed = Mixed(rows if norm is None else None, None if norm is None else rows, kept.sums, *kept.stats)
@@ -262,6 +261,15 @@ class CpuWeightedMix(CpuDense, WeightedMix):
             floats(memory), threads,
         )  # fmt: skip
         return rows, {"weight1": grad}
+
+
+def _how_mixed(own: bool, inside: bool) -> tuple[str, str]:
+    """What ``explain`` tells of the mixed rows, where our products multiply them or torch's."""
+    if not own:
+        return "mixed a block at a time", "torch's products read them from the cache"
+    if inside:
+        return "mixed inside the product", "nothing needs them whole"
+    return "mixed first", "the backward needs them whole"
 
 
 def _block_rows(rows: int, limit: int) -> int:
