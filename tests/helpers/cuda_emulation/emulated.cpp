@@ -11,7 +11,6 @@
 #include "weighted_mix/cuda/mix.cu"
 #include "weighted_mix/cuda/mix_norm.cu"
 #include "weighted_mix/cuda/mix_weights_grad.cu"
-#include "weighted_mix/cuda/mix_weights_grad_sm90.cu"
 #include "dense/cuda/norm_grad.cu"
 
 #include "cuda/host.h"
