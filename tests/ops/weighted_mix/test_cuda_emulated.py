@@ -9,6 +9,7 @@ import pytest
 import strides
 import torch
 from cuda_tools import emulate, include
+from products import activated_in_place
 from recording import registered_calls
 from seeds import seeded
 
@@ -97,6 +98,12 @@ def test_a_layer_may_stand_in_a_block_more_often_than_there_are_layers():
         out = ik.layer_mix([leaves[0]], plan, leaves[1], skip_tokens=1, impl=impl)
         results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_without_the_fused_gemm_gelu_is_in_place_in_torchs_product_unless_z_is_kept(trained, monkeypatch):
+    monkeypatch.setattr(gemm, "why_not_device", lambda index: "switched off")
+    assert activated_in_place("cuda", trained, monkeypatch) == (not trained)
 
 
 def test_what_a_plan_names_must_have_been_handed_in():

@@ -7,6 +7,7 @@ import numpy as np
 import plain_torch
 import pytest
 import torch
+from products import activated_in_place
 from seeds import seeded
 
 import igva_kernels as ik
@@ -16,14 +17,16 @@ from igva_kernels.ops.weighted_mix.cases import Case
 from igva_kernels.ops.weighted_mix.program import shares
 from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Projector
 from igva_kernels.runtime.activations import ACTIVATIONS
-from igva_kernels.runtime.config import GemmConfig, of_device
+from igva_kernels.runtime.config import GemmConfig, of_device, shipped
 from igva_kernels.runtime.dense import Dense
 from igva_kernels.testing import within_rule
 
 pytest.importorskip("triton")
 
+from igva_kernels.ops.weighted_mix import triton as kernels
 from igva_kernels.ops.weighted_mix.triton import IMPLEMENTATION as KERNELS
 from igva_kernels.ops.weighted_mix.triton import gemm, mix
+from igva_kernels.runtime.triton import dense
 from igva_kernels.runtime.triton import gemm as dense_gemm
 
 pytestmark = pytest.mark.interpreted
@@ -293,6 +296,13 @@ def test_what_the_allocator_sees_is_one_launch(has_cls, monkeypatch):
     groups = torch.stack([torch.stack(states[1 + 2 * k : 3 + 2 * k]).mean(0) for k in range(3)], 1)
     expected = groups[:, :, 0] if has_cls else groups.mean(2)
     torch.testing.assert_close(summaries, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_on_a_card_that_nobody_measured_torch_multiplies_and_gelu_is_in_place_unless_z_is_kept(trained, monkeypatch):
+    for module in (dense, kernels):
+        monkeypatch.setattr(module, "config_of", lambda tensor: shipped("sm_100"))
+    assert activated_in_place("triton", trained, monkeypatch) == (not trained)
 
 
 def test_the_interpreter_has_a_configuration_of_its_own():
