@@ -20,13 +20,12 @@ pytestmark = [
     pytest.mark.skipif(cuobjdump() is None, reason="no cuobjdump"),
 ]
 
-PORTABLE = ["activation", "attend", "inject", "layer_grads", "levels_grad", "mix", "mix_norm", "mix_weights_grad"]
+PORTABLE = ["activation_grad", "attend", "inject", "layer_grads", "levels_grad", "mix", "mix_norm", "mix_weights_grad"]
 PORTABLE += ["norm_grad", "places_grad"]
 ARCHS = ["80", "86", "89", "90", "100", "120"]
 """What the portable kernels are built for by default; the PTX is 90's, and the Hopper GEMM has 90a."""
 
 BUDGET = {
-    "activation_kernel": 64,
     "activation_grad_kernel": 64,
     "attend_kernel": 80,
     "attend_resident_kernel": 128,

@@ -1,7 +1,7 @@
 // The launchers of the CUDA kernels, with the kernels emulated. `runtime.cu` and `tensor_map.cu` are replaced.
 #include "emulation.h"
 
-#include "dense/cuda/activation.cu"
+#include "dense/cuda/activation_grad.cu"
 #include "deform_attn/cuda/attend.cu"
 #include "deform_attn/cuda/levels_grad.cu"
 #include "deform_attn/cuda/places_grad.cu"

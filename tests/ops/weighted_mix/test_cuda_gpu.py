@@ -53,9 +53,9 @@ def test_more_elements_than_32_bits_count():
         pytest.skip("needs 35 GB of free memory")
     x, weight = torch.randn(rows, 64, device="cuda").bfloat16(), torch.randn(columns, 64, device="cuda").bfloat16()
     y, z = KERNELS.linear(x, weight, None, "gelu", True)
-    torch.testing.assert_close(y[-8:], F.gelu(z[-8:]), rtol=1e-2, atol=1e-5)
     grad_z, again, _ = KERNELS.linear_grad_input(y, None, z, "gelu", True, True)
-    assert torch.equal(again, y)
+    for end in (slice(8), slice(-8, None)):
+        torch.testing.assert_close(again[end], F.gelu(z[end]), rtol=1e-2, atol=1e-5)
     assert torch.equal(grad_z[-8:], KERNELS.linear_grad_input(y[-8:], None, z[-8:], "gelu", False, False)[0])
 
 
