@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from igva_kernels.runtime import operands
@@ -24,19 +23,7 @@ NORM_CHUNK = 128
 
 
 class CudaDense(Dense):
-    """``Dense`` with everything but the products in CUDA kernels."""
-
-    def linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, keep_z: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """``y = act(z)`` and, if asked for and not ``y`` itself, ``z = x @ weight.T + bias``; x is ``[M, K]``."""
-        z = F.linear(x, weight, bias)
-        if activation is None:
-            return z, None
-        y, native = torch.empty_like(z) if keep_z else z, launch.module()
-        with launch.on_device_of(z) as stream:
-            native.activation(matrix(native, z), activation_of(native, activation), matrix(native, y), stream)
-        return y, z if keep_z else None
+    """``Dense`` with the small steps of a backward in CUDA kernels."""
 
     def linear_grad_input(
         self, grad_out: Tensor, weight: Tensor | None, z: Tensor | None, activation: str | None, need_y: bool,

@@ -65,11 +65,11 @@ def runs_on(archs: Sequence[str], ptx: str | None, capability: tuple[int, int]) 
     """Whether machine code for ``archs``, or the PTX of one, runs on a device.
 
     Machine code runs on devices of its own major version and of its minor version or a later one; with an "a", on its
-    own version only. The driver compiles PTX for any newer device.
+    own version only. The driver compiles PTX for any device from its version on.
     """
     major, minor = capability
     for arch in archs:
-        own = divmod(int(arch.rstrip("af")), 10)
+        own = divmod(int(arch.rstrip("a")), 10)
         if own == capability or (not arch.endswith("a") and own[0] == major and own[1] <= minor):
             return True
     return ptx is not None and divmod(int(ptx), 10) <= (major, minor)

@@ -9,10 +9,8 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from igva_kernels.runtime.activations import ACTIVATIONS
 from igva_kernels.runtime.config import Config, of_device
 from igva_kernels.runtime.dense import Dense, Norm, NormGrads
 from igva_kernels.runtime.triton import cost, gemm
@@ -28,10 +26,7 @@ class TritonDense(Dense):
         chosen = cost.linear(config_of(x), x.shape[0], *weight.shape, x.dtype, activation is not None)
         if chosen is not None and can_read(x, weight):
             return gemm.linear(x, weight, bias, activation, keep_z, chosen)
-        if keep_z or activation is None:
-            return super().linear(x, weight, bias, activation, keep_z)
-        # In place, so that no second [M, H] stands beside the product of cuBLAS.
-        return ACTIVATIONS[activation].forward_(F.linear(x, weight, bias)), None
+        return super().linear(x, weight, bias, activation, keep_z)
 
     def linear_grad_input(
         self, grad_out: Tensor, weight: Tensor | None, z: Tensor | None, activation: str | None, need_y: bool,

@@ -1,4 +1,4 @@
-"""The mix on a GPU by CUDA kernels, and on Hopper inside the products. See ``WeightedMix`` for every method."""
+"""The mix on a GPU by CUDA kernels, and on Hopper inside the first product. See ``WeightedMix`` for every method."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from igva_kernels.ops.weighted_mix.cuda import gemm, grad_gemm
+from igva_kernels.ops.weighted_mix.cuda import gemm
 from igva_kernels.ops.weighted_mix.cuda.program import DOT_CHUNK, mix_program, norm_row_fits
 from igva_kernels.ops.weighted_mix.operands import batch, layer_shape, layers, serves_pair, weights
 from igva_kernels.ops.weighted_mix.plan import MixPlan
@@ -98,14 +98,6 @@ class CudaWeightedMix(CudaDense, WeightedMix):
             )  # fmt: skip
         return grad
 
-    def mix_weights_grad_of_linear(
-        self, grad_z: Tensor, weight1: Tensor, blocks: Sequence[int], args: MixArgs
-    ) -> Tensor:
-        """``mix_weights_grad`` of ``grad_rows = grad_z @ weight1``, where possible by a kernel that never stores it."""
-        if _why_not_device(grad_z) is not None or grad_gemm.why_not(grad_z, weight1, blocks, args) is not None:
-            return super().mix_weights_grad_of_linear(grad_z, weight1, blocks, args)
-        return grad_gemm.run(grad_z, weight1, blocks, args)
-
     def layer_grads(
         self, grad_rows: Tensor, shares: Shares, mix_weights: Tensor | None, image_index: Tensor | None,
         shape: LayerShape,
@@ -139,7 +131,7 @@ class CudaWeightedMix(CudaDense, WeightedMix):
 
 
 def _why_not_device(tensor: Tensor) -> str | None:
-    """None if the fused GEMMs run where the tensor is, otherwise why not."""
+    """None if the fused GEMM runs where the tensor is, otherwise why not."""
     index = tensor.device.index
     return gemm.why_not_device(-1 if index is None else index)
 

@@ -1,8 +1,7 @@
 """The mix by Triton kernels. See ``WeightedMix`` for every method.
 
-    mix and its gradients                    Triton, always
-    mix_linear                               a GEMM that reads the layers itself, or the mix and ``linear``
-    mix_weights_grad_of_linear               a GEMM with the dots in its epilogue, or cuBLAS and the dot kernel
+    mix and its gradients    Triton, always
+    mix_linear               where all blocks are taps, a GEMM that reads the layers itself; or the mix and ``linear``
 
 ``cost`` chooses where there is a choice, from shapes alone: the same call takes the same kernels in every step.
 """
@@ -37,16 +36,6 @@ class TritonWeightedMix(TritonDense, WeightedMix):
     def mix_weights_grad(self, grad_rows: Tensor, blocks: Sequence[int], args: MixArgs) -> Tensor:
         rows = config_of(grad_rows).rows["weighted_mix.mix_weights_grad"]
         return mix_kernels.mix_weights_grad(grad_rows, blocks, args, rows)
-
-    def mix_weights_grad_of_linear(
-        self, grad_z: Tensor, weight1: Tensor, blocks: Sequence[int], args: MixArgs
-    ) -> Tensor:
-        chosen = cost.mix_weights_grad_of_linear(
-            config_of(grad_z), grad_z.shape[0], len(blocks) * args.width, grad_z.shape[1], grad_z.dtype
-        )
-        if chosen is not None and can_read(grad_z, weight1, *args.layers):
-            return gemm.mix_weights_grad_of_linear(grad_z, weight1, blocks, args, chosen)
-        return super().mix_weights_grad_of_linear(grad_z, weight1, blocks, args)
 
     def layer_grads(
         self, grad_rows: Tensor, shares: Shares, mix_weights: Tensor | None, image_index: Tensor | None,
