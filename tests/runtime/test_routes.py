@@ -52,3 +52,12 @@ def test_nothing_called_is_said_so():
     with ik.explain() as routes:
         torch.zeros(2)
     assert str(routes) == "no operator of igva_kernels was called" and routes.of("weighted_mix") == []
+
+
+@pytest.mark.interpreted
+@torch.no_grad()
+def test_triton_tells_of_its_products(monkeypatch):
+    with ik.explain() as routes:
+        call("triton")
+    assert [choice.taken for choice in routes.of("products, triton: linear")] != []
+    assert routes.of("weighted_mix, triton: first product")[0].why == "the interpreter runs every kernel"

@@ -57,6 +57,17 @@ def choose(
     return best if best is not None and cost(best) < rival else None
 
 
+def why(config: Config, kernel: str, dtype: torch.dtype) -> str:
+    """What ``explain`` tells of such a choice."""
+    if config.interpreted:
+        return "the interpreter runs every kernel"
+    if dtype.itemsize != 2:
+        return "Triton's exact fp32 product leaves the matrix units idle"
+    if all(tile.efficiency is None for tile in config.gemms[kernel]):
+        return "nobody has measured Triton's product on such a card; `igva-kernels tune` does"
+    return f"by the {config.status} table of such cards"
+
+
 @lru_cache(maxsize=1024)
 def linear(
     config: Config, rows: int, columns: int, length: int, dtype: torch.dtype, activation: bool

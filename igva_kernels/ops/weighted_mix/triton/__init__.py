@@ -21,7 +21,7 @@ from igva_kernels.runtime.config import GemmConfig
 from igva_kernels.runtime.dense import Norm
 from igva_kernels.runtime.triton import norm as norm_kernels
 from igva_kernels.runtime.triton.common import KERNEL_ACTIVATIONS
-from igva_kernels.runtime.triton.dense import TritonDense, can_read, config_of
+from igva_kernels.runtime.triton.dense import TritonDense, can_read, config_of, tell
 
 
 class TritonWeightedMix(TritonDense, WeightedMix):
@@ -49,6 +49,8 @@ class TritonWeightedMix(TritonDense, WeightedMix):
     ) -> tuple[Tensor, Tensor | None, Mixed]:
         weight, bias, _, _, norm, activation = projector
         chosen = self._prologue(args, projector, keep)
+        taken = "the mix kernel, then the product" if chosen is None else "one kernel that reads the layers"
+        tell("weighted_mix, triton: first product", "weighted_mix.mix_linear", weight, taken)
         if chosen is None:
             return super().mix_linear(args, projector, keep, keep_z)
         if norm is None:
