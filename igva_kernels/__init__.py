@@ -11,6 +11,7 @@ from igva_kernels.ops.layer_project import layer_project
 from igva_kernels.ops.weighted_mix import MixPlan, layer_mix, layer_mix_linear, layer_mix_mlp
 from igva_kernels.registry import BackendStatus, backends
 from igva_kernels.runtime.context import FallbackWarning
+from igva_kernels.runtime.routes import explain
 from igva_kernels.streaming import HiddenStateStream, stream_hidden_states
 from igva_kernels.version import __version__
 
@@ -24,6 +25,7 @@ __all__ = [
     "__version__",
     "backends",
     "deform_attn",
+    "explain",
     "graphed",
     "inject_tokens",
     "layer_mix",

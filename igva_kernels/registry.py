@@ -21,6 +21,7 @@ from torch import Tensor
 from igva_kernels.runtime.backend import Backend
 from igva_kernels.runtime.config import fastest_first
 from igva_kernels.runtime.context import constant_under_compile, warn_of_fallback, why_only_torch
+from igva_kernels.runtime.routes import is_explaining, took
 
 if TYPE_CHECKING:
     from igva_kernels.testing import Case
@@ -138,6 +139,8 @@ class Operator:
             raise _unknown(impl)
         backend = _choose(self.name, impl, device, dtype, demands)
         reason = None if backend == REFERENCE else why_only_torch(tensors)
+        if is_explaining():
+            _tell(self.name, impl, backend, device, dtype, demands, reason)
         if reason is None:
             return backend
         if impl != "auto":
@@ -146,6 +149,22 @@ class Operator:
             )
         warn_of_fallback(self.name, reason)
         return REFERENCE
+
+    def why_chosen(
+        self, impl: str, backend: str, device: torch.device, dtype: torch.dtype, demands: tuple[Any, ...]
+    ) -> str:
+        """Why ``impl`` gives this backend."""
+        if impl != "auto":
+            return f"asked for by impl={impl!r}"
+        passed = self.passed_over(device, dtype, *demands)
+        others = [f"{name} cannot serve it: {reason}" for name, reason in passed.items()]
+        if backend == REFERENCE:
+            return "; ".join(["no backend has kernels for it here", *others])
+        able = self.candidates(device, dtype, *demands)
+        first = (
+            f"the fastest of {', '.join(able)} on this device" if len(able) > 1 else "the only one that can serve it"
+        )
+        return "; ".join([first, *others])
 
     def passed_over(self, device: torch.device, dtype: torch.dtype, *demands: Any) -> dict[str, str]:
         """The backends that have kernels of this operator for such a device and cannot serve the call, each with the
@@ -216,6 +235,18 @@ def check_here(impl: str) -> None:
     for status in backends():
         if status.name == impl and not status.available:
             raise NotImplementedError(f"impl={impl!r} cannot serve a model on this machine: {status.reason}")
+
+
+@constant_under_compile
+def _tell(
+    operator: str, impl: str, backend: str, device: torch.device, dtype: torch.dtype, demands: tuple[Any, ...],
+    only_torch: str | None,
+) -> None:  # fmt: skip
+    """Tells ``explain`` what was chosen; ``only_torch`` says why plain torch must serve what a backend could."""
+    if only_torch is None:
+        took(operator, backend, operators()[operator].why_chosen(impl, backend, device, dtype, demands))
+    elif impl == "auto":
+        took(operator, REFERENCE, f"because {only_torch}")
 
 
 def _unknown(impl: Any) -> ValueError:

@@ -76,9 +76,10 @@ def tune(
     log = log or (lambda line: None)
     with torch.cuda.device(index), torch.no_grad():
         shipped = config.shipped(config.architecture(torch.cuda.get_device_capability(index)))
-        rates = _rates(index, shipped)
+        rates = _rates(index)
         log(f"{rates}")
-        blank = replace(shipped, status="measured", rates=rates)
+        card = torch.cuda.get_device_name(index)
+        blank = replace(shipped, status=f"measured on {card}", rates=rates)
         jobs = [tuning for _, tuning in _tunings()]
         tuned = replace(
             blank,
@@ -89,7 +90,7 @@ def tune(
                 for name, job in each.GEMM_JOBS.items()
             },
         )
-        path = output or config.tuned_dir() / config.file_name(torch.cuda.get_device_name(index))
+        path = output or config.tuned_dir() / config.file_name(card)
         _write(path, tuned)
         tuned = replace(tuned, backends=_by_speed(torch.device(DEVICE, index), log))  # timed with that file
         _write(path, tuned)
@@ -148,7 +149,7 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16)
 
 
-def _rates(index: int, shipped: Config) -> DeviceRates:
+def _rates(index: int) -> DeviceRates:
     source = _random(1 << 29)
     target = torch.empty_like(source)
     copy = 2 * source.nbytes / time_us(lambda: target.copy_(source)) / 1e3
@@ -161,8 +162,7 @@ def _rates(index: int, shipped: Config) -> DeviceRates:
             tiny.add_(1)
 
     sms = torch.cuda.get_device_properties(index).multi_processor_count
-    # The L2 rate matters for one rare choice only, and stays modelled.
-    return DeviceRates(sms, round(matmul, 1), round(copy, 1), shipped.rates.l2_gbps, round(time_us(hundred) / 100, 2))
+    return DeviceRates(sms, round(matmul, 1), round(copy, 1), round(time_us(hundred) / 100, 2))
 
 
 def _best_rows(name: str, job: Callable[[RowConfig], object], log: Callable[[str], None]) -> RowConfig:

@@ -1,11 +1,13 @@
 """The configuration of a card: a JSON file, shipped with the package or measured on the card by ``igva-kernels tune``.
 
 A file holds the tile shapes of every Triton kernel, at most three per GEMM; the card's rates, from which ``cost``
-chooses; and the order of the backends by speed, of which ``impl="auto"`` takes the first that can serve. The package
-ships one file per architecture, and one under the name of each device that was tuned for it. ``tune`` writes such a
-file into ``$IGVA_KERNELS_CONFIG_DIR`` (``~/.cache/igva_kernels/triton`` by default). A file there comes before one of
-the same name in the package, and that before the architecture's. Files are read once per process; nothing is timed or
-written outside ``tune``.
+chooses; and the order of the backends by speed, of which ``impl="auto"`` takes the first that can serve. A Triton GEMM
+is chosen by its efficiency, which only a measurement sets: on a card of a kind that nobody measured, cuBLAS multiplies.
+
+The package ships one file per architecture, and one under the name of each device that was tuned for it. ``tune``
+writes such a file into ``$IGVA_KERNELS_CONFIG_DIR`` (``~/.cache/igva_kernels/triton`` by default). A file there comes
+before one of the same name in the package, and that before the architecture's. Files are read once per process; nothing
+is timed or written outside ``tune``.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -80,8 +82,8 @@ class GemmConfig:
     num_stages: int
     slices: int
     tma: bool
-    efficiency: float
-    """Share of the card's matrix rate that a full wave of tiles reaches."""
+    efficiency: float | None = None
+    """Share of the card's matrix rate that a full wave of tiles reaches; None where nobody has measured it."""
     group_m: int = 8
     """Row tiles that run over all column tiles together, for the L2 cache."""
 
@@ -95,8 +97,6 @@ class DeviceRates:
     """Dense bf16, as a large cuBLAS product reaches it."""
     copy_gbps: float
     """Device memory, bytes read plus bytes written."""
-    l2_gbps: float
-    """L2 cache, bytes read."""
     launch_us: float
     """Gap between two small kernels of one stream."""
 
@@ -106,7 +106,8 @@ class Config:
     """Everything that is chosen for one card."""
 
     status: str
-    """Where the figures come from: "modelled", "measured", or "interpreted" (no card: Triton is always chosen)."""
+    """Where the figures come from: "measured on <card>", "modelled" (then no product has an efficiency, and all go to
+    cuBLAS), or "interpreted" (no card: Triton is always chosen)."""
     backends: tuple[str, ...]
     """Kernel backends for this card, the fastest first: impl="auto" takes the first that can serve."""
     rates: DeviceRates
@@ -118,6 +119,9 @@ class Config:
     def __post_init__(self) -> None:
         for name in ("rows", "gemms"):
             object.__setattr__(self, name, ByKernel(getattr(self, name)))
+        for name, tiles in self.gemms.items():
+            if self.status == "modelled" and any(tile.efficiency is not None for tile in tiles):
+                raise ValueError(f"efficiency of {name!r}: got one in a modelled configuration, need a measured one")
 
     @property
     def interpreted(self) -> bool:
@@ -137,7 +141,7 @@ class Config:
         return cls(
             data["status"],
             tuple(data["backends"]),
-            DeviceRates(**data["rates"]),
+            DeviceRates(*(data["rates"][rate.name] for rate in fields(DeviceRates))),  # earlier versions had more
             {name: RowConfig(**row) for name, row in data["rows"].items()},
             {name: tuple(GemmConfig(**tile) for tile in tiles) for name, tiles in data["gemms"].items()},
         )

@@ -123,6 +123,27 @@ def has_storage(tensor: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.untyped_storage().size() > 0
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is what its memory says: no subclass that wants to know what is done with it, and nothing that
+    torch's dispatcher turns into an ordinary tensor before a kernel sees it."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not (
+        tensor.layout is not torch.strided or tensor.is_neg() or tensor._is_zerotensor() or tensor.is_nested
+    )
+
+
+def is_unobserved() -> bool:
+    """Whether nothing around a call would notice that it does not pass torch's dispatcher: gradients that are recorded,
+    a compiler, a tracer, a function mode, a profiler, forward-mode AD. Dispatch modes, transforms and autocast are
+    known by the tensors' layout (``layouts``)."""
+    return not (
+        torch.compiler.is_compiling()
+        or records_gradients()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._autograd._profiler_enabled()
+        or getattr(forward_ad, "_current_level", 0) >= 0
+    )
+
+
 def check_storage(name: str, weight: Tensor) -> None:
     """Raises ValueError for a weight whose storage was freed: a kernel would read memory that is not the weight's."""
     if weight.numel() and not has_storage(weight):

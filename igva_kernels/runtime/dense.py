@@ -55,7 +55,8 @@ class Dense:
         z = F.linear(x, weight, bias)
         if activation is None:
             return z, None
-        return ACTIVATIONS[activation](z), z if keep_z else None
+        # In place where nothing else needs z, so that no second [M, H] stands beside it.
+        return (ACTIVATIONS[activation](z), z) if keep_z else (ACTIVATIONS[activation].forward_(z), None)
 
     def linear_into(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """``x @ weight.T + bias`` into ``out``, where the elements of a row lie together."""

@@ -56,11 +56,31 @@ def build(launch, capability):
     options["enable_fp_fusion"] = constants.get("enable_fp_fusion", True)
     source = ASTSource(kernel, **specialised(launch))
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert not carried_bounds(compiled.asm["ttir"]), kernel.__name__
     usage = _resource_usage(compiled.asm["cubin"])
     return Built(
         kernel.__name__, compiled.metadata.shared, usage["REG"], usage["STACK"], compiled.asm["ttir"],
         compiled.asm["ptx"], compiled.asm["cubin"],
     )  # fmt: skip
+
+
+def carried_bounds(ttir):
+    """The loops whose bounds follow from what an outer loop carries from one pass to the next.
+
+    Triton (3.6 and 3.7) compiles them wrongly, and says nothing: the inner loop begins with the outer one's first value
+    in every pass. The interpreter does not do so.
+    """
+    found, carried = [], set()
+    for line in ttir.splitlines():
+        text = line.partition(" loc(")[0]
+        results, _, operation = text.partition(" = ")
+        loop = re.search(r"scf\.for %\w+ = (%\w+) to (%\w+)", text)
+        if loop is not None:
+            found += [text.strip()] if carried & set(loop.groups()) else []
+            carried |= set(re.findall(r"(%\w+) = %", text.partition("iter_args(")[2]))
+        elif carried & set(re.findall(r"%\w+", operation)):
+            carried |= set(re.findall(r"%\w+", results))
+    return found
 
 
 def specialised(launch):

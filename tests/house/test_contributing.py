@@ -88,7 +88,7 @@ def test_an_activation(tree):
     run(tree, "setup.py", "build_ext", "--inplace", IGVA_KERNELS_SKIP_CUDA="1")
     assert run(tree, "-c", JUDGE, "cpu").split() == ["cpu"] * 3
     if nvcc := shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc"):
-        source = tree / "csrc" / "dense" / "cuda" / "activation.cu"
+        source = tree / "csrc" / "dense" / "cuda" / "activation_grad.cu"
         command = [nvcc, "-std=c++17", "-arch=sm_80", f"-I{tree / 'csrc'}", "-c", source, "-o", tree / "activation.o"]
         subprocess.run(command, check=True, timeout=600)
 

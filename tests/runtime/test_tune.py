@@ -51,7 +51,7 @@ def card(monkeypatch, tmp_path):
 def timed(card, monkeypatch):
     """Two small tiles per kernel, on a made-up clock; a third has more stages than the card has memory for."""
     rates = replace(config.shipped("sm_90").rates, sms=4, matmul_tflops=1.0)
-    monkeypatch.setattr(tune, "_rates", lambda index, given: rates)
+    monkeypatch.setattr(tune, "_rates", lambda index: rates)
     tiles = [config.GemmConfig(32, 32, 32, 4, stages, 1, True, 1.0) for stages in (2, 3, 99)]
     monkeypatch.setattr(tune, "_with_neighbours", lambda given: tiles)
     ticks = iter(range(1, 10_000))
@@ -71,7 +71,7 @@ def test_a_tuned_card_uses_its_file(card, timed):
     path, tuned = tune.tune(log=lines.append)
     assert path == card / "Made_up_Card_1.json"
     assert config.of_device(0).to_json() == tuned.to_json() == path.read_text()
-    assert tuned.status == "measured"
+    assert tuned.status == "measured on Made-up Card 1"
     assert tuned.rates == timed
     assert set(tuned.gemms) == set(shipped.gemms)
     assert set(tuned.rows) == set(shipped.rows)
@@ -112,9 +112,24 @@ def test_a_write_that_breaks_off_leaves_the_earlier_file(card, timed, monkeypatc
 def test_a_kernel_that_was_written_later_takes_the_shipped_tiles(card):
     shipped = config.shipped("sm_90")
     rows = {name: row for name, row in shipped.rows.items() if name != "weighted_mix.layer_grads"}
-    (card / "Made_up_Card_1.json").write_text(replace(shipped, status="measured", rows=rows).to_json())
-    assert config.of_device(0).status == "measured"
+    (card / "Made_up_Card_1.json").write_text(replace(shipped, status="measured on it", rows=rows).to_json())
+    assert config.of_device(0).status == "measured on it"
     assert config.of_device(0).rows["weighted_mix.layer_grads"] == shipped.rows["weighted_mix.layer_grads"]
+
+
+def test_a_file_of_an_earlier_version_with_kernels_and_rates_that_are_gone_is_read(card):
+    shipped = config.shipped("sm_90")
+    gone = {**shipped.gemms, "weighted_mix.mix_linear_mixed": shipped.gemms["linear"]}
+    text = replace(shipped, gemms=gone).to_json().replace('"sms"', '"l2_gbps": 5500,\n  "sms"')
+    (card / "Made_up_Card_1.json").write_text(text)
+    assert "l2_gbps" in text
+    assert config.of_device(0).rates == shipped.rates
+    assert config.of_device(0).gemms["linear"] == shipped.gemms["linear"]
+
+
+def test_a_modelled_file_with_an_efficiency_is_refused():
+    with pytest.raises(ValueError, match="efficiency of 'linear': got one in a modelled configuration"):
+        replace(config.shipped("sm_90"), status="modelled")
 
 
 WRITTEN = config.shipped("sm_90").to_json()
@@ -154,26 +169,66 @@ def test_without_a_card_it_says_so():
         tune.tune()
 
 
-def test_choices_follow_the_rates():
-    """More to save than to lose: fused; a kernel that is too slow: cuBLAS."""
-    rows, dtype = 64 * 576, torch.bfloat16
+TAPS = MixPlan.concat(range(5), 5)
+
+
+def products(model, batch, hidden, dtype=torch.bfloat16):
+    """What every product that may be Triton's takes: a tile, or None for cuBLAS."""
+    rows = batch * 576
+    return {
+        "linear": dense_cost.linear(model, rows, hidden, 2048, dtype, True),
+        "linear_grad_input": dense_cost.linear_grad_input(model, rows, hidden, hidden, dtype, True, True),
+        "mix_linear": cost.mix_linear(model, TAPS, 1024, rows, hidden, dtype, True, False),
+        "mix_linear of one layer": cost.mix_linear(model, MixPlan.concat([3]), 1024, rows, hidden, dtype, True, False),
+        "mix_linear with norm": cost.mix_linear(model, TAPS, 1024, rows, hidden, dtype, True, True),
+    }
+
+
+def with_efficiency(efficiency):
     shipped = config.shipped("sm_90")
+    tiles = {name: tuple(replace(t, efficiency=efficiency) for t in ts) for name, ts in shipped.gemms.items()}
+    return replace(shipped, gemms=tiles)
 
-    def with_efficiency(efficiency):
-        tiles = {name: tuple(replace(t, efficiency=efficiency) for t in ts) for name, ts in shipped.gemms.items()}
-        return replace(shipped, gemms=tiles)
 
+SHIPPED = sorted(path.stem for path in config.SHIPPED.glob("*.json"))
+MEASURED = {"NVIDIA_H100_80GB_HBM3", "sm_90"}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_no_product_that_nobody_measured_on_such_a_card_displaces_cublas(name):
+    model = config.shipped(name)
+    chosen = [
+        tile
+        for batch in (1, 2, 3, 4, 8, 16, 32, 64, 128)
+        for hidden in (512, 1024, 2048, 4096)
+        for tile in products(model, batch, hidden).values()
+    ]
+    assert (model.status == "modelled") == (name not in MEASURED)
+    if name in MEASURED:
+        assert any(chosen)
+    else:
+        assert not any(chosen)
+
+
+def test_a_measured_file_says_nothing_of_the_kernels_that_it_lacks(card, monkeypatch):
+    """A card whose architecture is modelled, tuned before there was a kernel: that one stays cuBLAS's."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (10, 0))
+    fast = with_efficiency(0.97)
+    measured = replace(fast, gemms={"linear": fast.gemms["linear"]})
+    (card / "Made_up_Card_1.json").write_text(measured.to_json())
+    found = products(config.of_device(0), 64, 4096)
+    assert found["linear"] is not None
+    assert found["linear_grad_input"] is found["mix_linear"] is None
+
+
+def test_choices_follow_what_was_measured():
+    """More to save than to lose: fused; a kernel that is too slow: cuBLAS."""
     fast, slow = with_efficiency(0.97), with_efficiency(0.5)
-    taps, reduced = MixPlan.concat(range(5), 5), MixPlan.igva().reduced()[1]
-    for model, fused in ((fast, True), (slow, False)):
-        assert (dense_cost.linear(model, rows, 4096, 2048, dtype, True) is not None) == fused
-        assert (dense_cost.linear_grad_input(model, rows, 4096, 4096, dtype, True, True) is not None) == fused
-        assert (cost.mix_weights_grad_of_linear(model, rows, 1024, 4096, dtype) is not None) == fused
-        assert (cost.mix_linear(model, taps, 1024, rows, 4096, dtype, True, False) is not None) == fused
-    # cuBLAS computes products without an activation and products in fp32; no GEMM reads 24 layers itself.
+    assert all(products(fast, 64, 4096).values())
+    assert not any(products(slow, 64, 4096).values())
+    # cuBLAS computes products without an activation and products in fp32; no GEMM mixes layers itself.
+    assert not any(products(fast, 64, 4096, torch.float32).values())
+    rows, dtype = 64 * 576, torch.bfloat16
     assert dense_cost.linear(fast, rows, 4096, 2048, dtype, False) is None
-    assert dense_cost.linear(fast, rows, 4096, 2048, torch.float32, True) is None
-    assert cost.mix_linear(fast, MixPlan.igva(), 1024, rows, 4096, dtype, True, False) is None
-    # Every column of tiles reads the layers again, which pays only if there are few columns.
-    assert cost.mix_linear(fast, reduced, 1024, rows, 4096, dtype, True, False) is None
-    assert cost.mix_linear(fast, reduced, 1024, rows, 256, dtype, True, False) is not None
+    for plan in (MixPlan.igva(), MixPlan.igva().reduced()[1]):
+        assert cost.mix_linear(fast, plan, 1024, rows, 256, dtype, True, False) is None

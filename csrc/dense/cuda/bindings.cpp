@@ -26,10 +26,6 @@ void* dense(const Matrix& matrix) {
   return matrix.data;
 }
 
-void run_activation(const Matrix& z, Activation kind, const Matrix& y, Address stream) {
-  check(activation({z.rows * z.columns, kind, dense(z), dense(y)}, z.dtype, pointer(stream)), "activation");
-}
-
 void run_activation_grad(const Matrix& grad_y, const Matrix& z, Activation kind, const Matrix& grad_z,
                          const std::optional<Matrix>& y, const ColumnSums& sums, bool vector, Address stream) {
   const ActivationGradParams params = {z.rows,        int32_t(z.columns),     kind,          dense(grad_y), dense(z),
@@ -50,7 +46,6 @@ void bind_dense(py::module_& m) {
   py::class_<ColumnSums>(m, "ColumnSums", py::module_local())
       .def(py::init([](Address partials, int32_t chunk) { return ColumnSums{pointer(partials), chunk}; }),
            py::arg("partials"), py::arg("chunk"));
-  m.def("activation", run_activation);
   m.def("activation_grad", run_activation_grad);
   m.def("norm_grad", run_norm_grad);
 }

@@ -9,14 +9,6 @@
 
 namespace igva::cuda {
 
-// y = act(z), over `count` adjacent elements; y may be z.
-struct ActivationParams {
-  int64_t count;
-  Activation activation;
-  const void* z;
-  void* y;
-};
-
 // grad_z = grad_y * act'(z), y = act(z) (or y null), all [rows, columns]; grad_z may be grad_y.
 struct ActivationGradParams {
   int64_t rows;
@@ -43,7 +35,6 @@ struct NormGradParams {
 };
 
 // Launchers. `vector` asks for 16-byte accesses, which all addresses must allow.
-int activation(const ActivationParams& params, DType dtype, Stream stream);
 int activation_grad(const ActivationGradParams& params, DType dtype, bool vector, Stream stream);
 int norm_grad(const NormGradParams& params, DType dtype, bool vector, Stream stream);
 

@@ -33,13 +33,6 @@ struct MixedBlocks {
   int32_t* flags;
 };
 
-// Partials [rows, slots, columns] of the mixed rows, of which a launch writes one slot per tile, from `data` on.
-struct RowPartials {
-  int64_t columns;
-  double* data;
-  int32_t slots;
-};
-
 // `taps` are the layers that the copy engine reads where they lie, with all tokens.
 void run_gemm_sm90(const Layers& taps, const std::vector<BlockTuple>& blocks, const Matrix& weight,
                    const Epilogue& epilogue, const MixedBlocks* mixed, int grid, Address stream) {
@@ -82,21 +75,6 @@ void run_gemm_sm90(const Layers& taps, const std::vector<BlockTuple>& blocks, co
   check(gemm_sm90(params, dtype, pointer(stream)), "gemm_sm90");
 }
 
-// One block of the gradient of the mixed row: `weight` is that block, transposed [D, H]; `dots` are sorted by column.
-void run_mix_weights_grad_sm90(const Matrix& grad_z, const Matrix& weight, const Dots& dots, const Layers& layers,
-                               const Batch& batch, const RowPartials& out, int grid, Address stream) {
-  GradGemmParams params = {};
-  params.dots = dots_params(dots, layers, batch, out.columns);
-  params.dots.partials = out.data;
-  check(describe_matrix(&params.grad_z, grad_z, gemm_tile_m), "the tensor map of the gradient");
-  check(describe_matrix(&params.weight, weight, gemm_tile_n / gemm_cluster), "the tensor map of the weight");
-  params.rows = int32_t(grad_z.rows);
-  params.depth = int32_t(grad_z.columns);
-  params.slots = out.slots;
-  params.grid = grid;
-  check(mix_weights_grad_sm90(params, layers.dtype, pointer(stream)), "mix_weights_grad_sm90");
-}
-
 } // namespace
 
 void bind_gemm_sm90(py::module_& m) {
@@ -112,16 +90,10 @@ void bind_gemm_sm90(py::module_& m) {
            }),
            py::keep_alive<1, 2>(), py::arg("program"), py::arg("layers"), py::arg("weights"), py::arg("sums"),
            py::arg("scratch"), py::arg("flags"));
-  py::class_<RowPartials>(m, "RowPartials", py::module_local())
-      .def(py::init([](int64_t columns, Address data, int32_t slots) {
-             return RowPartials{columns, pointer<double>(data), slots};
-           }),
-           py::arg("columns"), py::arg("data"), py::arg("slots"));
   m.attr("GEMM_SM90") = py::dict(py::arg("tile_m") = gemm_tile_m, py::arg("tile_n") = gemm_tile_n,
                                  py::arg("tile_k") = gemm_tile_k, py::arg("cluster") = gemm_cluster,
                                  py::arg("taps") = gemm_max_taps);
   m.def("gemm_sm90", run_gemm_sm90);
-  m.def("mix_weights_grad_sm90", run_mix_weights_grad_sm90);
 }
 
 } // namespace igva::cuda

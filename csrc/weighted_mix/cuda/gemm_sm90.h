@@ -1,4 +1,4 @@
-// Parameters of the Hopper GEMMs around the mix (gemm_sm90.cu, mix_weights_grad_sm90.cu).
+// Parameters of the Hopper GEMM around the mix (gemm_sm90.cu).
 #pragma once
 
 #include "common/activations.h"
@@ -41,19 +41,5 @@ struct GemmParams {
 static_assert(sizeof(GemmParams) <= 32764);
 
 int gemm_sm90(const GemmParams& params, DType dtype, Stream stream);
-
-// partials[m, slot, c] = sum over the dots e of column c and the columns n of one tile of
-// scale_e * dA[m, n] * layer_e[m, n], where dA = grad_z * weight^T is one block of the gradient of the mixed row.
-struct GradGemmParams {
-  CUtensorMap grad_z; // [M, H]
-  CUtensorMap weight; // [D, H]: the block of the weight, transposed
-  int32_t rows;       // M
-  int32_t depth;      // H
-  int32_t slots;      // per row of partials; `dots.partials` is the first of this block
-  int32_t grid;
-  DotsParams dots; // sorted by column; chunk, grad and grad_weights are not used
-};
-
-int mix_weights_grad_sm90(const GradGemmParams& params, DType dtype, Stream stream);
 
 } // namespace igva::cuda

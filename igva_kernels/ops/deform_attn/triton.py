@@ -74,6 +74,22 @@ def of_level(values, level):
 
 
 @triton.jit
+def first_point_of(POINTS: tl.constexpr, level):
+    """The first point of a level, counted over all levels.
+
+    It follows from the level alone. Triton (3.6 and 3.7) loses what one pass of a loop leaves to the next where the
+    bounds of an inner loop depend on it: every level would then read the points of the first.
+    """
+    if len(POINTS) == 1:
+        first = level * POINTS[0]
+    else:
+        first = level * 0
+        for i in tl.static_range(len(POINTS) - 1):
+            first += tl.where(level > i, POINTS[i], 0)
+    return first
+
+
+@triton.jit
 def block_of(num_queries, HEADS: tl.constexpr, TILES_D: tl.constexpr, BLOCK_Q: tl.constexpr):
     """``(b, head, queries [BQ], which exist, first channel / BLOCK_D)`` of this program.
 
@@ -214,13 +230,13 @@ def attend_kernel(
     b_largest, b_scale = normaliser(p_logits, m_q, NUM_POINTS, SOFTMAX, BLOCK_S)
 
     b_out = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    first = 0
     for level in range(NUM_LEVELS):
         frame = frame_of(reference, o_reference, o_q, m_q, heights, widths, level, HALF_SHARES, ORIGIN)
         p_level = head_of(levels, stride_level, HEAD_STRIDES, level, b, h) + o_d
         stride = of_level(ROW_STRIDES, level)
-        last = first + of_level(POINTS, level)
-        for point in range(first, last):
+        first = first_point_of(POINTS, level)
+        for i in range(of_level(POINTS, level)):
+            point = first + i
             place = place_of(p_sampling + 2 * point, m_q, frame, ORIGIN)
             right, down = place[6], place[7]
             b_logit = tl.load(p_logits + point, mask=m_q, other=0.0)
@@ -231,7 +247,6 @@ def attend_kernel(
             b_out = tl.fma((b_right * (1 - down))[:, None], b_01, b_out)
             b_out = tl.fma((b_left * down)[:, None], b_10, b_out)
             b_out = tl.fma((b_right * down)[:, None], b_11, b_out)
-        first = last
     p_out = out + ((b * num_queries + o_m) * (HEADS * WIDTH) + h * WIDTH)[:, None] + o_d
     tl.store(p_out, cast(b_out, out.dtype.element_ty), mask=m_q[:, None] & m_d)
 
@@ -262,13 +277,13 @@ def places_grad_kernel(
     b_weight_grads = tl.zeros([BLOCK_Q, BLOCK_S], tl.float32)
     b_xs = tl.zeros([BLOCK_Q, BLOCK_S], tl.float32)
     b_ys = tl.zeros([BLOCK_Q, BLOCK_S], tl.float32)
-    first = 0
     for level in range(NUM_LEVELS):
         frame = frame_of(reference, o_reference, o_q, m_q, heights, widths, level, HALF_SHARES, ORIGIN)
         p_level = head_of(levels, stride_level, HEAD_STRIDES, level, b, h) + o_d
         stride = of_level(ROW_STRIDES, level)
-        last = first + of_level(POINTS, level)
-        for point in range(first, last):
+        first = first_point_of(POINTS, level)
+        for i in range(of_level(POINTS, level)):
+            point = first + i
             place = place_of(p_sampling + 2 * point, m_q, frame, ORIGIN)
             right, down = place[6], place[7]
             b_00, b_01, b_10, b_11 = dots(b_grads, p_level, place, stride, o_d, WIDTH)
@@ -287,7 +302,6 @@ def places_grad_kernel(
                 is_place = (right == right) & (down == down)
                 b_xs = tl.where(o_s == point, tl.where(is_place, b_x, float("nan"))[:, None], b_xs)
                 b_ys = tl.where(o_s == point, tl.where(is_place, b_y, float("nan"))[:, None], b_ys)
-        first = last
 
     m_s = m_q[:, None] & (o_s < NUM_POINTS)
     o_out = (((b * num_queries + o_m) * HEADS + h) * NUM_POINTS)[:, None]
@@ -365,11 +379,11 @@ def levels_grad_kernel(
         o_reference += FIRST_LEVEL * (4 if ORIGIN == _BOXES else 2)
     p_level = integers + (b * num_pixels * HEADS + h) * WIDTH + o_d
     pixel = tl.full((), 0, tl.int64)
-    first = FIRST_POINT
     for level in range(NUM_LEVELS):
         frame = frame_of(reference, o_reference, o_q, m_q, heights, widths, level, HALF_SHARES, ORIGIN)
-        last = first + of_level(POINTS, level)
-        for point in range(first, last):
+        first = FIRST_POINT + first_point_of(POINTS, level)
+        for i in range(of_level(POINTS, level)):
+            point = first + i
             above, below, x0, x1, y0, y1, right, down = place_of(p_sampling + 2 * point, m_q, frame, ORIGIN)
             b_logit = tl.load(p_logits + point, mask=m_q, other=0.0)
             b_weight = weight_of(b_logit, b_largest, b_scale, SOFTMAX)
@@ -380,7 +394,6 @@ def levels_grad_kernel(
             add(p_level, pixel + above + 1, HEADS * WIDTH, right * (1 - down), b_point, x1 & y0, m_d)
             add(p_level, pixel + below, HEADS * WIDTH, (1 - right) * down, b_point, x0 & y1, m_d)
             add(p_level, pixel + below + 1, HEADS * WIDTH, right * down, b_point, x1 & y1, m_d)
-        first = last
         pixel += pixels_of(heights, widths, level)
 
 

@@ -2,8 +2,8 @@
 member after the other.
 
 A launch of J products has the tiles of all members in a row, so that the last wave of one member is filled by the next.
-Modelled, nothing timed. The memory is that of all members' rows at once, which are few where this is chosen. The
-backward is member by member.
+As every Triton product, it is chosen only where its tile was measured. The memory is that of all members' rows at once,
+which are few where this is chosen. The backward is member by member.
 """
 # mypy: allow-untyped-defs, no-check-untyped-defs
 
@@ -21,7 +21,7 @@ from igva_kernels.ops.weighted_mix.steps import Keep, Mixed, Projection
 from igva_kernels.ops.weighted_mix.triton import IMPLEMENTATION as MEMBER
 from igva_kernels.runtime.config import GemmConfig
 from igva_kernels.runtime.triton.common import kernel
-from igva_kernels.runtime.triton.cost import product_us
+from igva_kernels.runtime.triton.cost import choose, cublas_us, pass_us, product_us
 from igva_kernels.runtime.triton.dense import can_read, config_of
 from igva_kernels.runtime.triton.gemm import gemm_tile, options, precision, store_activated, tile_of, tiles
 from igva_kernels.runtime.triton.launch import launch
@@ -33,14 +33,11 @@ more, a launch of its own leaves little of the card idle. Modelled, not measured
 
 @triton.jit
 def of_member(pointers, member, MEMBERS: tl.constexpr):
-    """The pointer of a member, which the program knows only when it runs; None of None."""
-    if pointers is None:
-        return None
-    else:
-        found = pointers[0]
-        for j in tl.static_range(1, MEMBERS):
-            found = tl.where(member == j, pointers[j], found)
-        return found
+    """The pointer of a member, which the program knows only when it runs."""
+    found = pointers[0]
+    for j in tl.static_range(1, MEMBERS):
+        found = tl.where(member == j, pointers[j], found)
+    return found
 
 
 @kernel
@@ -57,9 +54,12 @@ def grouped_linear_kernel(
         of_member(xs, member, MEMBERS), of_member(weights, member, MEMBERS), m, n, num_rows, columns, K, K, K, True,
         False, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
+    # Triton 3.6 has no device function that returns None.
+    bias = None if biases is None else of_member(biases, member, MEMBERS)
+    z = None if zs is None else of_member(zs, member, MEMBERS)
     store_activated(
-        b_acc, of_member(biases, member, MEMBERS), None, None, None, of_member(ys, member, MEMBERS),
-        of_member(zs, member, MEMBERS), m, n, num_rows, columns, ACTIVATION, BLOCK_M, BLOCK_N, SLICES,
+        b_acc, bias, None, None, None, of_member(ys, member, MEMBERS), z, m, n, num_rows, columns, ACTIVATION, BLOCK_M,
+        BLOCK_N, SLICES,
     )  # fmt: skip
 
 
@@ -116,12 +116,22 @@ def _shared_tile(calls: Sequence[Projection]) -> GemmConfig | None:
     weights = [w for call in calls for w in (call.projector.weight1, call.projector.weight2) if w is not None]
     config, rows = config_of(first.weight1), args.num_rows * args.num_patches
     dense = all(weight.is_contiguous() for weight in weights) and can_read(*weights)
-    if not dense or not rows or not (config.interpreted or first.weight1.dtype.itemsize == 2):
+    if not dense or not rows:
         return None
-    columns, length = first.weight1.shape
-    candidates = [replace(tile, tma=False) for tile in config.gemms["linear"]]
-    tile = min(candidates, key=lambda tile: product_us(config, len(calls) * rows, columns, length, tile))
-    return tile if tiles(tile, rows, columns) < MAX_WAVES * config.rates.sms else None
+    products = [weight.shape for weight in (first.weight1, first.weight2) if weight is not None]
+    # Members are read by pointers, so that only what was measured without TMA is known of their launch.
+    candidates = [
+        replace(tile, tma=False, efficiency=None if tile.tma else tile.efficiency) for tile in config.gemms["linear"]
+    ]
+    apart = sum(cublas_us(config, rows, n, k) for n, k in products)
+    apart += pass_us(config, 2 * rows * len(first.weight1), first.weight1.dtype) if first.activation else 0.0
+    tile = choose(
+        config, candidates, first.weight1.dtype,
+        lambda tile: sum(product_us(config, len(calls) * rows, n, k, tile) for n, k in products),
+        len(calls) * apart,
+    )  # fmt: skip
+    few = tile is not None and tiles(tile, rows, len(first.weight1)) < MAX_WAVES * config.rates.sms
+    return tile if few else None
 
 
 def _shape(call: Projection) -> tuple[object, ...]:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igva_kernels.ops.weighted_mix import op, spec
+from igva_kernels.ops.weighted_mix import inference, op, spec
 from igva_kernels.ops.weighted_mix.checks import Mix, check_image_range, check_mix, check_projector, plan_of
+from igva_kernels.ops.weighted_mix.inference import Call
 from igva_kernels.ops.weighted_mix.plan import MixPlan
 from igva_kernels.ops.weighted_mix.steps import Keep, Projector
 from igva_kernels.registry import REFERENCE
@@ -52,12 +53,7 @@ def layer_mix(
         TypeError: wrong types or dtypes.
         NotImplementedError: an explicit ``impl`` that cannot serve the call.
     """
-    mix = check_mix(hidden_states, plan, mix_weights, skip_tokens, image_index)
-    backend = _select(impl, mix, (), None)
-    if backend == REFERENCE:
-        return _reference_rows(mix)
-    keep = Keep.SOURCES if mix.weights_need_grad else Keep.NOTHING
-    return op.layer_mix(**_arguments(mix), keep=keep.value, impl=backend)[0]
+    return _run(Call(hidden_states, plan, mix_weights, skip_tokens, image_index, impl))
 
 
 def layer_mix_linear(
@@ -88,9 +84,8 @@ def layer_mix_linear(
     Raises:
         ValueError, TypeError, NotImplementedError: as in ``layer_mix``.
     """
-    mix = check_mix(hidden_states, plan, mix_weights, skip_tokens, image_index)
     projector = Projector(weight, bias, None, None, norm, activation)
-    return _project(impl, mix, check_projector(mix, projector, ("weight", "bias")))
+    return _run(Call(hidden_states, plan, mix_weights, skip_tokens, image_index, impl, projector), ("weight", "bias"))
 
 
 def layer_mix_mlp(
@@ -124,9 +119,11 @@ def layer_mix_mlp(
     Raises:
         ValueError, TypeError, NotImplementedError: as in ``layer_mix``.
     """
-    mix = check_mix(hidden_states, plan, mix_weights, skip_tokens, image_index)
-    projector = Projector(weight1, bias1, weight2, bias2, norm, activation)
-    return _project(impl, mix, check_projector(mix, projector, ("weight1", "bias1", "weight2", "bias2")))
+    call = Call(
+        hidden_states, plan, mix_weights, skip_tokens, image_index, impl,
+        Projector(weight1, bias1, weight2, bias2, norm, activation),
+    )  # fmt: skip
+    return _run(call, ("weight1", "bias1", "weight2", "bias2"))
 
 
 def check_impl(impl: str, device: torch.device, dtype: torch.dtype, activation: str | None = None) -> None:
@@ -139,8 +136,30 @@ def check_impl(impl: str, device: torch.device, dtype: torch.dtype, activation: 
     op.OPERATOR.select(impl, device, dtype, (), activation)
 
 
-def _select(impl: str, mix: Mix, tensors: tuple[object, ...], activation: str | None) -> str:
-    first, tensors = mix.layers[0], (mix.layers, mix.mix_weights, *tensors)
+def _run(call: Call, names: Sequence[str] = ()) -> Tensor:
+    """Errors call the projector's weights by ``names``."""
+    key = inference.key_of(call)
+    out = None if key is None else inference.run(call, key)
+    if out is not None:
+        return out
+    mix = check_mix(call.hidden_states, call.plan, call.mix_weights, call.skip_tokens, call.image_index)
+    projector = None if call.projector is None else check_projector(mix, call.projector, names)
+    backend = _select(call.impl, mix, projector)
+    if backend == REFERENCE:
+        return _reference_rows(mix) if projector is None else project_as_published(mix, projector)
+    if key is not None:
+        inference.remember(key, call, mix)
+    if projector is not None:
+        return _project(backend, mix, projector)
+    keep = Keep.SOURCES if mix.weights_need_grad else Keep.NOTHING
+    return op.layer_mix(**_arguments(mix), keep=keep.value, impl=backend)[0]
+
+
+def _select(impl: str, mix: Mix, projector: Projector | None) -> str:
+    first, tensors, activation = mix.layers[0], [mix.layers, mix.mix_weights], None
+    if projector is not None:
+        *weights, norm, activation = projector
+        tensors += [weights, norm]
     return op.OPERATOR.select(impl, first.device, first.dtype, tensors, activation, mix.code)
 
 
@@ -164,11 +183,8 @@ def _reference_rows(mix: Mix) -> Tensor:
     )  # fmt: skip
 
 
-def _project(impl: str, mix: Mix, projector: Projector) -> Tensor:
+def _project(backend: str, mix: Mix, projector: Projector) -> Tensor:
     *weights, norm, activation = projector
-    backend = _select(impl, mix, (weights, norm), activation)
-    if backend == REFERENCE:
-        return project_as_published(mix, projector)
     norm_weight, norm_bias, norm_eps = (None, None, None) if norm is None else norm
     weight1, bias1, weight2, bias2 = to_autocast(weights, mix.layers[0].device)
     keep, keep_z = what_to_keep(mix, projector)

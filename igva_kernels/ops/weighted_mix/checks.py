@@ -60,7 +60,7 @@ def _blocks(code: str) -> tuple[Block, ...]:
 
 
 @cached_constant
-def _compact(code: str, num_states: int | None, length: int) -> Compact:
+def compact(code: str, num_states: int | None, length: int) -> Compact:
     used, plan = MixPlan(MixPlan.from_code(code).blocks, num_states).resolve(length).compact()
     return Compact(used, plan.code, plan.num_columns, plan.num_blocks, not lower(plan).num_sums)
 
@@ -82,7 +82,7 @@ def check_mix(
             f"hidden_states: need a sequence of tensors [I, T, D], got {type(hidden_states).__name__}; "
             f"pass the states as they are, not stacked"
         )
-    used, code, num_columns, num_blocks, only_taps = _compact(plan.code, plan.num_states, len(hidden_states))
+    used, code, num_columns, num_blocks, only_taps = compact(plan.code, plan.num_states, len(hidden_states))
     layers = check_layers(hidden_states, used)
     num_images, num_tokens, width = layers[0].shape
     if isinstance(skip_tokens, bool) or not isinstance(skip_tokens, int):
@@ -122,9 +122,11 @@ def check_projector(mix: Mix, projector: Projector, names: Sequence[str], norm_n
 
 def check_layers(hidden_states: Sequence[Tensor | None], used: tuple[int, ...]) -> list[Tensor]:
     """The layers in use, checked to have one shape, dtype and device."""
+    found: list[Any] = [hidden_states[index] for index in used]
+    if _are_alike(found):
+        return found
     layers: list[Tensor] = []
-    for index in used:
-        layer = hidden_states[index]
+    for index, layer in zip(used, found, strict=True):
         if not isinstance(layer, Tensor):
             if layer is None:
                 raise ValueError(f"hidden_states[{index}]: the plan reads this layer, got None")
@@ -143,6 +145,22 @@ def check_layers(hidden_states: Sequence[Tensor | None], used: tuple[int, ...]) 
             raise ValueError(f"hidden_states[{index}]: need all layers on {first.device}, got {layer.device}")
         layers.append(layer)
     return layers
+
+
+def _are_alike(layers: Sequence[Any]) -> bool:
+    """Whether these are plain tensors ``[I, T, D]`` of one shape, float dtype and device.
+
+    A call has many layers, so what is usually true is found out in the fewest steps; what is wrong with the others is
+    found out by ``check_layers``.
+    """
+    first = layers[0]
+    if type(first) is not Tensor or first.dim() != 3 or why_no_float(first) is not None:
+        return False
+    shape, dtype, device = first.shape, first.dtype, first.device
+    return all([
+        type(layer) is Tensor and layer.shape == shape and layer.dtype is dtype and layer.device == device
+        for layer in layers
+    ])  # fmt: skip
 
 
 def check_image_index(image_index: Tensor, device: torch.device, num_images: int) -> None:
@@ -197,7 +215,10 @@ def check_mix_weights(
         )
     if mix_weights.device != first.device:
         raise ValueError(f"{name}: need device {first.device} as the hidden states, got {mix_weights.device}")
-    return mix_weights.to(accumulation_dtype(first.dtype)).expand(num_rows, num_columns)
+    wide = accumulation_dtype(first.dtype)
+    if mix_weights.dtype == wide and mix_weights.shape[0] == num_rows:
+        return mix_weights
+    return mix_weights.to(wide).expand(num_rows, num_columns)
 
 
 def check_weight(

@@ -39,6 +39,7 @@ from igva_kernels.runtime.cpu.dense import (
 )
 from igva_kernels.runtime.dense import Norm, accumulation_dtype
 from igva_kernels.runtime.operands import activation_of, activations, address, dtype_of, matrix, view
+from igva_kernels.runtime.routes import took
 
 BLOCK_BYTES = 40 << 20
 """The most bytes of the row blocks that ``project`` works on. Blocks are as large as that allows, because a product
@@ -143,6 +144,7 @@ class CpuWeightedMix(CpuDense, WeightedMix):
             args.new_sums() if keep == Keep.SOURCES else [],
             args.new_stats(norm),
         )
+        took("weighted_mix, cpu: mixed rows", *_how_mixed(own, kept.rows is None or norm is not None))
         (self._project if own else self._project_by_library)(args, projector, kept, out, z)
         rows = None if kept.rows is None else kept.rows.view(args.num_rows, args.num_patches, row_width)
         mixed = Mixed(rows if norm is None else None, None if norm is None else rows, kept.sums, *kept.stats)
@@ -259,6 +261,15 @@ class CpuWeightedMix(CpuDense, WeightedMix):
             floats(memory), threads,
         )  # fmt: skip
         return rows, {"weight1": grad}
+
+
+def _how_mixed(own: bool, inside: bool) -> tuple[str, str]:
+    """What ``explain`` tells of the mixed rows, where our products multiply them or torch's."""
+    if not own:
+        return "mixed a block at a time", "torch's products read them from the cache"
+    if inside:
+        return "mixed inside the product", "nothing needs them whole"
+    return "mixed first", "the backward needs them whole"
 
 
 def _block_rows(rows: int, limit: int) -> int:

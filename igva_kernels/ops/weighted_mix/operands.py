@@ -14,8 +14,9 @@ from igva_kernels.runtime.operands import dtype_of
 
 def layers(dtype: Any, args: MixArgs, chosen: Sequence[int] | None = None) -> tuple:
     """``Layers``: all hidden states, or those that were chosen; ``dtype`` is the module's name of their dtype."""
-    tensors = args.layers if chosen is None else [args.layers[layer] for layer in chosen]
-    views = [(tensor.data_ptr(), tensor.stride()) for tensor in tensors]
+    views = list(zip(map(Tensor.data_ptr, args.layers), args.strides, strict=True))
+    if chosen is not None:
+        views = [views[layer] for layer in chosen]
     return dtype, args.layers[0].shape, args.skip_tokens, views
 
 

@@ -63,17 +63,6 @@ class Shares(NamedTuple):
         return sum(self.ends)
 
 
-class Run(NamedTuple):
-    """Adjacent blocks that a GEMM reads in one loop: ``taps`` blocks that are taps, or (taps = 0) one mixed block."""
-
-    start: int
-    """The first step."""
-    stop: int
-    block: int
-    """The first block."""
-    taps: int
-
-
 @dataclass(frozen=True, eq=False)
 class Program:
     """A plan lowered once; ``lower`` makes it."""
@@ -88,7 +77,6 @@ class Program:
     num_sums: int
     reduced: MixPlan
     """The plan over the sources."""
-    runs: tuple[Run, ...]
 
     def gather(self, layers: Sequence[Tensor], sums: Sequence[Tensor]) -> list[Tensor]:
         """The sources: taps are the layers themselves; the forward kept the sums."""
@@ -104,7 +92,6 @@ def lower(plan: MixPlan) -> Program:
     return Program(
         plan.weighted_blocks, _steps(plan.blocks, {block: i for i, block in enumerate(sums)}), _steps(sums, {}),
         tuple(block[0].layer if is_tap(block) else None for block in sources.blocks), len(sums), reduced,
-        _runs(plan),
     )  # fmt: skip
 
 
@@ -148,16 +135,3 @@ def _steps(blocks: Sequence[Block], sums: dict[Block, int]) -> Steps:
 
 def _columns(rows: Sequence[Sequence], count: int) -> tuple[tuple, ...]:
     return tuple(zip(*rows, strict=True)) if rows else ((),) * count
-
-
-def _runs(plan: MixPlan) -> tuple[Run, ...]:
-    found: list[Run] = []
-    step = 0
-    for index, block in enumerate(plan.blocks):
-        stop = step + len(block)
-        if is_tap(block) and found and found[-1].taps:
-            found[-1] = found[-1]._replace(stop=stop, taps=found[-1].taps + 1)
-        else:
-            found.append(Run(step, stop, index, int(is_tap(block))))
-        step = stop
-    return tuple(found)

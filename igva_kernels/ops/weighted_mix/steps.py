@@ -37,7 +37,7 @@ class Keep(str, Enum):
     """The weight-free sums of ``plan.reduced()``; its taps are inputs already."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class MixArgs:
     """The inputs of the mix, validated: layers ``[I, T, D]``, every one of them used by the plan.
 
@@ -52,12 +52,14 @@ class MixArgs:
     image_index: Tensor | None
     """``[B]`` int64, or None where row b reads image b."""
     skip_tokens: int
+    strides: Sequence[tuple[int, ...]] = ()
+    """Of the layers; who gives them has seen that the channels lie together and that the index is dense."""
 
     def __post_init__(self) -> None:
-        layers = [adjacent(layer) for layer in self.layers]
-        object.__setattr__(self, "layers", layers)
-        if self.image_index is not None:
-            object.__setattr__(self, "image_index", self.image_index.contiguous())
+        if not self.strides:
+            self.layers = [adjacent(layer) for layer in self.layers]
+            self.strides = [layer.stride() for layer in self.layers]
+            self.image_index = None if self.image_index is None else self.image_index.contiguous()
 
     @cached_property
     def program(self) -> Program:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from igva_kernels.runtime import operands
@@ -24,19 +23,7 @@ NORM_CHUNK = 128
 
 
 class CudaDense(Dense):
-    """``Dense`` with everything but the products in CUDA kernels."""
-
-    def linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, keep_z: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """``y = act(z)`` and, if asked for and not ``y`` itself, ``z = x @ weight.T + bias``; x is ``[M, K]``."""
-        z = F.linear(x, weight, bias)
-        if activation is None:
-            return z, None
-        y, native = torch.empty_like(z) if keep_z else z, launch.module()
-        with launch.on_device_of(z) as stream:
-            native.activation(matrix(native, z), activation_of(native, activation), matrix(native, y), stream)
-        return y, z if keep_z else None
+    """``Dense`` with the small steps of a backward in CUDA kernels."""
 
     def linear_grad_input(
         self, grad_out: Tensor, weight: Tensor | None, z: Tensor | None, activation: str | None, need_y: bool,
@@ -85,11 +72,17 @@ class CudaDense(Dense):
 
 def allows_vectors(width: int, tensors: Iterable[Tensor]) -> bool:
     """Whether rows of ``width`` elements can be read in 16-byte pieces: all addresses and strides are multiples."""
-    return all(
-        width * tensor.element_size() % VECTOR_BYTES == 0
-        and tensor.data_ptr() % VECTOR_BYTES == 0
-        and all(stride * tensor.element_size() % VECTOR_BYTES == 0 for stride in tensor.stride()[:-1])
-        for tensor in tensors
+    return all(allow_vectors_at(width, x.element_size(), (x.data_ptr(),), (x.stride(),)) for x in tensors)
+
+
+def allow_vectors_at(
+    width: int, element_size: int, addresses: Iterable[int], strides: Iterable[tuple[int, ...]]
+) -> bool:
+    """``allows_vectors`` of tensors whose elements have one size, by their addresses and strides."""
+    lengths = {width, *(stride for of_tensor in {*strides} for stride in of_tensor[:-1])}
+    return not (
+        any([length * element_size % VECTOR_BYTES for length in lengths])
+        or any([address % VECTOR_BYTES for address in addresses])
     )
 
 

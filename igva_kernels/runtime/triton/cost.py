@@ -4,9 +4,10 @@ A matrix product takes waves of tiles; a pass over memory takes its bytes; a sma
 
     product = ceil(tiles / slots) * slots * tile FLOPs / (rate * efficiency)        pass = bytes / copy bandwidth
 
-The rates and efficiencies come from the card's configuration (``config``), which says whether they were modelled or
-measured. Only differences between choices matter, so what all of them pay is left out. A choice is a pure function of
-shapes, remembered, and takes no time inside a step.
+The rates and efficiencies come from the card's configuration (``config``). A product whose efficiency nobody measured
+on such a card is never chosen: cuBLAS and a small kernel, in place where nothing else needs its operand, are. Only
+differences between choices matter, so what all of them pay is left out. A choice is a pure function of shapes,
+remembered, and takes no time inside a step.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from igva_kernels.runtime.config import Config, GemmConfig
 
 
 def product_us(config: Config, rows: int, columns: int, length: int, gemm: GemmConfig) -> float:
-    """The microseconds of a Triton GEMM ``[rows, length] @ [length, columns]``."""
+    """The microseconds of a Triton GEMM ``[rows, length] @ [length, columns]`` whose efficiency is known."""
+    assert gemm.efficiency is not None
     area = gemm.block_m * gemm.block_n
     tiles = -(-rows // gemm.block_m) * -(-columns // gemm.block_n)
     # An SM runs two tiles of 128 x 128 or less at once: one computes while the other stores.
@@ -44,14 +46,26 @@ def pass_us(config: Config, elements: float, dtype: torch.dtype) -> float:
 def choose(
     config: Config, tiles: Sequence[GemmConfig], dtype: torch.dtype, cost: Callable[[GemmConfig], float], rival: float
 ) -> GemmConfig | None:
-    """The cheapest tile of a kernel by its ``cost`` in microseconds; None where its ``rival`` costs less."""
+    """The cheapest tile of a kernel by its ``cost`` in microseconds; None where its ``rival`` costs less, and where no
+    tile was measured: a kernel that nobody has timed on such a card never displaces cuBLAS."""
     if config.interpreted:
         return tiles[0]
     if dtype.itemsize != 2:
         # cuBLAS may use TF32 where torch allows it; Triton's exact fp32 product leaves the matrix units idle.
         return None
-    best = min(tiles, key=cost)
-    return best if cost(best) < rival else None
+    best = min((tile for tile in tiles if tile.efficiency is not None), key=cost, default=None)
+    return best if best is not None and cost(best) < rival else None
+
+
+def why(config: Config, kernel: str, dtype: torch.dtype) -> str:
+    """What ``explain`` tells of such a choice."""
+    if config.interpreted:
+        return "the interpreter runs every kernel"
+    if dtype.itemsize != 2:
+        return "Triton's exact fp32 product leaves the matrix units idle"
+    if all(tile.efficiency is None for tile in config.gemms[kernel]):
+        return "nobody has measured Triton's product on such a card; `igva-kernels tune` does"
+    return f"by the {config.status} table of such cards"
 
 
 @lru_cache(maxsize=1024)

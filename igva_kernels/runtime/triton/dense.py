@@ -9,12 +9,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from igva_kernels.runtime.activations import ACTIVATIONS
 from igva_kernels.runtime.config import Config, of_device
 from igva_kernels.runtime.dense import Dense, Norm, NormGrads
+from igva_kernels.runtime.routes import took
 from igva_kernels.runtime.triton import cost, gemm
 from igva_kernels.runtime.triton import norm as norm_kernels
 
@@ -26,12 +25,11 @@ class TritonDense(Dense):
         self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, keep_z: bool
     ) -> tuple[Tensor, Tensor | None]:
         chosen = cost.linear(config_of(x), x.shape[0], *weight.shape, x.dtype, activation is not None)
-        if chosen is not None and can_read(x, weight):
+        is_own = chosen is not None and can_read(x, weight)
+        tell("products, triton: linear", "linear", x, ("cuBLAS and the activation", "one Triton kernel")[is_own])
+        if chosen is not None and is_own:
             return gemm.linear(x, weight, bias, activation, keep_z, chosen)
-        if keep_z or activation is None:
-            return super().linear(x, weight, bias, activation, keep_z)
-        # In place, so that no second [M, H] stands beside the product of cuBLAS.
-        return ACTIVATIONS[activation].forward_(F.linear(x, weight, bias)), None
+        return super().linear(x, weight, bias, activation, keep_z)
 
     def linear_grad_input(
         self, grad_out: Tensor, weight: Tensor | None, z: Tensor | None, activation: str | None, need_y: bool,
@@ -39,7 +37,10 @@ class TritonDense(Dense):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         if weight is not None and z is not None and activation is not None:
             chosen = cost.linear_grad_input(config_of(z), *z.shape, weight.shape[0], z.dtype, need_y, need_bias)
-            if chosen is not None and can_read(grad_out, weight):
+            is_own = chosen is not None and can_read(grad_out, weight)
+            taken = ("cuBLAS and small kernels", "one Triton kernel")[is_own]
+            tell("products, triton: linear_grad_input", "linear_grad_input", z, taken)
+            if chosen is not None and is_own:
                 return gemm.linear_grad_input(grad_out, weight, z, activation, need_y, need_bias, chosen)
         return super().linear_grad_input(grad_out, weight, z, activation, need_y, need_bias)
 
@@ -52,6 +53,11 @@ class TritonDense(Dense):
         return norm_kernels.norm_backward(
             grad_out, rows, norm, mean, rstd, need_params, programs, chosen.rows["norm_backward"]
         )
+
+
+def tell(what: str, kernel: str, tensor: Tensor, taken: str) -> None:
+    """Tells ``explain`` whether a Triton product was taken, and why."""
+    took(what, taken, lambda: cost.why(config_of(tensor), kernel, tensor.dtype))
 
 
 def config_of(tensor: Tensor) -> Config:

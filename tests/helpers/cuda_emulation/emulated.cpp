@@ -1,7 +1,7 @@
 // The launchers of the CUDA kernels, with the kernels emulated. `runtime.cu` and `tensor_map.cu` are replaced.
 #include "emulation.h"
 
-#include "dense/cuda/activation.cu"
+#include "dense/cuda/activation_grad.cu"
 #include "deform_attn/cuda/attend.cu"
 #include "deform_attn/cuda/levels_grad.cu"
 #include "deform_attn/cuda/places_grad.cu"
@@ -11,7 +11,6 @@
 #include "weighted_mix/cuda/mix.cu"
 #include "weighted_mix/cuda/mix_norm.cu"
 #include "weighted_mix/cuda/mix_weights_grad.cu"
-#include "weighted_mix/cuda/mix_weights_grad_sm90.cu"
 #include "dense/cuda/norm_grad.cu"
 
 #include "cuda/host.h"

@@ -1,5 +1,7 @@
 """The products of several members in one launch, in the interpreter: the bits of members apart, and when they share."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from bank import IGVA, LINEARS, MEAN, TAPS, make, member_by_member, trained
@@ -9,6 +11,9 @@ pytest.importorskip("triton")
 
 import igva_kernels as ik
 from igva_kernels.ops.layer_project import triton as kernels
+from igva_kernels.ops.weighted_mix import triton as weighted_mix
+from igva_kernels.runtime.config import GemmConfig, shipped
+from igva_kernels.runtime.triton import dense
 
 pytestmark = pytest.mark.interpreted
 
@@ -59,6 +64,18 @@ def test_a_member_that_fills_the_card_has_a_launch_of_its_own(launches, monkeypa
     monkeypatch.setattr(kernels, "MAX_WAVES", 0.0)
     ik.layer_project(**make((IGVA, TAPS)), impl="triton")
     assert not launches
+
+
+@pytest.mark.parametrize(("efficiency", "tma", "shared"), [(None, False, 0), (0.95, True, 0), (0.95, False, 3)])
+def test_only_a_tile_that_was_measured_by_pointers_is_shared_on_a_card(efficiency, tma, shared, launches, monkeypatch):
+    tile = GemmConfig(128, 128, 64, 8, 3, 1, tma, efficiency)
+    card = replace(shipped("sm_90"), gemms={"linear": (tile,), "weighted_mix.mix_linear": (tile,)})
+    for module in (kernels, dense, weighted_mix):
+        monkeypatch.setattr(module, "config_of", lambda tensor: card)
+    args = make((IGVA, TAPS, IGVA), tokens=129, width=64, hidden=64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        ik.layer_project(**args, impl="triton")
+    assert launches == [shared] * (2 if shared else 0)
 
 
 def test_the_backward_of_members_in_one_launch_is_that_of_each(launches):

@@ -9,6 +9,7 @@ import pytest
 import strides
 import torch
 from cuda_tools import emulate, include
+from products import activated_in_place
 from recording import registered_calls
 from seeds import seeded
 
@@ -17,8 +18,8 @@ from igva_kernels import MixPlan, registry, verify
 from igva_kernels.ops.weighted_mix import cases
 from igva_kernels.ops.weighted_mix.cases import Case
 from igva_kernels.ops.weighted_mix.cuda import IMPLEMENTATION as KERNELS
-from igva_kernels.ops.weighted_mix.cuda import gemm, grad_gemm
-from igva_kernels.ops.weighted_mix.steps import Keep, MixArgs, Projector, take_blocks
+from igva_kernels.ops.weighted_mix.cuda import gemm
+from igva_kernels.ops.weighted_mix.steps import Keep, MixArgs, Projector
 from igva_kernels.runtime.activations import ACTIVATIONS
 
 program = import_module("igva_kernels.ops.weighted_mix.cuda.program")  # its package has a function of that name
@@ -48,7 +49,6 @@ def emulated(monkeypatch):
 def test_the_host_plans_with_the_constants_of_the_kernels(emulated):
     planned = {"tile_m": gemm.TILE_M, "tile_n": gemm.TILE_N, "tile_k": gemm.TILE_K, "cluster": gemm.CLUSTER}
     assert planned | {"taps": gemm.MAX_TAPS} == emulated.GEMM_SM90
-    assert emulated.LIMITS["dots"] == grad_gemm.MAX_DOTS
 
 
 def judge(case, dtype):
@@ -98,6 +98,12 @@ def test_a_layer_may_stand_in_a_block_more_often_than_there_are_layers():
         out = ik.layer_mix([leaves[0]], plan, leaves[1], skip_tokens=1, impl=impl)
         results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_without_the_fused_gemm_gelu_is_in_place_in_torchs_product_unless_z_is_kept(trained, monkeypatch):
+    monkeypatch.setattr(gemm, "why_not_device", lambda index: "switched off")
+    assert activated_in_place("cuda", trained, monkeypatch) == (not trained)
 
 
 def test_what_a_plan_names_must_have_been_handed_in():
@@ -175,11 +181,9 @@ def test_a_plan_beyond_the_parameters_is_passed_over_before_its_forward_runs(pla
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_activations_and_their_slopes(activation, dtype):
-    """103 elements: the last thread has a tail, the second chunk of rows ends early."""
+    """103 rows: the second chunk of rows ends early."""
     z = torch.cat([torch.linspace(-12, 12, 101), torch.tensor([0.0, float("nan")])]).to(dtype)[:, None]
     grad = torch.randn_like(z)
-    forward, kept = KERNELS.linear(z, torch.ones(1, 1, dtype=dtype), None, activation, True)
-    assert torch.equal(kept.nan_to_num(), z.nan_to_num())
     wide = z.double().requires_grad_()
     exact = ACTIVATIONS[activation](wide)
     (slope,) = torch.autograd.grad(exact, wide, grad.double())
@@ -187,7 +191,6 @@ def test_activations_and_their_slopes(activation, dtype):
     eps = torch.finfo(dtype).eps
     tolerance = {"rtol": 4 * eps, "atol": (32 if dtype == torch.float64 else 4) * eps, "equal_nan": True}
     torch.testing.assert_close(y.double(), exact.detach(), **tolerance)
-    assert torch.equal(forward.nan_to_num(), y.nan_to_num())
     torch.testing.assert_close(grad_z.double(), slope, **tolerance)
 
 
@@ -337,67 +340,3 @@ def why_not_fused(case, inputs):
     args = MixArgs(layers, case.plan.compact()[1], inputs.mix_weights, None, case.skip)
     projector = Projector(inputs.params["weight1"], inputs.params["bias1"], activation="gelu")
     return KERNELS.why_not_fused(args, projector, Keep.NOTHING)
-
-
-# ---- the weight gradient in the product ----
-
-
-@pytest.fixture
-def fused_grad(monkeypatch):
-    """Calls of the product with the weight gradient in it."""
-    calls = []
-    run = grad_gemm.run
-    monkeypatch.setattr(grad_gemm, "run", lambda *args: calls.append(args) or run(*args))
-    return calls
-
-
-@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
-def test_the_weight_gradient_in_the_product_obeys_the_error_rule(dtype, fused_grad):
-    """Two tiles of columns, the second one not full; more rows than the depth of the product."""
-    judge(Case("igva", "layer_mix_mlp", MixPlan.igva(6, 3), 2, 101, 264, 136, activation="gelu"), dtype)
-    assert fused_grad
-
-
-WEIGHTED = MixPlan((((0, 1, 0.5), (1, 0, 2.0), (2, 1, -1.0)), ((1, None, 1.0),), ((2, 2, 1.0), (0, 1, 1.0))), 3)
-"""Two weighted blocks; a column with two entries, one in both blocks, two in one of them only."""
-
-
-@pytest.mark.parametrize("index", [None, [1, 2, 1, 0]])
-@pytest.mark.parametrize("multiprocessors", [2, 6])
-def test_the_weight_gradient_in_the_product_is_exact_on_integers(index, multiprocessors, fused_grad, monkeypatch):
-    """Rows of an image end inside a tile, images lie where they like, and the ring wraps: every product counts once."""
-    monkeypatch.setattr(gemm, "multiprocessors", lambda device: multiprocessors)
-    check_weight_gradient(index)
-    assert len(fused_grad) == 1
-
-
-def test_the_weight_gradient_in_the_product_is_exact_in_any_order_of_threads_and_copies(any_order, fused_grad):
-    check_weight_gradient([1, 2, 1, 0])
-    assert len(fused_grad) == 1
-
-
-def check_weight_gradient(index):
-    wide = torch.randint(-2, 3, (3, 3, 80, 288)).bfloat16()
-    layers = [wide[:, 0, 1:71, :264], wide[:, 1, 2:72, 8:272], wide[:, 2, :70, 16:280]]
-    index = None if index is None else torch.tensor(index)
-    rows = 3 if index is None else 4
-    args = MixArgs(layers, WEIGHTED, torch.rand(rows, 3), index, 0)
-    grad_z = torch.randint(-2, 3, (rows * 70, 208)).bfloat16()[:, :200]
-    weight1 = torch.randint(-2, 3, (200, 3 * 264)).bfloat16()
-    actual = KERNELS.mix_weights_grad_of_linear(grad_z, weight1, WEIGHTED.weighted_blocks, args)
-    grad_rows = (grad_z.double() @ take_blocks(weight1, [0, 2], 264).double()).view(rows, 70, 2, 264)
-    sources = [layer.double() if index is None else layer[index].double() for layer in layers]
-    expected = torch.zeros(rows, 3, dtype=torch.float64)
-    for position, block in enumerate(WEIGHTED.weighted_blocks):
-        for layer, column, scale in WEIGHTED.blocks[block]:
-            expected[:, column] += scale * (grad_rows[:, :, position] * sources[layer]).sum((1, 2))
-    assert torch.equal(actual, expected.float())
-
-
-def test_a_missing_image_has_no_weight_gradient_and_reads_nothing(fused_grad):
-    layers = [torch.randn(2, 66, 64).bfloat16() for _ in range(3)]
-    args = MixArgs(layers, WEIGHTED, torch.rand(3, 3), torch.tensor([1, 7, 0]), 0)
-    grad_z, weight1 = torch.randn(3 * 66, 64).bfloat16(), torch.randn(64, 192).bfloat16()
-    grad = KERNELS.mix_weights_grad_of_linear(grad_z, weight1, WEIGHTED.weighted_blocks, args)
-    assert fused_grad
-    assert grad[1].isnan().all() and grad[[0, 2]].isfinite().all()

@@ -18,10 +18,10 @@ import igva_kernels as ik
 from igva_kernels import MixPlan
 from igva_kernels.ops.weighted_mix import cases
 from igva_kernels.ops.weighted_mix.cuda import IMPLEMENTATION as KERNELS
-from igva_kernels.ops.weighted_mix.cuda import gemm, grad_gemm
+from igva_kernels.ops.weighted_mix.cuda import gemm
 from igva_kernels.ops.weighted_mix.steps import Keep, MixArgs
 from igva_kernels.runtime.cuda import BACKEND
-from igva_kernels.testing import capture, within_rule
+from igva_kernels.testing import capture
 
 pytestmark = harness.on_a_gpu(BACKEND)
 
@@ -53,9 +53,9 @@ def test_more_elements_than_32_bits_count():
         pytest.skip("needs 35 GB of free memory")
     x, weight = torch.randn(rows, 64, device="cuda").bfloat16(), torch.randn(columns, 64, device="cuda").bfloat16()
     y, z = KERNELS.linear(x, weight, None, "gelu", True)
-    torch.testing.assert_close(y[-8:], F.gelu(z[-8:]), rtol=1e-2, atol=1e-5)
     grad_z, again, _ = KERNELS.linear_grad_input(y, None, z, "gelu", True, True)
-    assert torch.equal(again, y)
+    for end in (slice(8), slice(-8, None)):
+        torch.testing.assert_close(again[end], F.gelu(z[end]), rtol=1e-2, atol=1e-5)
     assert torch.equal(grad_z[-8:], KERNELS.linear_grad_input(y[-8:], None, z[-8:], "gelu", False, False)[0])
 
 
@@ -140,30 +140,6 @@ def test_flags_and_ticket_end_where_they_must(fused, monkeypatch):
     rows = gemm.num_flags(5 * 101) - 1
     launches = [tensor.tolist() for tensor in made if tensor.dtype == torch.int32]
     assert launches == [[16 * rows + warps] + [16] * rows] * 3
-
-
-@pytest.mark.parametrize("width", [768, 1024, 1152])
-def test_the_weight_gradient_in_the_product(fused, width, monkeypatch):
-    calls = []
-    run = grad_gemm.run
-    monkeypatch.setattr(grad_gemm, "run", lambda *args: calls.append(args) or run(*args))
-    plan = PLAN.reduced()[1]
-    for judge in within_rule(torch.bfloat16):
-        args = MixArgs(
-            [torch.randn(8, 576, width, device="cuda").bfloat16() for _ in range(plan.num_states)], plan,
-            torch.rand(8, 4, device="cuda"), None, 0,
-        )  # fmt: skip
-        grad_z = torch.randn(8 * 576, 4096, device="cuda").bfloat16()
-        weight1 = (torch.randn(4096, 2 * width, device="cuda") / 64).bfloat16()
-        call = (grad_z, weight1, plan.weighted_blocks, args)
-        switch(True)
-        calls.clear()
-        one, again = KERNELS.mix_weights_grad_of_linear(*call), KERNELS.mix_weights_grad_of_linear(*call)
-        assert len(calls) == 2 and torch.equal(one, again)
-        switch(False)
-        grad_rows = (grad_z.double() @ weight1[:, width:].double()).view(8, 576, width)
-        exact = torch.stack([(grad_rows * layer.double()).sum((1, 2)) for layer in args.layers[1:]], 1)
-        judge.add(one, exact, KERNELS.mix_weights_grad_of_linear(*call))
 
 
 def sanitize():

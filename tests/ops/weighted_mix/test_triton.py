@@ -7,6 +7,7 @@ import numpy as np
 import plain_torch
 import pytest
 import torch
+from products import activated_in_place
 from seeds import seeded
 
 import igva_kernels as ik
@@ -16,14 +17,16 @@ from igva_kernels.ops.weighted_mix.cases import Case
 from igva_kernels.ops.weighted_mix.program import shares
 from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Projector
 from igva_kernels.runtime.activations import ACTIVATIONS
-from igva_kernels.runtime.config import GemmConfig, of_device
+from igva_kernels.runtime.config import GemmConfig, of_device, shipped
 from igva_kernels.runtime.dense import Dense
 from igva_kernels.testing import within_rule
 
 pytest.importorskip("triton")
 
+from igva_kernels.ops.weighted_mix import triton as kernels
 from igva_kernels.ops.weighted_mix.triton import IMPLEMENTATION as KERNELS
 from igva_kernels.ops.weighted_mix.triton import gemm, mix
+from igva_kernels.runtime.triton import dense
 from igva_kernels.runtime.triton import gemm as dense_gemm
 
 pytestmark = pytest.mark.interpreted
@@ -174,49 +177,22 @@ def test_activations_at_the_edges():
             torch.testing.assert_close(grad_z, expected, equal_nan=True, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("index", [None, [1, 0, 0]])
-@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.slices} slices, {'TMA' if tile.tma else 'pointers'}")
-def test_mix_weights_grad_of_linear(tile, index):
-    """Two weighted blocks, a width that no tile divides, and a column that the first block does not have."""
-    plan = MixPlan((((0, 0, 0.5), (1, 0, 2.0)), ((1, None, 1.0),), ((2, 1, 1.0), (0, 0, -1.0), (3, None, 1.0))), 4)
-    layers = [torch.randn(2, 5, 40) for _ in range(4)]
-    index = None if index is None else torch.tensor(index)
-    args = MixArgs(layers, plan, torch.rand(2 if index is None else 3, 2), index, 0)
-    grad_z, weight = torch.randn(5 * args.num_rows, 24), torch.randn(24, 120)
-    actual = gemm.mix_weights_grad_of_linear(grad_z, weight, plan.weighted_blocks, args, tile)
-    rows = (grad_z @ weight).view(args.num_rows, 5, 120)
-    rows = torch.cat([rows[..., :40], rows[..., 80:]], -1)
-    torch.testing.assert_close(actual, KERNELS.mix_weights_grad(rows, (0, 2), args), rtol=1e-4, atol=1e-3)
-
-
-PROLOGUES = {
-    "taps": MixPlan.concat([3, 0, 1, 2], 5),
-    "taps, mixed, taps": MixPlan(
-        (((0, None, 1.0),), ((1, 0, 0.5), (2, 0, 0.25), (3, 1, 1.0), (0, None, -1.0)), ((4, None, 1.0),)), 5
-    ),
-    "reduced igva": MixPlan.igva(4, 4).reduced()[1],
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("name", "index", "width", "norm"),
+    ("taps", "index", "width", "norm"),
     [
-        ("taps", None, 32, "no norm"),
-        ("taps", [1, 0, 1], 40, "norm"),
-        ("taps", None, 40, "norm without parameters"),
-        ("taps, mixed, taps", [1, 0, 1], 40, "no norm"),
-        ("taps, mixed, taps", None, 40, "norm"),
-        ("taps, mixed, taps", [1, 0, 1], 32, "norm without parameters"),
-        ("reduced igva", None, 32, "norm"),
-        ("reduced igva", [1, 0, 1], 32, "no norm"),
+        ([3, 0, 1, 2], None, 32, "no norm"),
+        ([3, 0, 1, 2], [1, 0, 1], 40, "norm"),
+        ([3, 0, 1, 2], None, 40, "norm without parameters"),
+        ([2, 2, 0], [1, 0, 1], 32, "no norm"),
+        ([4], None, 32, "norm"),
+        ([4], [1, 0, 1], 40, "no norm"),
     ],
 )
-def test_a_gemm_that_reads_the_layers(name, index, width, norm, dtype, monkeypatch):
-    plan = PROLOGUES[name]
+def test_a_gemm_that_reads_the_layers(taps, index, width, norm, dtype, monkeypatch):
+    plan = MixPlan.concat(taps, 5)
     calls = []
     monkeypatch.setattr(gemm, "mix_linear", lambda *args, run=gemm.mix_linear: calls.append(1) or run(*args))
-    weights = torch.rand(2 if index is None else 3, plan.num_columns) if plan.num_columns else None
     row = plan.num_blocks * width
     w1, b1 = (torch.randn(72, row) / row**0.5).to(dtype), torch.randn(72).to(dtype)
     params = {
@@ -228,7 +204,7 @@ def test_a_gemm_that_reads_the_layers(name, index, width, norm, dtype, monkeypat
     def run(impl, cast):
         given = params[norm]
         return ik.layer_mix_linear(
-            [cast(layer) for layer in layers[: plan.num_states]], plan, weights, cast(w1), cast(b1), activation="gelu",
+            [cast(layer) for layer in layers], plan, None, cast(w1), cast(b1), activation="gelu",
             norm=None if given is None else (*(None if p is None else cast(p.to(dtype)) for p in given), 1e-5),
             skip_tokens=1, image_index=None if index is None else torch.tensor(index), impl=impl,
         )  # fmt: skip
@@ -320,6 +296,13 @@ def test_what_the_allocator_sees_is_one_launch(has_cls, monkeypatch):
     groups = torch.stack([torch.stack(states[1 + 2 * k : 3 + 2 * k]).mean(0) for k in range(3)], 1)
     expected = groups[:, :, 0] if has_cls else groups.mean(2)
     torch.testing.assert_close(summaries, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_on_a_card_that_nobody_measured_torch_multiplies_and_gelu_is_in_place_unless_z_is_kept(trained, monkeypatch):
+    for module in (dense, kernels):
+        monkeypatch.setattr(module, "config_of", lambda tensor: shipped("sm_100"))
+    assert activated_in_place("triton", trained, monkeypatch) == (not trained)
 
 
 def test_the_interpreter_has_a_configuration_of_its_own():

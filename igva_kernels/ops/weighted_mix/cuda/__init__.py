@@ -1,4 +1,4 @@
-"""The mix on a GPU by CUDA kernels, and on Hopper inside the products. See ``WeightedMix`` for every method."""
+"""The mix on a GPU by CUDA kernels, and on Hopper inside the first product. See ``WeightedMix`` for every method."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from igva_kernels.ops.weighted_mix.cuda import gemm, grad_gemm
+from igva_kernels.ops.weighted_mix.cuda import gemm
 from igva_kernels.ops.weighted_mix.cuda.program import DOT_CHUNK, mix_program, norm_row_fits
 from igva_kernels.ops.weighted_mix.operands import batch, layer_shape, layers, serves_pair, weights
 from igva_kernels.ops.weighted_mix.plan import MixPlan
@@ -16,9 +16,10 @@ from igva_kernels.ops.weighted_mix.program import shares as shares_of
 from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Mixed, Projector, WeightedMix
 from igva_kernels.runtime import operands
 from igva_kernels.runtime.cuda import launch
-from igva_kernels.runtime.cuda.dense import CudaDense, allows_vectors, chunks
+from igva_kernels.runtime.cuda.dense import CudaDense, allow_vectors_at, allows_vectors, chunks
 from igva_kernels.runtime.dense import Norm, accumulation_dtype
 from igva_kernels.runtime.operands import activations, address, adjacent, dtype_of, view
+from igva_kernels.runtime.routes import took
 
 
 class CudaWeightedMix(CudaDense, WeightedMix):
@@ -97,14 +98,6 @@ class CudaWeightedMix(CudaDense, WeightedMix):
             )  # fmt: skip
         return grad
 
-    def mix_weights_grad_of_linear(
-        self, grad_z: Tensor, weight1: Tensor, blocks: Sequence[int], args: MixArgs
-    ) -> Tensor:
-        """``mix_weights_grad`` of ``grad_rows = grad_z @ weight1``, where possible by a kernel that never stores it."""
-        if _why_not_device(grad_z) is not None or grad_gemm.why_not(grad_z, weight1, blocks, args) is not None:
-            return super().mix_weights_grad_of_linear(grad_z, weight1, blocks, args)
-        return grad_gemm.run(grad_z, weight1, blocks, args)
-
     def layer_grads(
         self, grad_rows: Tensor, shares: Shares, mix_weights: Tensor | None, image_index: Tensor | None,
         shape: LayerShape,
@@ -127,15 +120,18 @@ class CudaWeightedMix(CudaDense, WeightedMix):
     def mix_linear(
         self, args: MixArgs, projector: Projector, keep: Keep, keep_z: bool
     ) -> tuple[Tensor, Tensor | None, Mixed]:
-        if self.why_not_fused(args, projector, keep) is not None:
+        reason = self.why_not_fused(args, projector, keep)
+        if reason is not None:
+            took("weighted_mix, cuda: first product", "the mix kernel, cuBLAS and the activation", reason)
             return super().mix_linear(args, projector, keep, keep_z)
+        took("weighted_mix, cuda: first product", "one kernel that mixes and multiplies", f"{gemm.SWITCH}=1")
         sums = args.new_sums() if keep == Keep.SOURCES else []
         y, z = gemm.run(args, projector.weight1, projector.bias1, projector.activation, keep_z, sums)
         return y, z, Mixed(None, None, sums)
 
 
 def _why_not_device(tensor: Tensor) -> str | None:
-    """None if the fused GEMMs run where the tensor is, otherwise why not."""
+    """None if the fused GEMM runs where the tensor is, otherwise why not."""
     index = tensor.device.index
     return gemm.why_not_device(-1 if index is None else index)
 
@@ -146,7 +142,9 @@ def _launch_mix(
 ) -> None:  # fmt: skip
     """Rows and sums in one launch; without ``rows`` the sums alone."""
     first, native = args.layers[0], launch.module()
-    vector = allows_vectors(args.width, [*args.layers, *sums])
+    of_layers = layers(dtype_of(native, first.dtype), args)
+    addresses, layouts = zip(*of_layers[-1], strict=True)
+    vector = allow_vectors_at(args.width, first.element_size(), addresses, layouts) and allows_vectors(args.width, sums)
     out = native.MixOutput(
         dtype_of(native, torch.float32 if rows is None else rows.dtype), address(rows), address(raw),
         [kept.data_ptr() for kept in sums],
@@ -157,7 +155,7 @@ def _launch_mix(
         native_norm = operands.norm(native, *norm, mean, rstd)
     with launch.on_device_of(first) as stream:
         native.mix(
-            mix_program(args.plan, bool(sums)), layers(dtype_of(native, first.dtype), args), weights(args.mix_weights),
+            mix_program(args.plan, bool(sums)), of_layers, weights(args.mix_weights),
             batch(args.image_index, args.num_rows), out, native_norm, vector, stream,
         )  # fmt: skip
 

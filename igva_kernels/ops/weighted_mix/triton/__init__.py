@@ -1,8 +1,7 @@
 """The mix by Triton kernels. See ``WeightedMix`` for every method.
 
-    mix and its gradients                    Triton, always
-    mix_linear                               a GEMM that reads the layers itself, or the mix and ``linear``
-    mix_weights_grad_of_linear               a GEMM with the dots in its epilogue, or cuBLAS and the dot kernel
+    mix and its gradients    Triton, always
+    mix_linear               where all blocks are taps, a GEMM that reads the layers itself; or the mix and ``linear``
 
 ``cost`` chooses where there is a choice, from shapes alone: the same call takes the same kernels in every step.
 """
@@ -22,7 +21,7 @@ from igva_kernels.runtime.config import GemmConfig
 from igva_kernels.runtime.dense import Norm
 from igva_kernels.runtime.triton import norm as norm_kernels
 from igva_kernels.runtime.triton.common import KERNEL_ACTIVATIONS
-from igva_kernels.runtime.triton.dense import TritonDense, can_read, config_of
+from igva_kernels.runtime.triton.dense import TritonDense, can_read, config_of, tell
 
 
 class TritonWeightedMix(TritonDense, WeightedMix):
@@ -38,16 +37,6 @@ class TritonWeightedMix(TritonDense, WeightedMix):
         rows = config_of(grad_rows).rows["weighted_mix.mix_weights_grad"]
         return mix_kernels.mix_weights_grad(grad_rows, blocks, args, rows)
 
-    def mix_weights_grad_of_linear(
-        self, grad_z: Tensor, weight1: Tensor, blocks: Sequence[int], args: MixArgs
-    ) -> Tensor:
-        chosen = cost.mix_weights_grad_of_linear(
-            config_of(grad_z), grad_z.shape[0], len(blocks) * args.width, grad_z.shape[1], grad_z.dtype
-        )
-        if chosen is not None and can_read(grad_z, weight1, *args.layers):
-            return gemm.mix_weights_grad_of_linear(grad_z, weight1, blocks, args, chosen)
-        return super().mix_weights_grad_of_linear(grad_z, weight1, blocks, args)
-
     def layer_grads(
         self, grad_rows: Tensor, shares: Shares, mix_weights: Tensor | None, image_index: Tensor | None,
         shape: LayerShape,
@@ -60,6 +49,8 @@ class TritonWeightedMix(TritonDense, WeightedMix):
     ) -> tuple[Tensor, Tensor | None, Mixed]:
         weight, bias, _, _, norm, activation = projector
         chosen = self._prologue(args, projector, keep)
+        taken = "the mix kernel, then the product" if chosen is None else "one kernel that reads the layers"
+        tell("weighted_mix, triton: first product", "weighted_mix.mix_linear", weight, taken)
         if chosen is None:
             return super().mix_linear(args, projector, keep, keep_z)
         if norm is None:

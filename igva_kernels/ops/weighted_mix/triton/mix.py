@@ -139,26 +139,6 @@ def mix_kernel(
         tl.store(sums[k] + p_sum, b_sums[k], mask=m_x)
 
 
-@triton.jit
-def dot_entries(
-    b_grad, layers, image, exists, o_t, o_d, m_x, partials, o_partial, m_p, stride_image, stride_token,
-    LAYERS: tl.constexpr, SCALES: tl.constexpr, COLUMNS: tl.constexpr, NUM_COLUMNS: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """``partials[o_partial + c] = <dA, sum over the entries of column c of s * h_l>`` of each row of a tile [BP, BD].
-
-    Every column is written, so that the partials need no zeroing.
-    """
-    for c in tl.static_range(NUM_COLUMNS):
-        b_dot = tl.zeros([BLOCK_P], tl.float32)
-        for i in tl.static_range(len(LAYERS)):
-            if COLUMNS[i] == c:
-                p_x = layer_tile(layers, LAYERS[i], image, o_t, o_d, stride_image, stride_token)
-                b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
-                b_dot += tl.sum(b_grad * b_x, axis=1) * SCALES[i]
-        b_dot = tl.where(exists, b_dot, float("nan"))
-        tl.store(partials + o_partial + c, b_dot, mask=m_p)
-
-
 @kernel
 def mix_weights_grad_kernel(
     grad, layers, index, partials, num_images, num_patches, slot, slots,
@@ -166,7 +146,8 @@ def mix_weights_grad_kernel(
     LAYERS: tl.constexpr, SCALES: tl.constexpr, COLUMNS: tl.constexpr, NUM_COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Partials of one tile ``[BLOCK_P, BLOCK_D]`` of one block, in its rows' slots from ``slot`` on."""
+    """Partials ``<dA, sum over the entries of column c of s * h_l>`` of each row of one tile ``[BLOCK_P, BLOCK_D]`` of
+    one block, in its rows' slots from ``slot`` on."""
     TILES_D: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
     pid = tl.program_id(0)
     tiles_p = tl.cdiv(num_patches, BLOCK_P)
@@ -182,10 +163,16 @@ def mix_weights_grad_kernel(
     p_grad = grad + b * stride_gb + o_p[:, None] * stride_gp + o_d
     b_grad = tl.load(p_grad, mask=m_x, other=0.0).to(tl.float32)
     o_partial = ((b * num_patches + o_p) * slots + slot + tile_d) * NUM_COLUMNS
-    dot_entries(
-        b_grad, layers, image, exists, o_p[:, None], o_d, m_x, partials, o_partial, m_p, stride_image, stride_token,
-        LAYERS, SCALES, COLUMNS, NUM_COLUMNS, BLOCK_P,
-    )  # fmt: skip
+    # Every column is written, so that the partials need no zeroing.
+    for c in tl.static_range(NUM_COLUMNS):
+        b_dot = tl.zeros([BLOCK_P], tl.float32)
+        for i in tl.static_range(len(LAYERS)):
+            if COLUMNS[i] == c:
+                p_x = layer_tile(layers, LAYERS[i], image, o_p[:, None], o_d, stride_image, stride_token)
+                b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
+                b_dot += tl.sum(b_grad * b_x, axis=1) * SCALES[i]
+        b_dot = tl.where(exists, b_dot, float("nan"))
+        tl.store(partials + o_partial + c, b_dot, mask=m_p)
 
 
 @kernel

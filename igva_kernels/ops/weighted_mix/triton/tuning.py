@@ -58,10 +58,7 @@ def gemm_job(name: str, batch: int) -> tuple[Callable[[GemmConfig], object], tup
     if name == "linear_grad_input":
         grad, weight, z = _random(m, HIDDEN), _random(HIDDEN, HIDDEN), _random(m, HIDDEN)
         return lambda tile: dense_gemm.linear_grad_input(grad, weight, z, "gelu", True, True, tile), (m, HIDDEN, HIDDEN)
-    if name == "weighted_mix.mix_weights_grad_of_linear":
-        grad, weight, args = _random(m, HIDDEN), _random(HIDDEN, 2 * WIDTH), _args(REDUCED, batch, 0)
-        return lambda tile: gemm.mix_weights_grad_of_linear(grad, weight, (1,), args, tile), (m, WIDTH, HIDDEN)
-    args = _args(TAPS if name == "weighted_mix.mix_linear" else REDUCED, batch, 1)
+    args = _args(TAPS, batch, 1)
     length = args.plan.num_blocks * WIDTH
     weight, bias = _random(HIDDEN, length), _random(HIDDEN)
     return lambda tile: gemm.mix_linear(args, weight, bias, "gelu", False, tile), (m, HIDDEN, length)
@@ -96,12 +93,5 @@ ROW_JOBS = {
 }
 """By kernel: ``job()`` returns a function of the configuration to time."""
 
-GEMM_JOBS = {
-    name: partial(gemm_job, name)
-    for name in (
-        "linear", "linear_grad_input", "weighted_mix.mix_weights_grad_of_linear", "weighted_mix.mix_linear",
-        "weighted_mix.mix_linear_mixed",
-    )
-}  # fmt: skip
-"""By kernel: ``job(batch)`` returns such a function, and ``(rows, columns, length)`` of its product. "mix_linear" has a
-plan of taps only, "mix_linear_mixed" one with a mixed block."""
+GEMM_JOBS = {name: partial(gemm_job, name) for name in ("linear", "linear_grad_input", "weighted_mix.mix_linear")}
+"""By kernel: ``job(batch)`` returns such a function, and ``(rows, columns, length)`` of its product."""

@@ -1,39 +1,17 @@
-// Activations around the library GEMMs, which add the bias themselves: adding it here would round twice.
+// What lies between the two library products of a backward: torch would need three passes for it.
 //
-//   y = act(z), in place where z is not kept;     grad_z = grad_y * act'(z) in place, and y = act(z) again
+//   grad_z = grad_y * act'(z) in place, and y = act(z) again
 //
 // The column sums of grad_z, the gradient of the bias, are taken on the way from the unrounded products: in fixed
 // chunks of rows, which the caller adds in order.
 //
-// Modelled floor (M = 36864, H = 4096, bf16, 4.3 TB/s; not measured): forward 0.60 GB = 0.14 ms, backward 1.21 GB =
-// 0.28 ms.
+// Modelled floor (M = 36864, H = 4096, bf16, 4.3 TB/s; not measured): 1.21 GB = 0.28 ms.
 #include "dense/cuda/activation.cuh"
 
 #include "cuda/common.cuh"
 #include "dense/cuda/params.h"
 
 namespace igva::cuda {
-
-// A thread owns 16 bytes; the last one may own less.
-template <class T, int V>
-__device__ inline void apply(const ActivationParams& params, int64_t at) {
-  Wide<T> values[V];
-  load<V>(static_cast<const T*>(params.z) + at, values);
-#pragma unroll
-  for (int i = 0; i < V; ++i) values[i] = act<T>(params.activation, values[i]);
-  store<V>(static_cast<T*>(params.y) + at, values);
-}
-
-template <class T>
-__global__ void __launch_bounds__(block_threads) activation_kernel(const __grid_constant__ ActivationParams params) {
-  constexpr int V = vector_width<T>;
-  const int64_t begin = (int64_t(blockIdx.x) * block_threads + threadIdx.x) * V;
-  if (begin + V <= params.count) {
-    apply<T, V>(params, begin);
-  } else {
-    for (int64_t at = begin; at < params.count; ++at) apply<T, 1>(params, at);
-  }
-}
 
 // A block owns 32 vectors of every row of a chunk; each of its eight warps takes every eighth row.
 template <class T, int V>
@@ -74,14 +52,6 @@ __global__ void __launch_bounds__(block_threads)
     for (int other = 0; other < warps; ++other) total += sums[other * segment + i * 32 + lane];
     if (column < params.columns) static_cast<W*>(params.partials)[int64_t(chunk) * params.columns + column + i] = total;
   }
-}
-
-int activation(const ActivationParams& params, DType dtype, Stream stream) {
-  return with_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    const dim3 grid(blocks_for((params.count + vector_width<T> - 1) / vector_width<T>));
-    return launch(activation_kernel<T>, grid, block_threads, 0, stream, params);
-  });
 }
 
 int activation_grad(const ActivationGradParams& params, DType dtype, bool vector, Stream stream) {
