@@ -25,8 +25,8 @@ measured, nothing is modelled. Only the newest row of every measurement counts. 
 to one machine; times of two machines are not comparable.
 
 * **ms**: median of the rounds and, in brackets, the quantiles that hold the middle 60 %. The providers of a workload
-  take turns round by round in one run. "graph": replays of a CUDA graph; "eager": calls from Python while
-  the GPU is busy; "wall": calls from Python on an idle GPU, by the clock.
+  take turns round by round in one run. "graph": replays of a CUDA graph; "eager": calls from Python
+  while the GPU is busy; "wall": calls from Python on an idle GPU, by the clock.
 * **speed-up**: time of plain torch as published / this one's, median over the rounds of one run, with the same
   quantiles.
 * **GB/s**, **TFLOP/s**: bytes and operations that cannot be avoided / time, and their percentage of the most that the

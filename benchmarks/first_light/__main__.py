@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.steps import Runner, Step, chosen
+from benchmarks.steps import Runner, Step, chosen, emit
 
 OVERLAPPED = {"IGVA_KERNELS_FUSED_GEMM": "1"}
 SEPARATE = {"IGVA_KERNELS_FUSED_GEMM": "0"}
@@ -106,8 +106,11 @@ def architecture() -> str | None:
     return f"{major}{minor}{'a' if int(major) >= 9 else ''}" if major.isdigit() and minor.isdigit() else None
 
 
-def build(target: str) -> Step:
-    """Builds the modules in place, for one architecture."""
+def build() -> Step | None:
+    """Builds the modules in place, for the card alone; None where there is no card or no compiler for it."""
+    target = architecture()
+    if target is None or shutil.which("nvcc") is None:
+        return None
     jobs = max(1, (os.cpu_count() or 1) - CORES_LEFT)
     environment = {"IGVA_KERNELS_CUDA_ARCHS": target, "IGVA_KERNELS_FORCE_CUDA": "1", "MAX_JOBS": str(jobs)}
     return Step("build", BUILD_SECONDS, (sys.executable, "setup.py", "build_ext", "--inplace"), environment)
@@ -128,7 +131,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.step:
-        return 0 if run_step(options.step) else 1
+        try:
+            return 0 if run_step(options.step) else 1
+        except Exception as error:
+            emit(errors={"step": f"{type(error).__name__}: {error}"[:300]})
+            raise
     if options.profile:
         from benchmarks.first_light.outside import profile
 
@@ -139,10 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if options.out is None:
         parser.error("--out: need the folder of the results")
-    target = None if options.no_build or shutil.which("nvcc") is None else architecture()
     runner = Runner(options.out, options.seconds)
     runner.record("run", {"date": time.strftime("%Y-%m-%d", time.gmtime()), "revision": revision()})
-    runner.run(chosen(steps(), options.only, options.skip), build(target) if target else None)
+    runner.run(chosen(steps(), options.only, options.skip), None if options.no_build else build())
     return 0
 
 
