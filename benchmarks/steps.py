@@ -361,7 +361,7 @@ def _kill(process: subprocess.Popen[bytes], token: str) -> bool:
         os.killpg(process.pid, signal.SIGKILL)
     # A process may start others while they are looked for.
     for _ in range(5):
-        found = [pid for pid in _processes_with(token) if pid != process.pid]
+        found = list(_processes_with(token, process.pid))
         for pid in found:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
@@ -373,12 +373,16 @@ def _kill(process: subprocess.Popen[bytes], token: str) -> bool:
     return process.returncode is not None
 
 
-def _processes_with(token: str) -> Iterator[int]:
-    """The processes in whose environment this token is, wherever they moved to."""
+def _processes_with(token: str, group: int) -> Iterator[int]:
+    """The processes in whose environment this token is, wherever they moved to, but for those of a group.
+
+    Those of the group were killed, and to read the environment of one that hangs in a driver could take for ever.
+    """
     for folder in Path("/proc").glob("[0-9]*"):
+        pid = int(folder.name)
         with suppress(OSError):
-            if token.encode() in (folder / "environ").read_bytes():
-                yield int(folder.name)
+            if os.getpgid(pid) != group and token.encode() in (folder / "environ").read_bytes():
+                yield pid
 
 
 @contextmanager

@@ -43,24 +43,26 @@ def steps() -> list[Step]:
     """All steps, what is most worth knowing first."""
     return [
         step("env", 40), step("ceilings", 40),
-        *(step(f"check-triton-{kernel}", 45) for kernel in ("mix", "linear", "mlp")),
-        *(step(f"check-triton-{kernel}", 30) for kernel in ("deform", "inject", "project", "allocator")),
+        *(
+            step(f"check-triton-{kernel}", 60)
+            for kernel in ("mix", "linear", "mlp", "deform", "inject", "project", "allocator")
+        ),
         step("plain", 50, quiet=True), step("time-triton", 60, quiet=True),
         *(step(f"check-cuda-{kernel}", 30, module=True) for kernel in ("mix", "linear", "mlp", "deform", "inject")),
         step("time-cuda", 40, module=True),
         *(step(f"{what}-triton", 40, quiet=True) for what in ("deform", "inject", "train")),
         *(step(f"{what}-cuda", 40, module=True) for what in ("deform", "inject", "train")),
         step("compile", 90, quiet=True),
-        step("counters-mix", 40, module=True), step("counters-deform", 40, module=True),
+        step("counters-mix", 40, quiet=True), step("counters-deform", 40, quiet=True),
         *(step(f"check-fused-{kernel}", 45, module=True, environment=OVERLAPPED) for kernel in ("linear", "mlp")),
         *(step(name, 40, module=True, environment=OVERLAPPED) for name in ("time-fused", "replays", "ablate-fused")),
         step("ablate-cuda", 30, module=True),
         *(step(name, 40, module=True, environment=OVERLAPPED) for name in ("train-fused", "counters-fused")),
-        step("counters-linear", 40, module=True), step("check-cuda-project", 30, module=True),
+        step("counters-linear", 40, quiet=True), step("check-cuda-project", 30, module=True),
         step("launches-triton", 25), step("launches-cuda", 25, module=True),
         step("launches-fused", 25, module=True, environment=OVERLAPPED),
-        step("operators", 40, module=True), step("compile-max-autotune", 150, quiet=True),
-        step("tests", 240, module=True), step("tests-large", 90, module=True), step("memcheck", 120, module=True),
+        step("operators", 40, quiet=True), step("compile-max-autotune", 150, quiet=True),
+        step("tests", 240, quiet=True), step("tests-large", 90, quiet=True), step("memcheck", 120, quiet=True),
     ]  # fmt: skip
 
 

@@ -159,7 +159,14 @@ def tests(large: bool) -> bool:
 
     files = sorted({*ROOT.glob("tests/ops/*/test_*gpu*.py"), ROOT / "tests" / "package" / "test_benchmarks.py"})
     every = [] if large else [ROOT / "tests" / "ops" / "test_every_operator.py"]
-    options = ["-q", "-p", "no:cacheprovider", "-m", "gpu and large" if large else "gpu and not large"]
+    options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--continue-on-collection-errors",
+        "-m",
+        "gpu and large" if large else "gpu and not large",
+    ]
     if importlib.util.find_spec("pytest_timeout"):
         # A thread ends a process that waits for a hung kernel, which no signal reaches; xdist starts another one.
         options += ["--timeout", str(TEST_SECONDS), "--timeout-method", "thread"]
@@ -182,6 +189,12 @@ class Reporter:
         """Hands over the counts so far."""
         self.last = time.monotonic()
         emit(**self.counts, **({"pytest": more} if more else {}))
+
+    def pytest_collectreport(self, report: Any) -> None:
+        """A file that cannot be read."""
+        if report.failed:
+            self.counts["unread"] = self.counts.get("unread", 0) + 1
+            emit(file=report.nodeid[:300], why=str(report.longrepr).strip()[-300:])
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Of each test: its call, or what went wrong around it."""

@@ -187,7 +187,7 @@ def deform(backend: str) -> bool:
                     return ik.deform_attn(leaves[0], case.shapes, leaves[1], leaves[2], impl=impl)
 
                 row = {"provider": name, "B": batch, "dtype": str(dtype)[6:]}
-                oks.append(_both_modes(row, attend, leaves, inputs.grad_out))
+                oks.append(_both_modes(row, attend, leaves, inputs.grad_out, graph=name != REFERENCE))
     return all(oks)
 
 
@@ -207,7 +207,6 @@ def inject(backend: str) -> bool:
         backend: lambda: ik.inject_tokens(hidden, features, rows, impl=impl),
         f"{backend}, with token_rows": lambda: ik.inject_tokens(hidden, features, ik.token_rows(mask), impl=impl),
     }
-    # The masked write waits for the GPU, which no graph can hold.
     return all([
         _both_modes({"provider": name}, call, [hidden, features], grad, graph=name not in ("masked write", REFERENCE))
         for name, call in calls.items()
@@ -217,7 +216,8 @@ def inject(backend: str) -> bool:
 def _both_modes(
     row: dict[str, Any], call: Callable[[], Tensor], leaves: list[Tensor], grad: Tensor, graph: bool = True
 ) -> bool:
-    """Rows of a forward, and of a forward and backward."""
+    """Rows of a forward, and of a forward and backward; without ``graph`` for code that may wait for the GPU, as a
+    masked write does: a capture that fails would leave this process broken."""
 
     def both() -> tuple[Tensor, ...]:
         return torch.autograd.grad(call(), leaves, grad)
@@ -238,7 +238,7 @@ def all_operators() -> bool:
         for name, provider in providers(workload, DEVICE).items():
             call = provider.bind(inputs).call
             row = {"case": workload.name, "provider": name, "B": workload.batch}
-            # Plain torch may wait for the GPU, which no graph can hold.
+            # Plain torch may wait for the GPU, which no graph can hold; see ``_both_modes``.
             makers: dict[str, Call] = {} if name == PLAIN else {"graph_us": partial(clocks().graph_us, call)}
             makers |= {"events_us": partial(clocks().events_us, call), "wall_us": partial(clocks().wall_us, call)}
             oks.append(figures(row, **makers))
