@@ -15,7 +15,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.providers import PLAIN, Call, Provider, bind, products, providers
+from benchmarks.steps import ROOT
 from benchmarks.workloads import Connector, Model, Operation, Workload, clones
 from igva_kernels.ops.weighted_mix.cases import MIX_WEIGHTS_GRAD, Inputs
 from igva_kernels.testing import (
@@ -35,8 +35,6 @@ from igva_kernels.testing import (
     measure_memory,
     relative_error,
 )
-
-ROOT = Path(__file__).parent.parent
 
 GROSS_ERROR = 0.25
 """The largest relative error allowed in a result of few numbers, such as the gradient of mix_weights. The error of one

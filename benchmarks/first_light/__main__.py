@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.git import state
 from benchmarks.steps import Runner, Step, chosen, emit
 
 OVERLAPPED = {"IGVA_KERNELS_FUSED_GEMM": "1"}
@@ -149,16 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.out is None:
         parser.error("--out: need the folder of the results")
     runner = Runner(options.out, options.seconds)
-    runner.record("run", {"date": time.strftime("%Y-%m-%d", time.gmtime()), "revision": revision()})
+    runner.record("run", {"date": time.strftime("%Y-%m-%d", time.gmtime()), "revision": state()})
     runner.run(chosen(steps(), options.only, options.skip), None if options.no_build else build())
     return 0
-
-
-def revision() -> str:
-    """Git's, if there is one."""
-    from benchmarks.results import revision
-
-    return revision("HEAD")
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def test_a_figure_that_cannot_be_had_does_not_cost_the_others(capsys, monkeypatc
 def rehearsed(out, names):
     """The rows of some steps, run on the CPU; all of them succeeded."""
     listed = [step for step in first_light.steps() if step.name in names]
-    found, _ = run(out, [replace(s, environment={**s.environment, "CUDA_VISIBLE_DEVICES": ""}) for s in listed], 300.0)
+    found, _ = run(out, [replace(s, environment={**s.environment, "CUDA_VISIBLE_DEVICES": ""}) for s in listed], 900.0)
     assert [status(found[step.name]) for step in listed] == [0] * len(names)
     return {name: found[name][:-1] for name in names}
 
@@ -191,8 +191,9 @@ def test_environment_and_checks_rehearse_on_a_cpu(tmp_path):
 
 @pytest.mark.slow
 def test_all_that_needs_no_other_program_rehearses_on_a_cpu(tmp_path):
-    outside_ours = ("tests", "memcheck", "counters", "compile-max")
-    names = [step.name for step in first_light.steps() if not step.name.startswith(outside_ours)]
+    listed = [step.name for step in first_light.steps()]
+    # Here the steps of all backends are the same.
+    names = [name for name in listed if not re.match("tests|memcheck|counters|compile-max|.*triton", name)]
     found = rehearsed(tmp_path, names)
     assert not [row for rows in found.values() for row in rows if "errors" in row or "refused" in row]
     assert all(row["ok"] for name, rows in found.items() if name.startswith("check") for row in rows)
