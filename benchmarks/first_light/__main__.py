@@ -51,7 +51,7 @@ def steps() -> list[Step]:
         step("plain", 50, quiet=True), step("time-triton", 60, quiet=True),
         *(step(f"check-cuda-{kernel}", 30, module=True) for kernel in ("mix", "linear", "mlp", "deform", "inject")),
         step("time-cuda", 40, module=True),
-        *(step(f"{what}-triton", 40, quiet=True) for what in ("deform", "inject", "train")),
+        *(step(f"{what}-triton", 60, quiet=True) for what in ("deform", "inject", "train")),
         *(step(f"{what}-cuda", 40, module=True) for what in ("deform", "inject", "train")),
         step("compile", 90, quiet=True),
         step("counters-mix", 40, quiet=True), step("counters-deform", 40, quiet=True),

@@ -252,27 +252,26 @@ def ablations() -> bool:
 
     With ``IGVA_KERNELS_FUSED_GEMM=1`` it is the GEMM that overlaps with the mix, without it the mix kernel and cuBLAS.
     """
-    taps = MixPlan.concat([-2, -3], SHAPES.tower.layers + 1)
-    parts: dict[str, dict[str, Any]] = {
-        "whole": {}, "taps only": {"plan": taps}, "no activation": {"activation": None}, "no bias": {"bias": False},
-        "product alone": {"plan": taps, "activation": None, "bias": False}, "mix only (H 256)": {"hidden": 256},
-    }  # fmt: skip
     impl, oks = impl_of_block("cuda"), []
+    overlapped = os.environ.get("IGVA_KERNELS_FUSED_GEMM") == "1"
     for batch in SHAPES.batches:
-        for part, change in parts.items():
-            connector = block("linear", batch, **{k: v for k, v in change.items() if k in ("plan", "hidden")})
+        whole = block("linear", batch)
+        taps = block("linear", batch, plan=MixPlan.concat([-2, -3], SHAPES.tower.layers + 1))
+        narrow = block("linear", batch, hidden=256)
+        # By connector, so that its inputs are drawn once: what is left in of bias and activation.
+        parts: list[tuple[Connector, dict[str, tuple[bool, str | None]]]] = [
+            (whole, {"whole": (True, "gelu"), "no activation": (True, None), "no bias": (False, "gelu")}),
+            (taps, {"taps only": (True, "gelu"), "product alone": (False, None)}),
+            (narrow, {"mix only (H 256)": (True, "gelu")}),
+        ]
+        for connector, kept in parts:
             inputs, case = connector.draw(DEVICE), connector.case
-            bias = inputs.params["bias1"] if change.get("bias", True) else None
-
-            def linear(
-                inputs: Inputs = inputs, plan: MixPlan = case.plan, skip: int = case.skip, bias: Tensor | None = bias,
-                activation: str | None = change.get("activation", "gelu"),
-            ) -> Tensor:  # fmt: skip
-                return ik.layer_mix_linear(
-                    inputs.layers, plan, inputs.mix_weights, inputs.params["weight1"], bias, activation=activation,
-                    skip_tokens=skip, impl=impl,
-                )  # fmt: skip
-
-            row = {"B": batch, "part": part, "overlapped": os.environ.get("IGVA_KERNELS_FUSED_GEMM") == "1"}
-            oks.append(figures(row, us=partial(clocks().graph_us, torch.no_grad()(linear))))
+            for part, (has_bias, activation) in kept.items():
+                call = torch.no_grad()(partial(
+                    ik.layer_mix_linear, inputs.layers, case.plan, inputs.mix_weights, inputs.params["weight1"],
+                    inputs.params["bias1"] if has_bias else None, activation=activation, skip_tokens=case.skip,
+                    impl=impl,
+                ))  # fmt: skip
+                row = {"B": batch, "part": part, "overlapped": overlapped}
+                oks.append(figures(row, us=partial(clocks().graph_us, call)))
     return all(oks)
