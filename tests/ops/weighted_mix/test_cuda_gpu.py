@@ -2,7 +2,7 @@
 whose flags and ticket go through thousands of launches.
 
 `python tests/ops/weighted_mix/test_cuda_gpu.py` is a small run of every kernel for compute-sanitizer (memcheck,
-racecheck, synccheck).
+synccheck; racecheck takes the asynchronous copies of the Hopper GEMMs for races).
 """
 
 import os
@@ -46,6 +46,7 @@ def test_the_error_rule_with_the_fused_gemms(case, fused):
     harness.assert_right(case, "bf16", "cuda", "cuda", seeded())
 
 
+@pytest.mark.large
 def test_more_elements_than_32_bits_count():
     """The last rows as if they stood alone."""
     rows, columns = 2**19 + 8, 4104
@@ -89,6 +90,7 @@ def test_the_mixed_row_keeps_the_bits_of_the_mix_kernel(fused, batch, tokens, wi
     assert torch.equal(*both_paths(call, states))
 
 
+@pytest.mark.large
 def test_the_fused_gemm_writes_more_elements_than_32_bits_count(fused):
     images, columns = 909, 4104
     if torch.cuda.mem_get_info()[0] < 4 * images * 577 * columns:
