@@ -9,6 +9,8 @@
 #   make sanitize                       the CPU kernels under AddressSanitizer and UBSan: their tests and 10,000 random calls
 #   make compatibility                  docs/compatibility.md: clients on three models, and which models of transformers
 #                                       can be patched, in three versions
+#   make machine-code                   docs/machine_code.md: registers, instructions and loads of the GPU kernels; needs
+#                                       nvcc, no GPU (5 minutes; ARGS=--gemm: the overlapped GEMM alone, in seconds)
 #   make bench                          the benchmark suite on the GPU, or on the CPU if there is none (8 to 10 minutes)
 #   make plots                          pictures, benchmarks/RESULTS.md and the README's tables from the CSV files
 #   make learn                          train small models on drawn pictures, plain beside fused (about 10 minutes)
@@ -50,7 +52,7 @@ export MAKE_GOAL := $(MAKECMDGOALS)
 STEPS := @$(PYTHON) tools/steps.py
 RUN := $(STEPS) run
 
-.PHONY: demo test test-all isas sanitize compatibility lint bench plots learn clean
+.PHONY: demo test test-all isas sanitize compatibility machine-code lint bench plots learn clean
 
 demo: .venv-demo/installed
 	$(RUN) "demo" -- .venv-demo/bin/igva-kernels demo $(ARGS)
@@ -103,6 +105,9 @@ $(SANITIZED)/installed: $(BUILD) $(PYTHON_FILES) .venv-test/installed
 compatibility: .venv-test/installed .venv-oldest/installed .venv-transformers4/installed .venv-clients/installed
 	$(TEST)/python tests/helpers/compatibility.py $(TEST)/python .venv-oldest/bin/python .venv-transformers4/bin/python \
 		--clients .venv-clients/bin/python
+
+machine-code: .venv-test/installed
+	$(TEST)/python tests/helpers/machine_code.py $(ARGS)
 
 lint: .venv-test/installed
 	$(RUN) "ruff" -- $(TEST)/ruff check .

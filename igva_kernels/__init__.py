@@ -3,6 +3,7 @@
 The per-layer weighted sum and the projector that reads it, in one operator; features into the language model's layers.
 """
 
+from igva_kernels.graphs import GraphLimitWarning, graphed
 from igva_kernels.integrations import PatchHandle, patch, patched
 from igva_kernels.ops.deform_attn import deform_attn
 from igva_kernels.ops.inject_tokens import inject_tokens, token_rows
@@ -17,6 +18,7 @@ from igva_kernels.version import __version__
 __all__ = [
     "BackendStatus",
     "FallbackWarning",
+    "GraphLimitWarning",
     "HiddenStateStream",
     "MixPlan",
     "PatchHandle",
@@ -24,6 +26,7 @@ __all__ = [
     "backends",
     "deform_attn",
     "explain",
+    "graphed",
     "inject_tokens",
     "layer_mix",
     "layer_mix_linear",

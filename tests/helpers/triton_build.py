@@ -37,6 +37,7 @@ class Built(NamedTuple):
     """Bytes per thread, spills included."""
     ttir: str
     ptx: str
+    cubin: bytes
 
 
 def record(monkeypatch, call):
@@ -59,7 +60,7 @@ def build(launch, capability):
     usage = _resource_usage(compiled.asm["cubin"])
     return Built(
         kernel.__name__, compiled.metadata.shared, usage["REG"], usage["STACK"], compiled.asm["ttir"],
-        compiled.asm["ptx"],
+        compiled.asm["ptx"], compiled.asm["cubin"],
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ FLOORS = (
     ("runtime", "testing", "version"),
     ("registry",),
     ("ops",),
-    ("nn", "streaming"),
+    ("nn", "streaming", "graphs"),
     ("models", "integrations"),
     ("__init__", "demo", "evaluation", "verify", "info", "tune", "cli", "__main__"),
 )
