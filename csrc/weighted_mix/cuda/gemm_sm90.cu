@@ -8,9 +8,9 @@
 // that neither copy nor multiply: a few rows at a time, claimed from a ticket in the order of the rows. Taps are
 // multiplied first, since they need no mix.
 //
-// The mixers live by the number of bytes under way, 24 KB per multiprocessor: each lane copies the vectors that it will
-// add itself to a ring in shared memory, 18 of 16 bytes before it waits for the first. No registers hold them, no other
-// lane needs them, and the ring goes on across layers, rows and claims.
+// The mixers live by the number of bytes under way, 18 to 27 KB per multiprocessor: each lane copies the vectors that it
+// will add itself to a ring in shared memory, 18 of 16 bytes before it waits for the first six. No registers hold them,
+// no other lane needs them, and the ring goes on across layers, rows and claims.
 //
 // Every tile of 128 rows of F has a flag that counts its mixed groups of rows. The copy warp waits for it before the
 // first box of F. Mixers never wait for anybody, and only a running mixer claims a group, so no launch depends on how
@@ -28,8 +28,12 @@
 // Programmatic dependent launch would gain nothing: the kernels of torch and cuBLAS on both sides never let a dependent
 // launch begin early.
 //
-// Modelled (H200, 790 TFLOP/s, 4.3 TB/s, CLIP-L/336 and IGVA; not measured): products 12.2 us per image, the mix 7.1 us
-// beside them. Without mixed blocks (a concat of taps) the mixers leave at once.
+// One or two images have too few tiles of 128 x 256 for all multiprocessors; their tiles are 192 columns wide.
+//
+// Floors per image (CLIP-L/336, IGVA, H 4096, bf16), modelled and not measured: 9.7 GFLOP of products, 12.2 us at 790
+// TFLOP/s; beside them 24 layers are read, 28.4 MB, 9.8 us at the 2.9 TB/s that the mix kernel reaches on an H100 or 7.1
+// us at the 4.3 TB/s of an H200, F is written and read in L2, 1.2 MB each way, and Y is written, 4.7 MB. Without mixed
+// blocks (a concat of taps) the mixers leave at once: what is left is the product with its epilogue.
 #include "weighted_mix/cuda/gemm_sm90.h"
 
 #include "dense/cuda/activation.cuh"
@@ -328,11 +332,11 @@ template <class T, int N>
 struct Bias {
   uint32_t words[N / 8];
   __device__ Bias(const GemmParams& params, int column) {
-    const uint32_t* from = static_cast<const uint32_t*>(params.bias);
+    const int first = column + threadIdx.x % 4 * 2, count = params.bias == nullptr ? 0 : params.columns;
+    const T* const from = static_cast<const T*>(params.bias) + first;
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
-      const int n = column + 8 * j + threadIdx.x % 4 * 2;
-      words[j] = from != nullptr && n < params.columns ? from[n / 2] : 0;
+      words[j] = first + 8 * j < count ? *reinterpret_cast<const uint32_t*>(from + 8 * j) : 0;
     }
   }
   __device__ void operator()(float (&d)[N / 2]) const {

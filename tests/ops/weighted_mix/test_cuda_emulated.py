@@ -362,7 +362,7 @@ def test_the_mixers_keep_the_bits_of_the_mix_kernel(plan, images, width, layout)
 
 
 def test_every_launch_leaves_its_counters_at_zero(any_order, monkeypatch):
-    """Launches of several sizes in a row on one part of the counters: one that is left set would let a tile of F be read
+    """Launches of several sizes in a row on one part of the counters: what is left of one would let a tile of F be read
     before it is mixed, or be waited for in vain."""
     monkeypatch.setattr(gemm, "counters", gemm.Counters())
     for images in (3, 1, 2):

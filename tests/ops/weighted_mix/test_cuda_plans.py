@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import types
+from itertools import pairwise
 
 import plain_torch
 import pytest
@@ -182,17 +183,16 @@ def test_no_two_launches_that_may_overlap_share_counters():
     captured = [counters.take(first, 7, True, 100) for _ in range(3)]
     assert len({*of_stream, *captured}) == 5
     parts = sorted([(part, counters.OF_A_STREAM) for part in {*of_stream}] + [(part, 128) for part in captured])
-    assert all(part + size <= after for (part, size), (after, _) in zip(parts, parts[1:], strict=False))
+    assert all(part + size <= after for (part, size), (after, _) in pairwise(parts))
     assert counters.take(second, 7, False, 100) == 0  # every device has counters of its own
 
 
 def test_counters_that_are_used_up_are_not_handed_out_twice():
     counters, device = gemm.Counters(), torch.device("cuda", 0)
     assert counters.take(device, 0, False, counters.OF_A_STREAM + 1) is None
-    while counters.take(device, 0, True, 4096) is not None:
-        pass
-    assert counters.taken[device] <= gemm.COUNTERS
-    assert counters.take(device, 0, False, 100) is None or counters.taken[device] <= gemm.COUNTERS
+    parts = [counters.take(device, 0, True, gemm.COUNTERS // 4) for _ in range(5)]
+    assert parts == [i * gemm.COUNTERS // 4 for i in range(4)] + [None]
+    assert counters.take(device, 0, False, 100) is None
 
 
 def test_the_fused_gemm_is_off_until_it_is_switched_on(monkeypatch):
