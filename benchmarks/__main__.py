@@ -235,7 +235,7 @@ def _chosen(workload: Workload, names: Sequence[str], device: str) -> Mapping[st
 
 def _noted(figures: Figures, env: Environment, console: Console) -> Row:
     row = row_of(figures, env)
-    shown = figures.workload.title + ("" if figures.timing == "eager" else " (graph)")
+    shown = figures.workload.title + ("" if figures.timing == "eager" else f" ({figures.timing})")
     rate = f"{100 * row.tflops / row.ceiling_tflops:3.0f} % of GEMM" if row.tflops else ""
     rate = f"{100 * row.gbps / row.ceiling_gbps:3.0f} % of copy" if row.gbps and not row.hidden else rate
     memory = f"{row.peak_mib:8.1f} MiB" if row.peak_mib is not None else ""

@@ -15,7 +15,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.providers import PLAIN, Call, Provider, bind, products, providers
+from benchmarks.steps import ROOT
 from benchmarks.workloads import Connector, Model, Operation, Workload, clones
 from igva_kernels.ops.weighted_mix.cases import MIX_WEIGHTS_GRAD, Inputs
 from igva_kernels.testing import (
@@ -35,8 +35,6 @@ from igva_kernels.testing import (
     measure_memory,
     relative_error,
 )
-
-ROOT = Path(__file__).parent.parent
 
 GROSS_ERROR = 0.25
 """The largest relative error allowed in a result of few numbers, such as the gradient of mix_weights. The error of one
@@ -51,15 +49,18 @@ class Timer(ABC):
 
     device: ClassVar[str] = "cpu"
     timings: ClassVar[tuple[str, ...]] = ("eager",)
-    """How calls can run: "eager", and on a GPU as replays of a "graph"."""
+    """How calls can run: "eager", and on a GPU as replays of a "graph", and eager again by the "wall" clock."""
     compiles = False
     """Whether the first call of any provider may compile kernels, so that it does not show what a call costs."""
     copies_bytes = 0
     """Bytes that the copies of the inputs, used in turn, hold at least, so that no call finds its inputs in a cache."""
 
+    def of(self, timing: str) -> Timer:
+        """The timer for calls that run like this."""
+        return self
+
     def prepare(self, call: Call, timing: str) -> Call:
         """The call as it will be timed."""
-        assert timing == "eager"
         return call
 
     @abstractmethod
@@ -129,20 +130,30 @@ class CudaTimer(Timer):
     """Times with CUDA events; inputs are cold in L2, and a product ahead of each call outlasts a launch from Python.
 
     Kernels therefore follow one another as they do after other work; what an eager call costs the CPU shows only as far
-    as it exceeds that head start.
+    as it exceeds that head start, and in full in the timing "wall".
+
+    Args:
+        flushes: fill the L2 cache with other data ahead of every call; otherwise the copies of the inputs, used in
+            turn, are what keeps them out of it.
     """
 
     device = "cuda"
-    timings = ("eager", "graph")
+    timings = ("eager", "graph", "wall")
     compiles = True
 
-    def __init__(self) -> None:
-        self.copies_bytes = 3 * torch.cuda.get_device_properties(0).L2_cache_size
+    def __init__(self, flushes: bool = False) -> None:
+        cold = 3 * torch.cuda.get_device_properties(0).L2_cache_size
+        self.copies_bytes = 0 if flushes else cold
         self.ahead = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+        self.flushed = torch.empty(cold if flushes else 0, dtype=torch.uint8, device="cuda")
+
+    def of(self, timing: str) -> Timer:
+        """A timer by the clock for "wall", and itself for the others."""
+        return CudaClock() if timing == "wall" else self
 
     def prepare(self, call: Call, timing: str) -> Call:
         """The call itself, or the replay of it as a CUDA graph, which returns the same tensors every time."""
-        if timing == "eager":
+        if timing != "graph":
             return call
         graph, results = capture(call)
 
@@ -155,6 +166,7 @@ class CudaTimer(Timer):
     def once(self, call: Call) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.mm(self.ahead, self.ahead)
+        self.flushed.zero_()
         start.record()
         call()
         end.record()
@@ -166,6 +178,20 @@ class CudaTimer(Timer):
 
     def end_round(self) -> None:
         torch.cuda.synchronize()
+
+
+class CudaClock(CpuTimer):
+    """Wall-clock time of an eager call on an idle GPU, from before it is called until the GPU has ended."""
+
+    device = "cuda"
+    compiles = True
+
+    def once(self, call: Call) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
 
 
 def timer_for(device: str) -> Timer:
@@ -319,6 +345,8 @@ SLOW = 0.5
 """Seconds per call of the slowest provider above which those with under a quarter of it get two turns per round."""
 CALLS = 3
 """Calls of a slow provider: its check, in which its memory is counted, and two rounds."""
+HOST_BOUND = 4
+"""The largest B that is measured by the wall clock too: at larger ones the GPU takes longer than the CPU that calls."""
 COMPILING = 8.0
 """Seconds that torch.compile takes per form on a CPU, roughly."""
 
@@ -342,6 +370,9 @@ def measure(
     exact = exact_results(workload, inputs)
     samples = rotated(workload, inputs, timer)
     for timing in timer.timings:
+        if timing == "wall" and workload.batch > HOST_BOUND:
+            continue
+        clock = timer.of(timing)
         right: dict[str, Checked] = {}
         plain: Mapping[str, Tensor] = {}
         for name, provider in sorted(chosen.items(), key=lambda item: item[1].is_extra):
@@ -351,7 +382,7 @@ def measure(
             if provider.is_extra and left < _still_to_come(right, provider):
                 yield Refused(workload, provider, timing, "too slow for the time that is left", False)
                 continue
-            checked = check(workload, provider, samples, timer, timing, exact, plain)
+            checked = check(workload, provider, samples, clock, timing, exact, plain)
             if isinstance(checked, Refused):
                 yield checked
                 continue
@@ -366,7 +397,7 @@ def measure(
         turn = sum(one.seconds for one in right.values())
         slowest = max(one.seconds for one in right.values())
         left = share - (time.perf_counter() - start)
-        times = timer.in_turn(
+        times = clock.in_turn(
             {name: one.calls for name, one in right.items()}, min(budget, left), 3 if 3 * turn < left else 2,
             twice=[name for name, one in right.items() if slowest > SLOW and one.seconds < slowest / 4],
             beside=machine.calls(workload.torch_dtype),

@@ -142,7 +142,7 @@ def draw_roofline(rows: Sequence[Row]) -> Figure | None:
 
 def draw_speedups(rows: Sequence[Row]) -> Figure | None:
     """A table: how much faster than plain torch, by workload and provider."""
-    shown = [r for r in rows if not r.workload.startswith(("mix-by", "block-by"))]
+    shown = [r for r in rows if r.timing != "wall" and not r.workload.startswith(("mix-by", "block-by"))]
     how: dict[tuple[str, str, str, int], str] = {}  # as graphs if there are such rows
     for r in shown:
         how[_line(r)] = max(r.timing, how.get(_line(r), ""))
@@ -203,7 +203,7 @@ def _of(rows: Iterable[Row], workload: str, dtype: str, timing: str) -> list[Row
 
 
 def _timings(rows: Iterable[Row]) -> list[str]:
-    return sorted({row.timing for row in rows})
+    return sorted({row.timing for row in rows} - {"wall"})
 
 
 def _providers(rows: Iterable[Row]) -> list[str]:

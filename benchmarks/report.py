@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from benchmarks import first_light, plots, scaling
+from benchmarks import plots, scaling
 from benchmarks.device import slug
+from benchmarks.first_light import report as first_light
 from benchmarks.markdown import digits, table
 from benchmarks.providers import PLAIN
 from benchmarks.results import Row, newest, read
@@ -24,7 +25,8 @@ measured, nothing is modelled. Only the newest row of every measurement counts. 
 to one machine; times of two machines are not comparable.
 
 * **ms**: median of the rounds and, in brackets, the quantiles that hold the middle 60 %. The providers of a workload
-  take turns round by round in one run. "graph": replays of a CUDA graph; "eager": calls from Python.
+  take turns round by round in one run. "graph": replays of a CUDA graph; "eager": calls from Python
+  while the GPU is busy; "wall": calls from Python on an idle GPU, by the clock.
 * **speed-up**: time of plain torch as published / this one's, median over the rounds of one run, with the same
   quantiles.
 * **GB/s**, **TFLOP/s**: bytes and operations that cannot be avoided / time, and their percentage of the most that the
@@ -126,7 +128,7 @@ def _table(title: str, rows: Sequence[Row]) -> Iterator[str]:
 
 def _growth_table(machine: str, rows: Sequence[Row]) -> Iterator[str]:
     lines = [
-        (g.workload, g.dtype, f"{g.label}{'' if g.timing == 'eager' else ', graph'}",
+        (g.workload, g.dtype, f"{g.label}{HOW.get(g.timing, '')}",
          f"{scaling.SYMBOLS[g.axis]} = {', '.join(map(str, g.sizes))}", _power(g.time), _power(g.memory))
         for g in scaling.growths(rows)
     ]  # fmt: skip
@@ -143,6 +145,8 @@ def _power(power: scaling.Power | None) -> str:
     return f"{power.exponent:.2f}" + ("" if math.isnan(power.error) else f" ± {power.error:.2f}")
 
 
+HOW = {"graph": ", CUDA graph", "wall": ", wall clock"}
+"""What is added to the name of a measurement for how it ran."""
 HIGHLIGHTS = (
     ("igva-2", "forward", "connector, forward"),
     ("igva-2-mix", "forward", "its mix alone"),
@@ -170,7 +174,7 @@ def _summary(rows: Sequence[Row], pictures: Sequence[Path], root: Path) -> Itera
             memory = [f"{row.peak_mib:.3g}" if row.peak_mib is not None else "" for row in (at[PLAIN], fused)]
             kept = [f"{row.saved_mib:.3g}" if row.saved_mib is not None else "" for row in (at[PLAIN], fused)]
             lines.append((
-                f"{called}, {dtype}, B {batch}{', CUDA graph' if timing == 'graph' else ''}",
+                f"{called}, {dtype}, B {batch}{HOW.get(timing, '')}",
                 f"{digits(at[PLAIN].ms)} ms", f"**{digits(fused.ms)} ms**", f"{fused.speedup:.2f}",
                 f"{digits(floor.ms)} ms" if floor else "", " / ".join(memory) if all(memory) else "",
                 " / ".join(kept) if all(kept) else "",

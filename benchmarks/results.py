@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 
 from benchmarks.device import device_name, slug
-from benchmarks.measure import ROOT, Figures
+from benchmarks.git import revision, state
+from benchmarks.measure import Figures
 from benchmarks.providers import PLAIN
 from benchmarks.workloads import Connector
 from igva_kernels import info
@@ -102,7 +103,7 @@ def environment(device: str) -> Environment:
     report = info.collect()
     return Environment(
         date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        revision=revision("HEAD") + ("+" if _git("status", "--porcelain", "--untracked-files=no") else ""),
+        revision=state(),
         device=device_name(device),
         driver=platform.release() if device == "cpu" else _driver(),
         threads=torch.get_num_threads(),
@@ -111,18 +112,6 @@ def environment(device: str) -> Environment:
         triton=report["packages"]["triton"] or "",
         igva_kernels=report["igva_kernels"],
     )  # fmt: skip
-
-
-def revision(name: str) -> str:
-    """The abbreviated git revision of a name; "" if there is no such revision or no git."""
-    return _git("rev-parse", "--short=10", "--verify", "--quiet", f"{name}^{{commit}}")
-
-
-def _git(*arguments: str) -> str:
-    try:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:
-        return ""
 
 
 def _driver() -> str:

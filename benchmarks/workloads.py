@@ -111,13 +111,13 @@ class Connector(Workload):
         """G * D."""
         return self.case.plan.num_blocks * self.case.width
 
-    def draw(self, device: str) -> Inputs:
-        """Inputs from a fixed seed, in the workload's dtype."""
+    def draw(self, device: str, seed: int = 0) -> Inputs:
+        """Inputs from a seed, in the workload's dtype."""
         case = self.case
         few = min(case.images, DISTINCT_IMAGES)
         if few == case.images:
-            return case.draw(0, self.torch_dtype, device)
-        inputs = replace(case, images=few).draw(0, self.torch_dtype, device)
+            return case.draw(seed, self.torch_dtype, device)
+        inputs = replace(case, images=few).draw(seed, self.torch_dtype, device)
 
         def repeat(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.repeat(case.images // few, *[1] * (tensor.ndim - 1))

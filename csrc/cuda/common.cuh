@@ -59,11 +59,14 @@ __device__ inline void widen(const Vector<T, V>& from, W (&to)[V]) {
 #pragma unroll
     for (int i = 0; i < V; i += 2) {
       const uint32_t word = words[i / 2];
-      float2 pair;
-      if constexpr (std::is_same_v<T, __half>) pair = __half22float2(reinterpret_cast<const __half2&>(word));
-      else pair = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(word));
-      to[i] = W(pair.x);
-      to[i + 1] = W(pair.y);
+      if constexpr (std::is_same_v<T, __half>) {
+        const float2 pair = __half22float2(reinterpret_cast<const __half2&>(word));
+        to[i] = W(pair.x);
+        to[i + 1] = W(pair.y);
+      } else { // bf16 is the upper half of fp32: one instruction each, where the toolkit's function takes two
+        to[i] = W(__uint_as_float(word << 16));
+        to[i + 1] = W(__uint_as_float(word & 0xffff0000u));
+      }
     }
   } else {
 #pragma unroll
@@ -178,6 +181,12 @@ __device__ inline void copy_async(Vector* to, const Vector* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 }
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// What this thread has started since the last commit becomes a group; waits until at most `pending` groups, the last
+// ones, are under way.
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int pending>
+__device__ inline void wait_for_groups() { asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory"); }
 
 __device__ inline void* dynamic_shared() {
   extern __shared__ __align__(1024) unsigned char shared[];

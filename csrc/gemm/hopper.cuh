@@ -1,11 +1,10 @@
-// What the Hopper GEMMs share: a persistent kernel of clusters of two blocks, in each of which two warpgroups multiply
-// and one copies.
+// A persistent kernel of clusters of two blocks on Hopper, in each of which two warpgroups multiply and one copies.
 //
-//   warpgroups 0, 1  products: 64 x 256 each of a 128 x 256 tile, then what the kernel does with them
+//   warpgroups 0, 1  products: 64 x N each of a 128 x N tile, then what the kernel does with them
 //   warpgroup 2      one thread lets the copy engine fill a ring of four stages; the other warps are left to the kernel
 //
 // Two blocks of a cluster work on adjacent tiles of 128 rows with the same rows of W, of which each copies one half to
-// both: 32 KB from L2 per step and multiprocessor instead of 48.
+// both: with N = 256, 32 KB from L2 per step and multiprocessor instead of 48.
 #pragma once
 
 #include "cuda/common.cuh"
@@ -14,16 +13,22 @@
 
 namespace igva::cuda {
 
-constexpr int stages = 4; // as many as the shared memory of a multiprocessor holds
+constexpr int stages = 4; // as many as the shared memory of a multiprocessor holds of the wide form
 constexpr int products_threads = 256, threads = 384;
-constexpr int a_bytes = gemm_tile_m * gemm_tile_k * 2, b_bytes = gemm_tile_n * gemm_tile_k * 2;
-constexpr int stage_bytes = a_bytes + b_bytes;
-constexpr int shared_bytes = stages * stage_bytes + 1024; // the barriers stand behind the ring
+constexpr int a_bytes = gemm_tile_m * gemm_tile_k * 2;
+template <int N>
+constexpr int b_bytes = N * gemm_tile_k * 2;
+template <int N>
+constexpr int stage_bytes = a_bytes + b_bytes<N>;
+constexpr int barrier_bytes = 128;
+// Of the ring and its barriers; the kernel's own memory lies behind them.
+template <int N>
+constexpr int ring_bytes = stages * stage_bytes<N> + barrier_bytes;
 
 // A block has the registers of its launch and no more: what the product warpgroups take, the other one must have given
 // up, or the kernel waits for ever.
 constexpr int launch_registers = 65536 / threads / 8 * 8;
-constexpr int products_registers = 208, others_registers = 88; // per thread, in steps of 8: accumulators take 128
+constexpr int products_registers = 200, others_registers = 104; // per thread, in steps of 8: accumulators take 128
 static_assert(products_threads * products_registers + (threads - products_threads) * others_registers <=
               threads * launch_registers);
 
@@ -39,10 +44,11 @@ struct Stage {
 };
 
 // Pairs of tiles; a cluster works on one pair at a time.
+template <int N>
 struct Tiles {
   int across, down, rank, first, stride;
   __device__ Tiles(int rows, int columns, int grid)
-      : across((columns + gemm_tile_n - 1) / gemm_tile_n),
+      : across((columns + N - 1) / N),
         down((rows + gemm_cluster * gemm_tile_m - 1) / (gemm_cluster * gemm_tile_m)),
         rank(int(ptx::cluster_rank())),
         first(blockIdx.x / gemm_cluster),
@@ -50,14 +56,15 @@ struct Tiles {
   __device__ int count() const { return down * across; }
   // Neighbours share their rows of A; all of W stays in L2.
   __device__ int row(int pair) const { return (pair / across * gemm_cluster + rank) * gemm_tile_m; }
-  __device__ int column(int pair) const { return pair % across * gemm_tile_n; }
+  __device__ int column(int pair) const { return pair % across * N; }
 };
 
+template <int N>
 struct Ring {
   unsigned char* memory;
-  __device__ unsigned char* a(int stage) const { return memory + stage * stage_bytes; }
+  __device__ unsigned char* a(int stage) const { return memory + stage * stage_bytes<N>; }
   __device__ unsigned char* b(int stage) const { return a(stage) + a_bytes; }
-  __device__ uint64_t* full(int stage) const { return reinterpret_cast<uint64_t*>(memory + stages * stage_bytes) + stage; }
+  __device__ uint64_t* full(int stage) const { return reinterpret_cast<uint64_t*>(memory + stages * stage_bytes<N>) + stage; }
   __device__ uint64_t* empty(int stage) const { return full(stages) + stage; }
   // Called by one thread: copies the box of A at (x, row), and this block's half of the box of W at (x_w, column) to
   // both blocks.
@@ -65,10 +72,10 @@ struct Ring {
                        int column, int rank) const {
     uint64_t* const arrived = full(stage.index);
     ptx::barrier_wait(empty(stage.index), stage.parity ^ 1);
-    ptx::barrier_arrive_expecting(arrived, stage_bytes);
+    ptx::barrier_arrive_expecting(arrived, stage_bytes<N>);
     ptx::copy_box(a(stage.index), map, arrived, x, row);
-    ptx::copy_box_to((1 << gemm_cluster) - 1, b(stage.index) + rank * (b_bytes / gemm_cluster), weight, arrived, x_w,
-                     column + rank * (gemm_tile_n / gemm_cluster));
+    ptx::copy_box_to((1 << gemm_cluster) - 1, b(stage.index) + rank * (b_bytes<N> / gemm_cluster), weight, arrived, x_w,
+                     column + rank * (N / gemm_cluster));
   }
   // Each warp arrives for itself, having waited only for its own quarter of a product, and at both blocks, since both
   // copy into this stage.
@@ -92,15 +99,17 @@ __device__ inline void transpose_quad(uint32_t (&word)[4], int lane) {
   }
 }
 
-// A warpgroup's products: for each tile its 64 x 256 accumulators to finish(d, row, column).
-template <class T, class Finish>
-__device__ inline void multiply(const Tiles& tiles, const Ring& ring, int steps, Finish finish) {
+// A warpgroup's products: for each tile start(column) requests what the accumulators begin with and returns how to set
+// them, and finish(d, row, column) gets its 64 x N accumulators.
+template <class T, int N, class Start, class Finish>
+__device__ inline void multiply(const Tiles<N>& tiles, const Ring<N>& ring, int steps, Start start, Finish finish) {
   const int warpgroup = threadIdx.x / 128, lane = threadIdx.x % 32;
   Stage stage;
   for (int tile = tiles.first; tile < tiles.count(); tile += tiles.stride) {
-    float d[128];
-#pragma unroll
-    for (int i = 0; i < 128; ++i) d[i] = 0;
+    float d[N / 2];
+    const auto set = start(tiles.column(tile));
+    ptx::barrier_wait(ring.full(stage.index), stage.parity); // the request is under way meanwhile
+    set(d);
     int before = -1; // the stage that is being read by products under way
     for (int step = 0; step < steps; ++step, stage.next()) {
       ptx::barrier_wait(ring.full(stage.index), stage.parity);
@@ -121,9 +130,10 @@ __device__ inline void multiply(const Tiles& tiles, const Ring& ring, int steps,
   }
 }
 
-// The kernel: products(), in warpgroups 0 and 1, others(thread) in the threads of warpgroup 2.
-template <class Products, class Others>
-__device__ inline void run_warpgroups(const Ring& ring, Products products, Others others) {
+// The kernel: prepare() in every thread before any other part begins, products() in warpgroups 0 and 1, others(thread)
+// in the threads of warpgroup 2. What it has done is visible to all threads of the cluster when it returns.
+template <int N, class Prepare, class Products, class Others>
+__device__ inline void run_warpgroups(const Ring<N>& ring, Prepare prepare, Products products, Others others) {
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < stages; ++stage) {
       ptx::barrier_init(ring.full(stage), 1);
@@ -131,6 +141,7 @@ __device__ inline void run_warpgroups(const Ring& ring, Products products, Other
     }
     ptx::barrier_init_fence();
   }
+  prepare();
   ptx::cluster_sync();
   if (threadIdx.x >= products_threads) {
     ptx::give_registers<others_registers>();

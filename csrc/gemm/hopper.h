@@ -1,4 +1,4 @@
-// Shapes and tensor maps of the Hopper GEMMs, which hopper.cuh runs.
+// Shapes and tensor maps of the Hopper GEMM, which hopper.cuh runs.
 #pragma once
 
 #include <cuda.h>
@@ -7,8 +7,9 @@
 
 namespace igva::cuda {
 
-// A block of threads computes 128 x 256 of the product in steps of 64 along K; two blocks form a cluster.
-constexpr int gemm_tile_m = 128, gemm_tile_n = 256, gemm_tile_k = 64;
+// A block of threads computes 128 x N of the product in steps of 64 along K, N being one of these; two blocks form a
+// cluster.
+constexpr int gemm_tile_m = 128, gemm_tile_k = 64, gemm_wide = 256, gemm_narrow = 192;
 constexpr int gemm_cluster = 2;
 
 // Describes a matrix of 2-byte elements to the copy engine, in boxes of box_rows x 64 columns with the 128-byte

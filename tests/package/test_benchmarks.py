@@ -1,12 +1,10 @@
 """The benchmark suite at tiny sizes: what it refuses, what it writes, and what it makes of it."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -17,7 +15,8 @@ import torch
 from rich.console import Console
 
 from benchmarks import __main__ as bench
-from benchmarks import device, first_light, gpu_suite, measure, plots, providers, report, results, scaling, workloads
+from benchmarks import device, gpu_suite, measure, plots, providers, report, results, scaling, workloads
+from benchmarks.first_light import report as first_light
 from benchmarks.workloads import IGVA, Tower, connector
 from igva_kernels import cli
 from igva_kernels.ops.weighted_mix.cases import Case
@@ -672,21 +671,10 @@ def test_igva_kernels_bench_outside_of_a_checkout_says_what_to_do(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
-def test_the_gpu_suite_without_a_gpu_says_so(capsys):
-    assert gpu_suite.main([]) == 2
+def test_the_gpu_suite_without_a_gpu_says_so(capsys, tmp_path):
+    assert gpu_suite.main(["--out", str(tmp_path)]) == 2
     assert bench.main(["--device", "cuda"]) == 2
     assert capsys.readouterr().err.count("no CUDA device") == 2
-
-
-def test_a_check_that_takes_too_long_ends_with_all_it_started(tmp_path):
-    """Whatever it left running would disturb the measurement."""
-    late = tmp_path / "late"
-    child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(late)!r}).touch()"
-    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    assert gpu_suite.run([sys.executable, "-c", parent], os.environ, time.monotonic() + 1) is None
-    time.sleep(3)
-    assert not late.exists()
-    assert gpu_suite.run([sys.executable, "-c", "raise SystemExit(3)"], os.environ, time.monotonic() + 60) == 3
 
 
 @pytest.mark.gpu
@@ -698,7 +686,7 @@ def test_on_a_gpu_calls_and_graph_replays_are_measured_on_cold_inputs():
     chosen = {"plain": providers.providers(workload, "cuda")["plain"]}
     timer.copies_bytes = 0
     figures = list(measure.measure(workload, chosen, timer, machine("cuda"), budget=0.01))
-    assert [f.timing for f in figures] == ["eager", "graph"]
+    assert [f.timing for f in figures] == ["eager", "graph", "wall"]
     assert all(f.ms.p50 > 0 for f in figures)
     assert figures[0].peak_bytes > 0
 

@@ -7,8 +7,14 @@
 
 namespace igva::cuda {
 
-constexpr int gemm_mix_rows = 8; // rows that a warp mixes for one count of a flag
+constexpr int gemm_mix_rows = 2; // rows that a warp mixes for one count of a flag
 constexpr int gemm_max_taps = 8;
+
+// The counters of a launch: the ticket, the clusters that are done, and from gemm_first_flag on, in another line of the
+// cache, one flag per tile of rows, of whole clusters.
+constexpr int gemm_first_flag = 32;
+// Counters in the module's own memory, which launches take parts of.
+constexpr int gemm_counters = 1 << 18;
 
 // A block of A: where the copy engine finds it and which columns of W it meets.
 struct GemmBlock {
@@ -30,16 +36,17 @@ struct GemmParams {
   int32_t skip;
   int32_t columns; // H
   int32_t grid;    // a multiple of the cluster
-  int32_t num_mix_layers;
   Activation activation; // none or gelu
   const void* bias;      // [H] or null
   void* y;               // [B * P, H]
-  void* z;               // or null
-  int32_t* flags;        // the ticket, then one flag per tile of rows, of whole clusters; zero at launch
-  MixParams mix;         // rows is F; num_terms == 0 without mixed blocks
+  void* z;               // or null; only with an activation
+  int32_t* counters;     // zero before and after the launch; null: at first_counter of the module's own
+  int32_t first_counter;
+  MixParams mix; // rows is F; num_terms == 0 without mixed blocks
 };
 static_assert(sizeof(GemmParams) <= 32764);
 
-int gemm_sm90(const GemmParams& params, DType dtype, Stream stream);
+// `tile_n` is gemm_wide or gemm_narrow.
+int gemm_sm90(const GemmParams& params, int tile_n, DType dtype, Stream stream);
 
 } // namespace igva::cuda

@@ -91,8 +91,10 @@ def _block_as_published(
         assert mix_weights is not None
         columns = [column for column, _ in weighted]
         groups = torch.stack([group for _, group in weighted], dim=1)  # [B, K, T, D]
-        weights = mix_weights[:, columns].to(groups.dtype)
-        constant.append((groups * weights[:, :, None, None]).sum(dim=1))
+        # Indexed by a list, a tensor on a GPU waits for a copy of it, which no CUDA graph can hold.
+        if columns != list(range(mix_weights.shape[1])):
+            mix_weights = torch.stack([mix_weights[:, column] for column in columns], dim=1)
+        constant.append((groups * mix_weights.to(groups.dtype)[:, :, None, None]).sum(dim=1))
     return constant[0] if len(constant) == 1 else torch.stack(constant).sum(dim=0)
 
 

@@ -137,6 +137,22 @@ struct Products {
 };
 inline std::unordered_map<const Fiber*, Products> products;
 
+// Copies of one thread to shared memory, in groups; the last one is still open. They write when they are waited for, over
+// NaN.
+struct VectorCopy {
+  void* to;
+  unsigned char bytes[16];
+};
+struct VectorCopies {
+  std::deque<std::vector<VectorCopy>> groups = {{}};
+  void wait(size_t pending) {
+    for (; groups.size() - 1 > pending; groups.pop_front()) {
+      for (const VectorCopy& copy : groups.front()) std::memcpy(copy.to, copy.bytes, 16);
+    }
+  }
+};
+inline std::unordered_map<const Fiber*, VectorCopies> vector_copies;
+
 // Nothing may be left of a kernel: a barrier between two phases, a copy, a product.
 inline void check_rest() {
   for (const auto& [address, barrier] : phase_barriers) {
@@ -145,9 +161,13 @@ inline void check_rest() {
   for (const auto& [fiber, own] : products) {
     require(own.groups.size() == 1 && own.groups[0].empty(), "a product is left that nobody waited for");
   }
+  for (const auto& [fiber, own] : vector_copies) {
+    for (const auto& group : own.groups) require(group.empty(), "a copy of a thread is left that it did not wait for");
+  }
   require(copies.empty(), "a copy is left that nobody waited for");
   phase_barriers.clear();
   products.clear();
+  vector_copies.clear();
 }
 
 constexpr size_t stack_bytes = 64 << 10;
@@ -282,6 +302,11 @@ inline int atomicAdd(int* to, int value) {
   *to += value;
   return old;
 }
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
@@ -293,8 +318,19 @@ namespace igva::cuda {
 
 inline void* dynamic_shared() { return emulation::current->block->shared; }
 template <class Vector>
-inline void copy_async(Vector* to, const Vector* from) { *to = *from; }
-inline void wait_for_copies() {}
+inline void copy_async(Vector* to, const Vector* from) {
+  emulation::VectorCopy copy = {to, {}};
+  std::memcpy(copy.bytes, from, 16);
+  std::memset(to, 0xff, 16);
+  emulation::vector_copies[emulation::current].groups.back().push_back(copy);
+}
+inline void commit_copies() { emulation::vector_copies[emulation::current].groups.emplace_back(); }
+template <int pending>
+inline void wait_for_groups() { emulation::vector_copies[emulation::current].wait(pending); }
+inline void wait_for_copies() {
+  commit_copies();
+  wait_for_groups<0>();
+}
 inline float approximate_exp2(float x) { return exp2f(x); }
 inline float approximate_reciprocal(float x) { return 1 / x; }
 

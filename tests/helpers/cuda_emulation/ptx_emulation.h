@@ -83,14 +83,18 @@ inline void copy_box(void* to, const CUtensorMap* map, uint64_t* barrier, int x,
   copy_box_to(1 << cluster_rank(), to, map, barrier, x, y);
 }
 
-inline void prefetch_l2(const void* from, uint32_t bytes) {
-  require(bytes > 0 && bytes % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0, "L2 fetches 16 bytes at 16");
-}
 inline void proxy_fence() {}
 
 inline int load_acquire(const int* from) {
   yield();
   return *from;
+}
+inline int load_relaxed(const int* from) { return load_acquire(from); }
+inline void sleep(uint32_t) {}
+inline int next_ticket(int* from) { return (*from)++; }
+inline int add_acquire_release(int* to, int value) {
+  ++progress;
+  return (*to += value) - value;
 }
 inline void add_release(int* to, int value) {
   *to += value;
@@ -104,8 +108,8 @@ void give_registers() {}
 
 inline void product_fence() { __syncwarp(); } // instructions of a whole warp: none of its threads is behind
 inline void product_commit() { products[current].groups.emplace_back(); }
-template <int pending>
-void product_wait(float (&)[128]) {
+template <int pending, int count>
+void product_wait(float (&)[count]) {
   auto& groups = products[current].groups;
   while (int(groups.size()) - 1 > pending) {
     for (const auto& product : groups.front()) product();
@@ -114,8 +118,8 @@ void product_wait(float (&)[128]) {
   __syncwarp();
 }
 
-template <class T>
-void product(float (&d)[128], uint64_t a, uint64_t b) {
+template <class T, int count>
+void product(float (&d)[count], uint64_t a, uint64_t b) {
   const unsigned char* shared = current->block->shared;
   const int thread = current->thread % 128;
   for (uint64_t matrix : {a, b}) {
@@ -132,7 +136,7 @@ void product(float (&d)[128], uint64_t a, uint64_t b) {
     for (int h = 0; h < 2; ++h) {
       float row[16];
       for (int k = 0; k < 16; ++k) row[k] = at(a, thread / 32 * 16 + thread % 32 / 4 + 8 * h, k);
-      for (int j = 0; j < 32; ++j) {
+      for (int j = 0; j < count / 4; ++j) {
         for (int e = 0; e < 2; ++e) {
           float sum = 0;
           for (int k = 0; k < 16; ++k) sum += row[k] * at(b, 8 * j + thread % 4 * 2 + e, k);

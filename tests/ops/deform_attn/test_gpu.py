@@ -62,6 +62,7 @@ def test_a_captured_step_follows_its_inputs(impl, shapes):
         assert all(torch.equal(a, b) for a, b in zip(results, step(impl, shapes, inputs), strict=True))
 
 
+@pytest.mark.large
 def test_offsets_beyond_32_bits(impl):
     stride = 2**31 + 16
     if torch.cuda.mem_get_info()[0] < 3 * 2 * stride:

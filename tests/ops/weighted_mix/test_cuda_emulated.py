@@ -47,8 +47,9 @@ def emulated(monkeypatch):
 
 
 def test_the_host_plans_with_the_constants_of_the_kernels(emulated):
-    planned = {"tile_m": gemm.TILE_M, "tile_n": gemm.TILE_N, "tile_k": gemm.TILE_K, "cluster": gemm.CLUSTER}
-    assert planned | {"taps": gemm.MAX_TAPS} == emulated.GEMM_SM90
+    planned = {"tile_m": gemm.TILE_M, "wide": gemm.WIDE, "narrow": gemm.NARROW, "tile_k": gemm.TILE_K}
+    planned |= {"cluster": gemm.CLUSTER, "taps": gemm.MAX_TAPS}
+    assert planned | {"first_flag": gemm.FIRST_FLAG, "counters": gemm.COUNTERS} == emulated.GEMM_SM90
 
 
 def judge(case, dtype):
@@ -304,21 +305,89 @@ def test_what_the_copy_engine_cannot_read_is_an_error_that_names_it():
         gemm.run(call, torch.zeros(8, 64).bfloat16(), None, None, False, [])
 
 
-def test_flags_are_complete_and_every_launch_starts_from_zero(monkeypatch):
-    """Each flag counts the 16 groups of its rows; tickets end beyond the groups by one per mixer warp."""
+@pytest.mark.parametrize("tile_n", [gemm.WIDE, gemm.NARROW])
+@pytest.mark.parametrize("skip", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_both_forms_add_the_bias_keep_z_and_store_what_is_kept(tile_n, skip, dtype, monkeypatch):
+    """Two tiles of columns in either form, the second one not full."""
+    monkeypatch.setattr(gemm, "form", lambda *_: gemm.Form(tile_n, 4))
+    states = [torch.randint(-2, 3, (3, 45, 64)).to(dtype) for _ in range(2)]
+    call = MixArgs(states, MixPlan((((1, None, 1.0),), ((0, None, 0.5), (1, None, 0.5))), 2), None, None, skip)
+    weight, bias = torch.randint(-2, 3, (264, 128)).to(dtype), torch.randint(-4, 5, (264,)).to(dtype)
+    rows = ik.layer_mix([state.double() for state in states], call.plan, skip_tokens=skip, impl="reference")
+    exact = (rows @ weight.double().t()).flatten(0, 1)
+    assert torch.equal(gemm.run(call, weight, None, None, True, [])[0], exact.to(dtype))
+    y, z = gemm.run(call, weight, bias, "gelu", True, [])
+    assert torch.equal(z, (exact + bias).to(dtype))
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(y.double(), torch.nn.functional.gelu(exact + bias), rtol=eps, atol=eps)
+    again, none = gemm.run(call, weight, bias, "gelu", False, [])
+    assert torch.equal(again, y) and none is None
+
+
+def plan_of_groups(size, count, residual=False):
+    """A tap, and the weighted sum of ``count`` means of ``size`` layers, with one layer more if there is a residual."""
+    entries = [(layer, layer // size, 1.0 / size) for layer in range(size * count)]
+    return MixPlan((((0, None, 1.0),), (*entries, *[(1, None, 1.0)] * residual)), size * count)
+
+
+@pytest.mark.parametrize(
+    ("plan", "images", "width"),
+    [
+        (plan_of_groups(1, 5), 1, 64),
+        (plan_of_groups(2, 3, residual=True), 2, 64),
+        (plan_of_groups(3, 4), 3, 64),
+        (plan_of_groups(5, 2), 5, 128),
+        (plan_of_groups(6, 1), 2, 64),
+        (plan_of_groups(6, 3), 3, 576),
+        (plan_of_groups(6, 2, residual=True), 1, 64),
+        (plan_of_groups(7, 2), 4, 64),
+        (plan_of_groups(8, 2), 1, 576),
+        (MixPlan((*plan_of_groups(6, 4).blocks, plan_of_groups(6, 2).blocks[1]), 24), 2, 64),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("layout", ["alike", "each its own"])
+def test_the_mixers_keep_the_bits_of_the_mix_kernel(plan, images, width, layout):
+    """Groups of any size, rows that end inside a group, pieces that are not full, layers that lie as they like."""
+    skip, tokens = (1, 27) if layout == "alike" else (0, 21)
+    dtype = torch.bfloat16 if layout == "alike" else torch.float16
+    states = [torch.randn(images, tokens, width).to(dtype) for _ in range(plan.num_states)]
+    if layout == "each its own":
+        for i in range(1, len(states)):
+            room = torch.empty(images, tokens + i % 3, width + 8 * (i % 2), dtype=dtype)
+            states[i] = room[:, i % 3 :, :width].copy_(states[i])
+    call = MixArgs(states, plan, torch.rand(images, plan.num_columns), None, skip)
+    two = KERNELS.mix(call, dtype, None, Keep.SOURCES)
+    sums = [torch.full_like(kept, float("nan")) for kept in two.sums]
+    out, _ = gemm.run(call, torch.eye(plan.num_blocks * width, dtype=dtype), None, None, False, sums)
+    assert torch.equal(out, two.rows.flatten(0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(sums, two.sums, strict=True))
+
+
+def test_every_launch_leaves_its_counters_at_zero(any_order, monkeypatch):
+    """Launches of several sizes in a row on one part of the counters: what is left of one would let a tile of F be read
+    before it is mixed, or be waited for in vain."""
+    monkeypatch.setattr(gemm, "counters", gemm.Counters())
+    for images in (3, 1, 2):
+        states = [torch.randn(images, 101, 64).bfloat16() for _ in range(7)]
+        call = MixArgs(states, plan_of_groups(3, 2), torch.rand(images, 2), None, 1)
+        out, _ = gemm.run(call, torch.eye(128).bfloat16(), None, None, False, [])
+        assert torch.equal(out, KERNELS.mix(call, torch.bfloat16).rows.flatten(0, 1))
+    assert gemm.counters.of_streams == {(torch.device("cpu"), 0): 0}
+
+
+def test_without_a_part_of_the_counters_a_launch_brings_its_own(monkeypatch):
     made = []
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *args, **kw: made.append(zeros(*args, **kw)) or made[-1])
+    monkeypatch.setattr(gemm.Counters, "take", lambda *_: None)
     case = FUSED[0]
     inputs = case.draw(seeded(2), torch.bfloat16, "cpu")
     with torch.no_grad():
-        outs = [case.forward(inputs, "cuda") for _ in range(3)]
-    flags = [tensor for tensor in made if tensor.dtype == torch.int32]
-    assert len(flags) == 3
-    assert all(torch.equal(outs[0], out) for out in outs)
-    for ticket, *counts in (tensor.tolist() for tensor in flags):
-        assert counts == [16, 16]
-        assert ticket == 32 + 3 * MULTIPROCESSORS
+        case.forward(inputs, "cuda")
+    (own,) = (tensor for tensor in made if tensor.dtype == torch.int32)
+    assert own.shape == (gemm.num_counters(2 * 101),) and not own.any()
 
 
 def test_a_layout_that_is_not_flat_takes_two_kernels(fused):

