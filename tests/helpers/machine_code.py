@@ -30,9 +30,10 @@ ARCHS = ("80", "86", COUNTED, "100")
 """Of the kernels that run on every card; instructions are counted in the code for ``COUNTED``."""
 
 LAYERS = 24
-"""Layers that IGVA's plan reads for a segment of the mixed row: each is loaded and prefetched once."""
+"""Layers that IGVA's plan reads: a warp loads 16 bytes a lane of each for 256 elements of the mixed row."""
 
-VECTOR_LOAD, VECTOR_STORE = r"LDG\.\S*128", r"STG\.\S*128"
+LAYER_LOAD = r"(?:LDG|LDGSTS)\.\S*128"
+"""16 bytes, to registers or to shared memory."""
 
 COLD = r"kernelId|Li1E"
 """Kernels for fp64, and for rows that are not a multiple of 16 bytes: they serve tests and rare layouts."""
@@ -42,14 +43,21 @@ class Gemm(NamedTuple):
     """The parts of the overlapped GEMM that its speed hangs on."""
 
     mixers: list[Loop]
-    """The loops of a mixer warp, over segments of rows: they load layers and store the mix, 16 bytes at a time. They
-    neither multiply, nor take part in who does what. There are several where the kernel has special cases."""
+    """The innermost loops that load layers, 16 bytes at a time, and multiply nothing. There are several where the
+    kernel has special cases."""
     epilogue: Code
     """What a tile of the result takes after its last product: bias, activation, stores."""
 
-    def segment(self):
-        """The instructions that the shortest mixer issues for a segment of IGVA's row."""
-        return min(loop.a_pass({VECTOR_LOAD: LAYERS, "UBLKPF": LAYERS}) for loop in self.mixers)
+    def mix(self):
+        """Instructions for 256 elements of IGVA's row by the mixer that has most loads in a pass: the least, which is
+        the shortest pass with all of them, and the most, with every branch; and those loads."""
+        found = []
+        for loop in self.mixers:
+            least = loop.common_pass(LAYER_LOAD)
+            loads = least.count(LAYER_LOAD)
+            found.append((-loads, len(least) * LAYERS // loads, len(loop.own) * LAYERS // loads))
+        loads, least, most = min(found)
+        return least, most, -loads
 
 
 def gemm_parts(kernel):
@@ -58,7 +66,7 @@ def gemm_parts(kernel):
     Raises:
         ValueError: there is no such loop, or there are several that multiply and store.
     """
-    mixers = kernel.outermost(VECTOR_LOAD, VECTOR_STORE, without=("HGMMA", "ATOM", "ATOMG", "RED", "REDG"))
+    mixers = kernel.innermost(LAYER_LOAD, without=("HGMMA",))
     tiles = [loop for loop in kernel.loops if loop.has("HGMMA", "STG")]
     if not mixers or len(tiles) != 1:
         raise ValueError(f"{kernel.name}: {len(mixers)} loops that mix and {len(tiles)} over tiles, need some and one")
@@ -118,17 +126,25 @@ def write_gemm(folder):
     names, revision = _readable(list(code)), _revision()
     lines = [row for row in _lines_of("gemm") if row[0].rstrip("+") != revision.rstrip("+") and "+" not in row[0]]
     for name, kernel in sorted(code.items(), key=lambda item: names[item[0]]):
-        mixers, epilogue = parts = gemm_parts(kernel)
-        loads = max(each.own.count(VECTOR_LOAD) for loop in mixers for each in loop.nest())
+        parts = gemm_parts(kernel)
+        epilogue = parts.epilogue
+        least, most, loads = parts.mix()
         counts = [
-            f"`{names[name]}`", f"{used[name].registers}", f"{len(kernel):,}", f"{parts.segment():,}", f"{loads}",
+            f"`{names[name]}`", f"{used[name].registers}", f"{len(kernel):,}", f"{least:,} / {most:,}", f"{loads}",
             f"{len(epilogue):,}", f"{epilogue.count('LDG|LD')}", f"{epilogue.count('BRA')}", f"{spills(kernel)}",
         ]  # fmt: skip
         before = [row[2:] for row in lines if row[2] == counts[0]]
         if counts not in before[-1:]:
             lines.append([revision, f"{datetime.date.today()}", *counts])
-    heads = ["revision of csrc/", "date", "kernel", "registers", "instructions", "a segment of a mixer"]
-    heads += ["loads a turn", "epilogue", "its loads", "its branches", "spills"]
+    heads = [
+        "revision of csrc/",
+        "date",
+        "kernel",
+        "registers",
+        "instructions",
+        "a mixer's for 256 elements, least / most",
+    ]
+    heads += ["loads a pass", "epilogue", "its loads", "its branches", "spills"]
     _write("gemm", table(heads, lines))
 
 

@@ -86,24 +86,24 @@ class Loop(Code):
         """The loop and all loops inside it."""
         return [self, *(each for inner in self.inner for each in inner.nest())]
 
-    def a_pass(self, times):
-        """Instructions of one pass, where opcodes are issued so often: ``a_pass({"LDG": 24})``.
+    def common_pass(self, pattern):
+        """The shortest way through the loop that has as many instructions of the pattern as any, as code.
 
-        An inner loop with such an opcode takes as many turns as that needs, the one with most of them in a turn first,
-        and one that is left without any takes none. Other inner loops take one turn. A branch counts both of its sides,
-        so that this is what a pass issues at most.
+        It leaves out what branches around, as for the ends of rows. A loop inside takes one turn.
         """
-        left = {pattern: most - self.own.count(pattern) for pattern, most in times.items()}
-        total = len(self.own)
-        for inner in sorted(self.inner, key=lambda loop: [-loop.own.count(pattern) for pattern in times]):
-            turns = 1
-            for pattern in times:
-                each = inner.own.count(pattern)
-                if each:
-                    turns = max(0, left[pattern]) // each
-                    left[pattern] -= turns * each
-            total += turns * inner.a_pass(times)
-        return total
+        flow = self._flow.subgraph(self.blocks).copy()
+        latches = [*flow.predecessors(self.header)]
+        flow.remove_edges_from([edge for loop in self.nest() for edge in flow.in_edges(loop.header)
+                                if edge[0] in loop.blocks])  # fmt: skip
+        best = {}
+        for block in networkx.topological_sort(flow):
+            ways = [best[before] for before in flow.predecessors(block) if before in best]
+            if block == self.header or ways:
+                way = min(ways, default=(0, 0, ()))
+                code = Code(flow.nodes[block]["code"])
+                best[block] = way[0] - code.count(pattern), way[1] + len(code), (*way[2], block)
+        _, _, blocks = min(best[block] for block in latches if block in best)
+        return Code(each for block in blocks for each in flow.nodes[block]["code"])
 
     def after_last(self, pattern):
         """What one pass does when no instruction of the pattern can follow in it any more."""
@@ -175,10 +175,10 @@ class Kernel(Code):
                 around[-1].inner.append(loop)
         return found
 
-    def outermost(self, *patterns, without=()):
-        """The largest loops that have an instruction of each pattern, and none of ``without``."""
+    def innermost(self, *patterns, without=()):
+        """The smallest loops that have an instruction of each pattern, and none of ``without``."""
         fit = [loop for loop in self.loops if loop.has(*patterns) and not any(map(loop.count, without))]
-        return [loop for loop in fit if not any(other is not loop and loop in other.nest() for other in fit)]
+        return [loop for loop in fit if not any(inner in fit for inner in loop.nest()[1:])]
 
 
 def kernels(text):

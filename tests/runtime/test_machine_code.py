@@ -54,23 +54,14 @@ def test_opcodes_are_counted_with_their_modifiers():
     assert code.count("LDG|STG") == 4 and code.has("LDG", "EXIT") and not code.has("LDG", "HGMMA")
 
 
-def test_a_pass_turns_inner_loops_as_often_as_the_loads_need():
-    outer, _ = kernel(*NESTED).loops
-    assert outer.a_pass({}) == 6 + 3
-    assert outer.a_pass({r"LDG\.\S*128": 24}) == 6 + 12 * 3
-    assert outer.a_pass({"LDG": 5}) == 6 + 2 * 3  # the fifth is the outer loop's own
-
-
-def test_a_loop_for_what_is_left_over_takes_no_turn_where_nothing_is():
-    outer, two, one = kernel(
-        "NOP",
-        "LDG R0, [R2.64]", "LDG R4, [R2.64]", "@P0 BRA 0x10",  # two at a time
-        "LDG R0, [R2.64]", "@P1 BRA 0x40",  # one at a time
-        "@P2 BRA 0x0", "EXIT",
-    ).loops  # fmt: skip
-    assert (len(outer), len(two), len(one)) == (7, 3, 2)
-    assert outer.a_pass({"LDG": 6}) == 2 + 3 * 3
-    assert outer.a_pass({"LDG": 7}) == 2 + 3 * 3 + 2
+def test_the_common_pass_is_the_shortest_one_with_all_loads():
+    outer, inner = kernel(*NESTED).loops
+    assert [each.address for each in inner.common_pass("LDG")] == [0x40, 0x50, 0x60]
+    assert [each.address for each in outer.common_pass("LDG")] == [*range(0x30, 0xA0, 0x10)]
+    (loop,) = kernel(
+        "LDG R0, [R2.64]", "@P0 BRA 0x40", "LDG R4, [R2.64]", "IADD3 R4, R4, 0x1, RZ", "@P1 BRA 0x0", "EXIT"
+    ).loops
+    assert len(loop.common_pass("LDG")) == 5 and len(loop.common_pass("STG")) == 3
 
 
 def test_back_edges_to_one_block_are_one_loop():
@@ -102,7 +93,7 @@ def overlapped(epilogue=("STG.E.128 desc[UR4][R6.64], R4",), mixer=()):
     ]
     mix = ["ATOMG.E.ADD.STRONG.GPU PT, R0, desc[UR4][R2.64], R1", "LDG.E.128 R4, desc[UR4][R2.64]", "@P3 BRA {load}"]
     mix += [*mixer, "STG.E.128 desc[UR4][R6.64], R4", "@P4 BRA {load}", "@P5 BRA {ticket}", "EXIT"]
-    at = {"tile": 1, "multiply": 2, "ticket": 1 + len(tile), "load": 2 + len(tile), "more": 4 + len(tile)}
+    at = {"tile": 1, "multiply": 2, "ticket": 1 + len(tile), "load": 2 + len(tile), "after": 7 + len(tile)}
     lines = ["@P0 BRA {ticket}", *tile, *mix]
     return kernel(*(line.format(**{name: hex(16 * i) for name, i in at.items()}) for line in lines))
 
@@ -124,14 +115,17 @@ def test_spills_are_accesses_of_local_memory():
     assert spills(kernel("STL.64 [R1], R2", "LDL R2, [R1]", "LDG.E R2, desc[UR4][R2.64]", "EXIT")) == 2
 
 
-def test_a_segment_is_counted_as_igva_reads_it():
-    parts = gemm_parts(overlapped(mixer=["LDG.E.128 R4, desc[UR4][R2.64]", "@P6 BRA {more}"]))
-    assert parts.segment() == 4 + 2 * (LAYERS - 1)
+def test_the_mixer_with_most_loads_in_a_pass_is_counted_for_all_layers():
+    parts = gemm_parts(overlapped(mixer=["LDGSTS.E.BYPASS.128 [R4], desc[UR4][R2.64]", "@P6 BRA {after}", "NOP"]))
+    # Two loads and three others, and a NOP that a branch goes around.
+    assert parts.mix() == (6 * LAYERS // 2, 7 * LAYERS // 2, 2)
 
 
 @pytest.mark.skipif(nvcc() is None or cuobjdump() is None, reason="no nvcc or no cuobjdump")
 def test_the_parts_of_the_compiled_gemm_are_found(tmp_path):
     for code in kernels(machine_code(compile_cubin(GEMM, HOPPER_ARCH, tmp_path))).values():
-        mixers, epilogue = gemm_parts(code)
-        assert len(mixers) == 1 and epilogue.count("STG") and not epilogue.count("HGMMA|UTMALDG|ATOMG")
+        parts = gemm_parts(code)
+        least, most, loads = parts.mix()
+        assert 0 < least <= most and loads == 12
+        assert parts.epilogue.count(r"STG\.\S*128") and not parts.epilogue.count("HGMMA|UTMALDG|ATOMG|LDG|LD|LDS|LDL")
         assert spills(code) == 0
