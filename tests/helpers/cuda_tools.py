@@ -90,32 +90,6 @@ def machine_code(cubin):
     return subprocess.run([cuobjdump(), "--dump-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
 
 
-def instructions(code):
-    """``(address, text)`` of every instruction of one kernel's machine code."""
-    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", code)
-    return [(int(address, 16), text.strip()) for address, text in found]
-
-
-def loop_path(found, inside, rare):
-    """What one round of the innermost loop around instruction ``inside`` executes, as texts; a branch skips what it can
-    skip if that has an instruction in it that matches ``rare``."""
-    position = {address: i for i, (address, _) in enumerate(found)}
-
-    def target(i):
-        branch = re.match(r"(@\S+ )?BRA (?:!?U?P\d, )?`?\(?0x([0-9a-f]+)", found[i][1])
-        return position.get(int(branch[2], 16)) if branch else None
-
-    end = next(i for i in range(inside, len(found)) if target(i) is not None and target(i) <= inside)
-    path, i = [], target(end)
-    while i <= end:
-        path.append(found[i][1])
-        to = target(i)
-        skips = i != end and to is not None and to > i
-        always = skips and not found[i][1].startswith("@")
-        i = to if always or (skips and any(re.search(rare, text) for _, text in found[i + 1 : to])) else i + 1
-    return path
-
-
 def emulate(monkeypatch):
     """Sends CPU tensors to the emulated module, which is returned; the registry forgets what it chose before."""
     module, backends = emulated_module(), registry.all_backends()
