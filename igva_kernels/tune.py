@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -108,7 +109,10 @@ def _write(path: Path, tuned: Config) -> None:
 
 
 def _by_speed(device: torch.device, log: Callable[[str], None]) -> tuple[str, ...]:
-    """The backends that serve this card, the fastest on the IGVA connector first; all batch sizes count alike."""
+    """The backends that serve this card, the fastest on the IGVA connector first.
+
+    All batch sizes count alike, and so does a call of the small one by the clock, which waits for the host.
+    """
     found: dict[str, float] = {}
     for operator, tuning in _tunings():
         for name, backend in all_backends().items():
@@ -116,8 +120,10 @@ def _by_speed(device: torch.device, log: Callable[[str], None]) -> tuple[str, ..
             if implementation is None or backend.why_not(device, torch.bfloat16) is not None:
                 continue
             times = [time_us(tuning.block(implementation, batch)) for batch in BATCHES]
-            found[name] = found.get(name, 1.0) * math.prod(times)
-            log(f"{name}: {', '.join(f'{us:.1f}' for us in times)} us per block at batch {BATCHES}")
+            eager = wall_us(tuning.block(implementation, BATCHES[0]))
+            found[name] = found.get(name, 1.0) * math.prod(times) * eager
+            graphs = ", ".join(f"{us:.1f}" for us in times)
+            log(f"{name}: {graphs} us per block at batch {BATCHES}, {eager:.1f} us by the clock at {BATCHES[0]}")
     return tuple(sorted(found, key=lambda name: found[name]))
 
 
@@ -143,6 +149,18 @@ def time_us(job: Job, repeats: int = 20) -> float:
     torch.cuda.synchronize()
     times = sorted(start.elapsed_time(end) for start, end in zip(starts, ends, strict=True))
     return times[repeats // 2] * 1e3
+
+
+def wall_us(job: Job, repeats: int = 20) -> float:
+    """The median time of a call of ``job`` on an idle GPU by the clock, in microseconds."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        job()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[repeats // 2] * 1e6
 
 
 def _random(*shape: int) -> Tensor:

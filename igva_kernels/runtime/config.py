@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -101,6 +101,13 @@ class DeviceRates:
     """Gap between two small kernels of one stream."""
 
 
+class ProductSize(NamedTuple):
+    """The least ``[rows, ...] @ [..., columns]`` of some kind."""
+
+    rows: int
+    columns: int
+
+
 @dataclass(frozen=True, eq=False)
 class Config:
     """Everything that is chosen for one card."""
@@ -109,12 +116,16 @@ class Config:
     """Where the figures come from: "measured on <card>", "modelled" (then no product has an efficiency, and all go to
     cuBLAS), or "interpreted" (no card: Triton is always chosen)."""
     backends: tuple[str, ...]
-    """Kernel backends for this card, the fastest first: impl="auto" takes the first that can serve."""
+    """Kernel backends for this card, the fastest first: impl="auto" takes the first that can serve. Where their kernels
+    are as fast, the first is the one whose calls take the host less."""
     rates: DeviceRates
     rows: Mapping[str, RowConfig]
     """By kernel; an operator's own bear its name: ``<operator>.<kernel>``."""
     gemms: Mapping[str, tuple[GemmConfig, ...]]
     """By kernel, likewise."""
+    faster_from: Mapping[str, ProductSize] = field(default_factory=dict)
+    """By CUDA kernel that does what other kernels do in several steps: the product from which on it was measured to be
+    faster than these. One that is not here was never measured on such a card, and is not taken."""
 
     def __post_init__(self) -> None:
         for name in ("rows", "gemms"):
@@ -144,6 +155,7 @@ class Config:
             DeviceRates(*(data["rates"][rate.name] for rate in fields(DeviceRates))),  # earlier versions had more
             {name: RowConfig(**row) for name, row in data["rows"].items()},
             {name: tuple(GemmConfig(**tile) for tile in tiles) for name, tiles in data["gemms"].items()},
+            {name: ProductSize(*least) for name, least in data.get("faster_from", {}).items()},
         )
 
 
@@ -190,7 +202,10 @@ def of_device(index: int | None) -> Config:
                     f"with `igva-kernels tune`"
                 ) from error
             # A file that was measured before a kernel existed says nothing about it; the shipped one does.
-            return replace(found, rows={**base.rows, **found.rows}, gemms={**base.gemms, **found.gemms})
+            return replace(
+                found, rows={**base.rows, **found.rows}, gemms={**base.gemms, **found.gemms},
+                faster_from={**base.faster_from, **found.faster_from},
+            )  # fmt: skip
     return base
 
 

@@ -13,7 +13,7 @@ class Choice(NamedTuple):
     """One choice that a call made."""
 
     what: str
-    """What there was to choose, as "weighted_mix" (its backend) or "weighted_mix, cuda: first product"."""
+    """What there was to choose: an operator (its backend), or a step of one on a backend."""
     taken: str
     why: str
 

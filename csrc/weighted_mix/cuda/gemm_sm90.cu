@@ -21,9 +21,9 @@
 // zero. It sees that it is the last by a counter, to which every cluster adds when its mixers have made their last claim
 // and its copy warps have waited for their last flag, so nobody can read or add afterwards. The next launch on the
 // counters must come after this one. The host sees to that (gemm.py): counters belong to one stream, or to one launch in
-// a graph, and two replays of a graph never overlap. A launch that the driver refuses has not touched them; one that
-// fails while it runs takes the context, and with it all memory, along. What nobody can see is a stream that its owner
-// destroys while it works, whose handle a new stream then gets.
+// a graph, and two replays of a graph never overlap; a stream that is not torch's own, and may be destroyed while it
+// works, brings counters of its own. A launch that the driver refuses has not touched them; one that fails while it runs
+// takes the context, and with it all memory, along.
 //
 // Programmatic dependent launch would gain nothing: the kernels of torch and cuBLAS on both sides never let a dependent
 // launch begin early.

@@ -39,7 +39,7 @@ def forget():
 def emulated(monkeypatch):
     """CPU tensors go to the emulated module, and the fused GEMM is on."""
     module = emulate(monkeypatch)
-    monkeypatch.setattr(gemm, "why_not_device", lambda index: None)
+    monkeypatch.setattr(gemm, "why_not_device", lambda index, size=None: None)
     monkeypatch.setattr(gemm, "multiprocessors", lambda device: MULTIPROCESSORS)
     forget()
     yield module
@@ -103,7 +103,7 @@ def test_a_layer_may_stand_in_a_block_more_often_than_there_are_layers():
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_without_the_fused_gemm_gelu_is_in_place_in_torchs_product_unless_z_is_kept(trained, monkeypatch):
-    monkeypatch.setattr(gemm, "why_not_device", lambda index: "switched off")
+    monkeypatch.setattr(gemm, "why_not_device", lambda index, size=None: "switched off")
     assert activated_in_place("cuda", trained, monkeypatch) == (not trained)
 
 

@@ -186,3 +186,15 @@ def sanitize():
 
 if __name__ == "__main__":
     sanitize()
+
+
+def test_a_stream_that_is_not_torchs_own_gets_counters_of_its_own(fused):
+    """Its handle may belong to another stream while its work still runs."""
+    block = Block("cuda", grad=False)
+    expected, taken = block(), dict(gemm.counters.of_streams)
+    own = torch.cuda.ExternalStream(torch.cuda.Stream().cuda_stream)
+    own.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(own):
+        out = block()
+    own.synchronize()
+    assert torch.equal(out, expected) and gemm.counters.of_streams == taken

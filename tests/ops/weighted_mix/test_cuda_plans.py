@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import types
+from dataclasses import replace
 from itertools import pairwise
 
 import plain_torch
@@ -15,6 +16,8 @@ from igva_kernels.ops.weighted_mix.cuda import gemm
 from igva_kernels.ops.weighted_mix.cuda.program import norm_row_fits
 from igva_kernels.ops.weighted_mix.plan import is_tap
 from igva_kernels.ops.weighted_mix.steps import Keep, MixArgs, Projector
+from igva_kernels.runtime import config
+from igva_kernels.runtime.config import ProductSize
 from igva_kernels.runtime.cuda import BACKEND, launch
 from igva_kernels.runtime.cuda.dense import allows_vectors, chunks
 
@@ -195,9 +198,33 @@ def test_counters_that_are_used_up_are_not_handed_out_twice():
     assert counters.take(device, 0, False, 100) is None
 
 
-def test_the_fused_gemm_is_off_until_it_is_switched_on(monkeypatch):
+def test_only_the_streams_that_torch_keeps_for_good_share_counters():
+    assert [gemm.is_of_torch(number) for number in (0, 3, 67, 0x7F0012345680)] == [True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("switch", "measured", "size", "taken", "reason"),
+    [
+        (None, None, ProductSize(10**6, 4096), False, "nobody has measured"),
+        (None, ProductSize(9232, 4096), ProductSize(9232, 4096), True, ""),
+        (None, ProductSize(9232, 4096), ProductSize(9231, 4096), False, "9231"),
+        (None, ProductSize(9232, 4096), ProductSize(10**6, 256), False, "256"),
+        ("0", ProductSize(9232, 4096), ProductSize(10**6, 4096), False, "=0 switches it off"),
+        ("1", None, ProductSize(1, 8), True, ""),
+    ],
+)
+def test_the_fused_gemm_is_taken_where_it_was_measured_to_be_faster_or_where_it_is_forced(
+    switch, measured, size, taken, reason, monkeypatch
+):
     monkeypatch.delenv(gemm.SWITCH, raising=False)
-    assert gemm.SWITCH in gemm.why_not_device(0)
+    if switch is not None:
+        monkeypatch.setenv(gemm.SWITCH, switch)
+    shipped = replace(config.shipped("sm_90"), faster_from={gemm.KERNEL: measured} if measured else {})
+    monkeypatch.setattr(gemm, "of_device", lambda index: shipped)
+    monkeypatch.setattr(gemm, "why_not_capability", lambda index: None)
+    assert (gemm.why_not_device(0, size) is None) == taken and reason in (gemm.why_not_device(0, size) or "")
+    monkeypatch.setattr(gemm, "why_not_capability", lambda index: "too old")
+    assert gemm.why_not_device(0, size) is not None
 
 
 # ---- who serves a call ----

@@ -25,7 +25,7 @@ def impl(request, monkeypatch):
     monkeypatch.setenv(gemm.SWITCH, switch)
     if switch == FUSED:
         notes = registry.operators()["weighted_mix"].implementation(impl).notes()
-        if not any("fused GEMMs: yes" in note for note in notes):
+        if not any("fused GEMM: yes" in note for note in notes):
             pytest.skip("; ".join(notes) or "it has no such switch")
     return impl
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 
 import torch
@@ -15,6 +16,7 @@ from igva_kernels.ops.weighted_mix.program import TERM, Shares, dots, lower
 from igva_kernels.ops.weighted_mix.program import shares as shares_of
 from igva_kernels.ops.weighted_mix.steps import Keep, LayerShape, MixArgs, Mixed, Projector, WeightedMix
 from igva_kernels.runtime import operands
+from igva_kernels.runtime.config import ProductSize
 from igva_kernels.runtime.cuda import launch
 from igva_kernels.runtime.cuda.dense import CudaDense, allow_vectors_at, allows_vectors, chunks
 from igva_kernels.runtime.dense import Norm, accumulation_dtype
@@ -46,8 +48,12 @@ class CudaWeightedMix(CudaDense, WeightedMix):
         return None
 
     def notes(self) -> list[str]:
-        reason = gemm.why_not_device(torch.cuda.current_device())
-        return [f"fused GEMMs: {'yes' if reason is None else f'no: {reason}'}"]
+        index = torch.cuda.current_device()
+        reason = gemm.why_not_device(index)
+        if reason is not None:
+            return [f"fused GEMM: no: {reason}"]
+        least = None if os.environ.get(gemm.SWITCH) == "1" else gemm.least_size(index)
+        return [f"fused GEMM: yes, {f'{gemm.SWITCH}=1' if least is None else 'from {} x {} on'.format(*least)}"]
 
     def mix(self, args: MixArgs, dtype: torch.dtype, norm: Norm | None = None, keep: Keep = Keep.NOTHING) -> Mixed:
         """The mixed rows, rounded once to ``dtype``; ``norm`` is applied to the unrounded rows."""
@@ -115,7 +121,9 @@ class CudaWeightedMix(CudaDense, WeightedMix):
 
     def why_not_fused(self, args: MixArgs, projector: Projector, keep: Keep) -> str | None:
         """None if one kernel mixes and multiplies at once, otherwise why ``mix_linear`` takes two."""
-        return _why_not_device(args.layers[0]) or gemm.why_not(args, projector, keep)
+        first = args.layers[0]
+        index, size = first.device.index, ProductSize(first.shape[0] * first.shape[1], projector.weight1.shape[0])
+        return gemm.why_not_device(-1 if index is None else index, size) or gemm.why_not(args, projector, keep)
 
     def mix_linear(
         self, args: MixArgs, projector: Projector, keep: Keep, keep_z: bool
@@ -124,16 +132,11 @@ class CudaWeightedMix(CudaDense, WeightedMix):
         if reason is not None:
             took("weighted_mix, cuda: first product", "the mix kernel, cuBLAS and the activation", reason)
             return super().mix_linear(args, projector, keep, keep_z)
-        took("weighted_mix, cuda: first product", "one kernel that mixes and multiplies", f"{gemm.SWITCH}=1")
+        why = f"{gemm.SWITCH}=1" if os.environ.get(gemm.SWITCH) == "1" else "it was measured to be faster on such cards"
+        took("weighted_mix, cuda: first product", "one kernel that mixes and multiplies", why)
         sums = args.new_sums() if keep == Keep.SOURCES else []
         y, z = gemm.run(args, projector.weight1, projector.bias1, projector.activation, keep_z, sums)
         return y, z, Mixed(None, None, sums)
-
-
-def _why_not_device(tensor: Tensor) -> str | None:
-    """None if the fused GEMM runs where the tensor is, otherwise why not."""
-    index = tensor.device.index
-    return gemm.why_not_device(-1 if index is None else index)
 
 
 def _launch_mix(

@@ -19,6 +19,7 @@ from igva_kernels.ops.weighted_mix.cuda.program import mix_program
 from igva_kernels.ops.weighted_mix.operands import layers, weights
 from igva_kernels.ops.weighted_mix.plan import MixPlan, is_tap
 from igva_kernels.ops.weighted_mix.steps import Keep, MixArgs, Projector
+from igva_kernels.runtime.config import ProductSize, of_device
 from igva_kernels.runtime.cuda import launch
 from igva_kernels.runtime.cuda.dense import allows_vectors, chunks
 from igva_kernels.runtime.operands import activation_of, address, dtype_of, matrix
@@ -31,8 +32,11 @@ FIRST_FLAG, COUNTERS = 32, 1 << 18
 """Counters of a launch before its flags, and the counters of the module, as gemm_sm90.h has them."""
 
 SWITCH = "IGVA_KERNELS_FUSED_GEMM"
-"""The environment variable that switches the fused GEMMs on. They are off, because the mix kernel and cuBLAS were
-faster where both were measured, on an H100 and an H200 (docs/gpu.md)."""
+"""The environment variable that forces the fused GEMM on (1) or off (0). Where it is not set, the configuration of the
+card says from which product on it was measured to be faster than the mix kernel and cuBLAS (docs/gpu.md)."""
+
+KERNEL = "weighted_mix.gemm_sm90"
+"""Its name there."""
 
 Operands = tuple[int, int, int, bool]
 """A block of A: (tensor map, first column there, position in the mixed row, whether it is mixed)."""
@@ -111,11 +115,33 @@ def why_not(args: MixArgs, projector: Projector, keep: Keep) -> str | None:
     return None
 
 
-def why_not_device(index: int) -> str | None:
-    """None if this device runs the kernel and it is switched on, otherwise why not."""
-    if os.environ.get(SWITCH) != "1":
-        return f"on an H100 and an H200 the mix kernel and cuBLAS are faster; {SWITCH}=1 switches it on"
-    return why_not_capability(index)
+def why_not_device(index: int, size: ProductSize | None = None) -> str | None:
+    """None if this device runs the kernel and it is to be taken, otherwise why not.
+
+    Args:
+        index: of the device.
+        size: of a call, with I * T rows; None asks whether it is taken for any.
+    """
+    switch = os.environ.get(SWITCH)
+    if switch == "0":
+        return f"{SWITCH}=0 switches it off"
+    reason = why_not_capability(index)
+    if reason is not None or switch == "1":
+        return reason
+    least = least_size(index)
+    if least is None:
+        return f"nobody has measured that it is faster on such a card; {SWITCH}=1 switches it on"
+    if size is not None and (size.rows < least.rows or size.columns < least.columns):
+        return (
+            f"it was measured to be faster from {least.rows} rows and {least.columns} columns on, this product has "
+            f"{size.rows} and {size.columns}; {SWITCH}=1 switches it on"
+        )
+    return None
+
+
+def least_size(index: int) -> ProductSize | None:
+    """From which product on it was measured to be faster; None where nobody measured it."""
+    return of_device(index).faster_from.get(KERNEL)
 
 
 @cache
@@ -203,6 +229,12 @@ class Counters:
 counters = Counters()
 
 
+def is_of_torch(stream_id: int) -> bool:
+    """Whether a stream, by torch's number of it, is one that torch never destroys. The handle of another may be given
+    to a new stream while its own work still runs, so two launches at once could get the same counters."""
+    return stream_id == 0 or stream_id % 2 == 1  # the others have their address as a number (c10/cuda/CUDAStream.cpp)
+
+
 @cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -223,7 +255,8 @@ def run(
         if plan.mixed is not None:
             scratch = first.new_empty((rows, len(plan.mixed_blocks) * width))
             count, captured = num_counters(rows), first.is_cuda and torch.cuda.is_current_stream_capturing()
-            part = counters.take(first.device, stream, captured, count)
+            lasts = captured or not first.is_cuda or is_of_torch(torch._C._cuda_getCurrentStream(first.device.index)[0])
+            part = counters.take(first.device, stream, captured, count) if lasts else None
             if part is None:
                 flags = torch.zeros(count, dtype=torch.int32, device=first.device)
             mixed = native.MixedBlocks(
