@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import __main__ as bench
-from benchmarks import device, gpu_suite, measure, plots, providers, report, results, scaling, workloads
+from benchmarks import device, gpu_suite, host, measure, plots, providers, report, results, scaling, workloads
 from benchmarks.first_light import report as first_light
 from benchmarks.workloads import IGVA, Tower, connector
 from igva_kernels import cli
@@ -675,6 +675,14 @@ def test_the_gpu_suite_without_a_gpu_says_so(capsys, tmp_path):
     assert gpu_suite.main(["--out", str(tmp_path)]) == 2
     assert bench.main(["--device", "cuda"]) == 2
     assert capsys.readouterr().err.count("no CUDA device") == 2
+
+
+def test_a_small_call_takes_the_host_less_than_plain_torch():
+    found = host.measure("cpu")
+    plain = found.pop("reference")
+    assert found, "no backend serves this CPU"
+    for name, times in found.items():
+        assert all(ours < theirs for ours, theirs in zip(times, plain, strict=True)), (name, times, plain)
 
 
 @pytest.mark.gpu
