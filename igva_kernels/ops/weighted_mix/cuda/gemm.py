@@ -21,7 +21,7 @@ from igva_kernels.ops.weighted_mix.plan import MixPlan, is_tap
 from igva_kernels.ops.weighted_mix.steps import Keep, MixArgs, Projector
 from igva_kernels.runtime.config import ProductSize, of_device
 from igva_kernels.runtime.cuda import launch
-from igva_kernels.runtime.cuda.dense import allows_vectors, chunks
+from igva_kernels.runtime.cuda.dense import allow_vectors_at, allows_vectors, chunks
 from igva_kernels.runtime.operands import activation_of, address, dtype_of, matrix
 
 TILE_M, WIDE, NARROW, TILE_K, CLUSTER, MAX_TAPS = 128, 256, 192, 64, 2, 8
@@ -109,8 +109,9 @@ def why_not(args: MixArgs, projector: Projector, keep: Keep) -> str | None:
     rows_overlap = weight.stride(0) < weight.shape[1]
     if weight.stride(1) != 1 or rows_overlap or (bias is not None and (bias.stride(0) != 1 or bias.data_ptr() % 4)):
         return "weight or bias is not contiguous"
-    read = [args.layers[layer] for layer in (*plan.taps, *plan.mixed_layers)]
-    if not allows_vectors(args.width, read) or not allows_vectors(weight.shape[1], [weight]):
+    addresses = map(Tensor.data_ptr, args.layers)
+    in_vectors = allow_vectors_at(args.width, first.element_size(), addresses, args.strides)
+    if not in_vectors or not allows_vectors(weight.shape[1], [weight]):
         return "an address or a stride is not a multiple of 16 bytes"
     return None
 
