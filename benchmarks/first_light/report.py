@@ -20,7 +20,7 @@ Line = dict[str, Any]
 CUDA, TRITON, OVERLAPPED = "time-cuda", "time-triton", "time-fused"
 LABELS = {
     TRITON: "igva_kernels, triton", CUDA: "igva_kernels, cuda",
-    OVERLAPPED: "igva_kernels, cuda, overlapped GEMMs (off by default)",
+    OVERLAPPED: "igva_kernels, cuda, the GEMM that overlaps",
 }  # fmt: skip
 TRAINED = {"train-triton": LABELS[TRITON], "train-cuda": LABELS[CUDA], "train-fused": LABELS[OVERLAPPED]}
 COMPILED = {
@@ -41,7 +41,7 @@ def section(lines: Sequence[Line]) -> Iterator[str]:
     """The section of one card; what was not measured is left out."""
     run, env = _all(lines, step="run")[0], _all(lines, step="env")[0]
     name = env["name"]
-    yield f"## {name}, first light\n"
+    yield f"## {name}, first light of {run['date']}\n"
     yield (
         f"Driver {env['smi'].split(',')[0]}, Python {env['python']}, torch {env['torch']}, Triton {env['triton']}, "
         f"{run['date']}, revision {run['revision']}; before the suite ran there, by a script of its own. The block at "
@@ -54,7 +54,7 @@ def section(lines: Sequence[Line]) -> Iterator[str]:
     for title, part in PARTS.items():
         found = list(part(lines))
         if found:
-            yield f"### {title}, {name}\n"
+            yield f"### {title}, {name}, {run['date']}\n"
             yield from found
 
 
@@ -93,8 +93,8 @@ def _overlapped(lines: Sequence[Line]) -> Iterator[str]:
     ]  # fmt: skip
     if costs:
         yield (
-            f"The GEMM that overlaps with the mix takes {min(costs):.1f} to {max(costs):.1f} times as long. It is off "
-            f"unless asked for."
+            f"The GEMM that overlaps with the mix takes {min(costs):.2f} to {max(costs):.2f} times as long as the mix "
+            f"kernel and cuBLAS."
         )
 
 
