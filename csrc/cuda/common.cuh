@@ -74,21 +74,25 @@ __device__ inline void widen(const Vector<T, V>& from, W (&to)[V]) {
   }
 }
 
-// Keeps a loaded vector packed in its registers: the compiler would widen it at once, and spill.
-template <class T, int V>
-__device__ inline void stay_packed(Vector<T, V>& vector) {
+// Reads a vector 16 bytes at a time, as all kernels do. It is copied before anything uses it, since elements that are
+// used where they lie in memory are loaded one by one; and it stays packed in its registers, since the compiler would
+// widen it at once, and spill.
+template <int V, class T>
+__device__ inline Vector<T, V> fetch(const T* from) {
+  Vector<T, V> vector = *reinterpret_cast<const Vector<T, V>*>(from);
 #ifndef IGVA_EMULATION
-  if constexpr (sizeof(vector) == 16) {
+  if constexpr (sizeof(vector) % 16 == 0) {
     auto* words = reinterpret_cast<uint32_t*>(&vector);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(words[i]));
+    for (int i = 0; i < int(sizeof(vector) / 4); ++i) asm volatile("" : "+r"(words[i]));
   }
 #endif
+  return vector;
 }
 
 template <int V, class T, class W>
 __device__ inline void load(const T* from, W (&to)[V]) {
-  widen<V>(*reinterpret_cast<const Vector<T, V>*>(from), to);
+  widen<V>(fetch<V>(from), to);
 }
 
 template <int V, class T, class W>
@@ -112,14 +116,14 @@ __device__ inline void store(void* to, DType, int64_t at, const double (&from)[V
   store<V>(static_cast<double*>(to) + at, from);
 }
 
-// One element in a dtype chosen at run time.
-template <class W>
-__device__ inline W load(const void* from, DType dtype, int64_t at) {
+// Loads values of a dtype chosen at run time.
+template <int V, class W>
+__device__ inline void load(const void* from, DType dtype, int64_t at, W (&to)[V]) {
   switch (dtype) {
-    case DType::bf16: return widen<W>(static_cast<const __nv_bfloat16*>(from)[at]);
-    case DType::f16: return widen<W>(static_cast<const __half*>(from)[at]);
-    case DType::f64: return W(static_cast<const double*>(from)[at]);
-    default: return W(static_cast<const float*>(from)[at]);
+    case DType::bf16: return load<V>(static_cast<const __nv_bfloat16*>(from) + at, to);
+    case DType::f16: return load<V>(static_cast<const __half*>(from) + at, to);
+    case DType::f64: return load<V>(static_cast<const double*>(from) + at, to);
+    default: return load<V>(static_cast<const float*>(from) + at, to);
   }
 }
 

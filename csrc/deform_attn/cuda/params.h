@@ -54,9 +54,9 @@ struct PlacesGradParams {
   void* grad_logits;  // dense, or null
 };
 
-// What the gradients of the levels need of a point.
+// What the gradients of the levels need of a point; it is read at once.
 template <class W>
-struct Entry {
+struct alignas(16) Entry {
   W right; // the place within its cell
   W down;
   W weight;

@@ -224,13 +224,6 @@ __device__ inline int first_point(const Sampling& s, int h) { return h * s.num_p
 
 // ---- corners ---------------------------------------------------------------------------------------------------------
 
-template <int V, class T>
-__device__ inline Vector<T, V> fetch(const T* from) {
-  Vector<T, V> vector = *reinterpret_cast<const Vector<T, V>*>(from);
-  stay_packed(vector); // or it would be loaded in pieces
-  return vector;
-}
-
 // Calls f(corner, vector) for every corner of a point's cell that exists. `map` is the lane's first channel of the level;
 // `stride` is that of its pixels, 32 bits of it in shared memory.
 template <int V, class T, class Stride, class F>

@@ -23,11 +23,12 @@ __global__ void __launch_bounds__(block_threads)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int segments = (params.columns + segment - 1) / segment, chunk = blockIdx.x / segments;
   const int column = (blockIdx.x - chunk * segments) * segment + lane * V;
-  const int64_t begin = int64_t(chunk) * params.chunk;
-  const int64_t end = begin + params.chunk < params.rows ? begin + params.chunk : params.rows;
+  const int64_t begin = int64_t(chunk) * params.chunk, left = params.rows - begin;
+  const int rows = left < params.chunk ? int(left) : params.chunk;
+  const bool has_columns = column < params.columns;
   W sum[V] = {};
-  for (int64_t row = begin + warp; row < end && column < params.columns; row += warps) {
-    const int64_t at = row * params.columns + column;
+  for (int row = warp; has_columns && row < rows; row += warps) {
+    const int64_t at = (begin + row) * params.columns + column;
     W z[V], grad[V];
     load<V>(static_cast<const T*>(params.z) + at, z);
     load<V>(static_cast<const T*>(params.grad_y) + at, grad);
@@ -50,7 +51,7 @@ __global__ void __launch_bounds__(block_threads)
   for (int i = warp; i < V; i += warps) {
     W total = 0;
     for (int other = 0; other < warps; ++other) total += sums[other * segment + i * 32 + lane];
-    if (column < params.columns) static_cast<W*>(params.partials)[int64_t(chunk) * params.columns + column + i] = total;
+    if (has_columns) static_cast<W*>(params.partials)[int64_t(chunk) * params.columns + column + i] = total;
   }
 }
 

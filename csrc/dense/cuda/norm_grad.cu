@@ -25,9 +25,12 @@ __global__ void __launch_bounds__(block_threads) norm_grad_kernel(const __grid_c
       load<V>(grad + at, g);
       load<V>(rows + at, n);
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        n[i] = (n[i] - mean) * rstd;
-        if (params.norm.weight.data != nullptr) g[i] *= load<W>(params.norm.weight.data, params.norm.weight.dtype, at + i);
+      for (int i = 0; i < V; ++i) n[i] = (n[i] - mean) * rstd;
+      if (params.norm.weight.data != nullptr) {
+        W weight[V];
+        load<V>(params.norm.weight.data, params.norm.weight.dtype, at, weight);
+#pragma unroll
+        for (int i = 0; i < V; ++i) g[i] *= weight[i];
       }
       use(at, g, n);
     }

@@ -22,11 +22,9 @@ __global__ void __launch_bounds__(block_threads, 3)
   for (int vector = threadIdx.x; vector < vectors; vector += block_threads) {
     mix_vector<T, V>(params, b, patch, vector * V, [&](int g, const W(&values)[V]) {
       const int at = g * params.width + vector * V;
+      store<V>(row_values + at, values);
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        row_values[at + i] = values[i];
-        sum += values[i];
-      }
+      for (int i = 0; i < V; ++i) sum += values[i];
       if (params.raw_rows != nullptr) store<V>(params.raw_rows, params.out, first + at, values);
     });
   }
@@ -34,9 +32,11 @@ __global__ void __launch_bounds__(block_threads, 3)
   W squares = 0;
   for (int vector = threadIdx.x; vector < vectors; vector += block_threads) {
     for (int g = 0; g < params.num_blocks; ++g) {
+      W values[V];
+      load<V>(row_values + g * params.width + vector * V, values);
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const W centred = row_values[g * params.width + vector * V + i] - mean;
+        const W centred = values[i] - mean;
         squares += centred * centred;
       }
     }
@@ -49,12 +49,19 @@ __global__ void __launch_bounds__(block_threads, 3)
   for (int vector = threadIdx.x; vector < vectors; vector += block_threads) {
     for (int g = 0; g < params.num_blocks; ++g) {
       const int at = g * params.width + vector * V;
-      W values[V];
+      W values[V], parameter[V];
+      load<V>(row_values + at, values);
 #pragma unroll
-      for (int i = 0; i < V; ++i) {
-        values[i] = (row_values[at + i] - mean) * rstd;
-        if (norm.weight.data != nullptr) values[i] *= load<W>(norm.weight.data, norm.weight.dtype, at + i);
-        if (norm.bias.data != nullptr) values[i] += load<W>(norm.bias.data, norm.bias.dtype, at + i);
+      for (int i = 0; i < V; ++i) values[i] = (values[i] - mean) * rstd;
+      if (norm.weight.data != nullptr) {
+        load<V>(norm.weight.data, norm.weight.dtype, at, parameter);
+#pragma unroll
+        for (int i = 0; i < V; ++i) values[i] *= parameter[i];
+      }
+      if (norm.bias.data != nullptr) {
+        load<V>(norm.bias.data, norm.bias.dtype, at, parameter);
+#pragma unroll
+        for (int i = 0; i < V; ++i) values[i] += parameter[i];
       }
       store<V>(params.rows, params.out, first + at, values);
     }

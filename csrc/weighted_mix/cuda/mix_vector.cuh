@@ -28,13 +28,12 @@ __device__ inline void mix_vector(const MixParams& params, int64_t b, int64_t pa
         if (e + u >= term.end) continue;
         const Layer& layer = params.layers[params.entries[e + u]];
         const T* from = static_cast<const T*>(layer.data) + image * layer.image_stride + patch * layer.token_stride + d;
-        loaded[u] = *reinterpret_cast<const Vector<T, V>*>(from);
+        loaded[u] = fetch<V>(from);
       }
 #pragma unroll
       for (int u = 0; u < loads_at_once; ++u) {
         if (e + u >= term.end) continue;
         W value[V];
-        stay_packed(loaded[u]);
         widen<V>(loaded[u], value);
 #pragma unroll
         for (int i = 0; i < V; ++i) sum[i] += value[i];

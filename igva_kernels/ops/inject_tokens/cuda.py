@@ -20,7 +20,7 @@ class CudaInjection(Injection):
     ) -> Tensor:
         """As in ``Injection``."""
         native, out = launch.module(), hidden.new_empty(hidden.shape)
-        vector = allows_vectors(hidden.shape[2], _present(hidden, features, out))
+        vector = allows_vectors(hidden.shape[2], [hidden, features, out])
         with launch.on_device_of(hidden) as stream:
             native.inject(
                 hidden.shape, view(native, hidden), matrix(native, features), address(rows), address(gate),
@@ -37,17 +37,13 @@ class CudaInjection(Injection):
         found, width = positions(rows, num_features), grad.shape[2]
         out = grad.new_empty(num_features, width) if need_features else None
         row_dots = new_row_dots(gate, num_features, need_gate)
-        vector = allows_vectors(width, _present(grad, features, out))
+        vector = allows_vectors(width, [grad, features, out])
         with launch.on_device_of(grad) as stream:
             native.features_grad(
                 grad.shape, view(native, grad), matrix(native, features), num_features, address(found), address(gate),
                 is_one(gate), vector, address(out), address(row_dots), stream,
             )  # fmt: skip
         return out, gate_grad(row_dots, gate)
-
-
-def _present(*tensors: Tensor | None) -> list[Tensor]:
-    return [tensor for tensor in tensors if tensor is not None]
 
 
 IMPLEMENTATION = CudaInjection()

@@ -65,14 +65,16 @@ class CudaDense(Dense):
             native.norm_grad(
                 matrix(native, grad_out), matrix(native, rows), operands.norm(native, *norm, mean, rstd),
                 matrix(native, grad_rows), native.ColumnSums(address(partials), chunk),
-                allows_vectors(width, [grad_out, rows]), stream,
+                allows_vectors(width, [grad_out, rows, norm[0]]), stream,
             )  # fmt: skip
         return NormGrads(grad_rows, *norm_param_grads(None if partials is None else partials.sum(0), norm))
 
 
-def allows_vectors(width: int, tensors: Iterable[Tensor]) -> bool:
-    """Whether rows of ``width`` elements can be read in 16-byte pieces: all addresses and strides are multiples."""
-    return all(allow_vectors_at(width, x.element_size(), (x.data_ptr(),), (x.stride(),)) for x in tensors)
+def allows_vectors(width: int, tensors: Iterable[Tensor | None]) -> bool:
+    """Whether rows of ``width`` elements of all tensors can be read in 16-byte pieces: all addresses and strides are
+    multiples."""
+    present = [x for x in tensors if x is not None]
+    return all(allow_vectors_at(width, x.element_size(), (x.data_ptr(),), (x.stride(),)) for x in present)
 
 
 def allow_vectors_at(

@@ -138,6 +138,19 @@ def test_an_image_out_of_range_gives_nan_rows_and_reads_nothing(norm):
     assert grads[0][[1, 3]].isnan().all() and grads[0][[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_whose_parameters_do_not_begin_where_vectors_may_gives_the_same(dtype):
+    states, plan = [torch.randn(2, 5, 16, requires_grad=True) for _ in range(2)], MixPlan.concat([0, 1])
+
+    def results(weight, bias):
+        out = ik.layer_mix_linear(states, plan, None, torch.eye(32), norm=(weight, bias, 1e-5), impl="cuda")
+        return out, *torch.autograd.grad(out.square().sum(), states)
+
+    weight, bias = torch.rand(2, 33).to(dtype)[:, 1:]
+    assert weight.data_ptr() % 16 and bias.data_ptr() % 16
+    torch.testing.assert_close(results(weight, bias), results(weight.clone(), bias.clone()))
+
+
 def test_a_row_too_wide_for_a_multiprocessor_is_normalised_from_memory(monkeypatch):
     monkeypatch.setattr(program, "NORM_ROW_BYTES", 64)
     for case in cases.SMALL_CASES:

@@ -147,7 +147,9 @@ def _launch_mix(
     first, native = args.layers[0], launch.module()
     of_layers = layers(dtype_of(native, first.dtype), args)
     addresses, layouts = zip(*of_layers[-1], strict=True)
-    vector = allow_vectors_at(args.width, first.element_size(), addresses, layouts) and allows_vectors(args.width, sums)
+    vector = allow_vectors_at(args.width, first.element_size(), addresses, layouts) and allows_vectors(
+        args.width, [*sums, *(norm[:2] if norm else ())]
+    )
     out = native.MixOutput(
         dtype_of(native, torch.float32 if rows is None else rows.dtype), address(rows), address(raw),
         [kept.data_ptr() for kept in sums],
