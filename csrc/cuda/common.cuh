@@ -80,7 +80,9 @@ __device__ inline void widen(const Vector<T, V>& from, W (&to)[V]) {
 template <int V, class T>
 __device__ inline Vector<T, V> fetch(const T* from) {
   Vector<T, V> vector = *reinterpret_cast<const Vector<T, V>*>(from);
-#ifndef IGVA_EMULATION
+#ifdef IGVA_EMULATION
+  emulation::require(reinterpret_cast<uintptr_t>(from) % alignof(Vector<T, V>) == 0, "a vector begins where none may");
+#else
   if constexpr (sizeof(vector) % 16 == 0) {
     auto* words = reinterpret_cast<uint32_t*>(&vector);
 #pragma unroll

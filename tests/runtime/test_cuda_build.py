@@ -69,7 +69,7 @@ VECTORS = {
     "places_grad_resident_kernel": 2,
     "sorted_grad_kernel": 2,  # a point and its query's gradient
 }
-"""Loads of 16 bytes that the source has, of what is read by vectors. The compiler makes more of them where it unrolls."""
+"""Loads of 16 bytes that the source has; the compiler makes more of them where it unrolls."""
 
 HOPPER = {"gemm_sm90_kernel": 168}
 """Registers, exactly: 65536 of a multiprocessor for 384 threads, in steps of 8. setmaxnreg moves them between warps."""
