@@ -16,16 +16,9 @@ from igva_kernels.runtime.context import cached_constant, check_storage, has_val
 from igva_kernels.runtime.dense import accumulation_dtype, why_no_float
 
 
-class Compact(NamedTuple):
-    """What a call must know of its plan, which reads only some of the hidden states."""
-
-    used: tuple[int, ...]
-    """The layers in use."""
-    code: str
-    """The code of the plan over those layers."""
-    num_columns: int
-    num_blocks: int
-    only_taps: bool
+Compact = tuple[tuple[int, ...], str, int, int, bool]
+"""A plan over the layers that it reads: which of the hidden states these are, the plan's code over them, its columns
+and blocks, and whether all blocks are taps. A plain tuple, since torch 2.11 cannot unpack a constant named tuple."""
 
 
 class Mix(NamedTuple):
@@ -62,7 +55,7 @@ def _blocks(code: str) -> tuple[Block, ...]:
 @cached_constant
 def compact(code: str, num_states: int | None, length: int) -> Compact:
     used, plan = MixPlan(MixPlan.from_code(code).blocks, num_states).resolve(length).compact()
-    return Compact(used, plan.code, plan.num_columns, plan.num_blocks, not lower(plan).num_sums)
+    return used, plan.code, plan.num_columns, plan.num_blocks, not lower(plan).num_sums
 
 
 def check_mix(

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import igva_kernels as ik
 from igva_kernels import MixPlan
+from igva_kernels.ops.weighted_mix.checks import compact
 from igva_kernels.ops.weighted_mix.steps import Needs
 from igva_kernels.testing import relative_error, within_rule
 
@@ -314,3 +315,8 @@ with FlopCounterMode(display=False) as counter:
 assert counter.get_total_flops() == 2 * 2 * 5 * 8 * 4, counter.get_total_flops()
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_what_the_compiler_unpacks_as_a_constant_is_a_plain_tuple():
+    """Torch 2.11 cannot unpack a named one."""
+    assert type(compact(IGVA.code, IGVA.num_states, 7)) is tuple
