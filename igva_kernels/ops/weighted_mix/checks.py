@@ -15,7 +15,6 @@ from igva_kernels.runtime.activations import check_activation
 from igva_kernels.runtime.context import cached_constant, check_storage, has_values, is_distributed, records_gradients
 from igva_kernels.runtime.dense import accumulation_dtype, why_no_float
 
-
 Compact = tuple[tuple[int, ...], str, int, int, bool]
 """A plan over the layers that it reads: which of the hidden states these are, the plan's code over them, its columns
 and blocks, and whether all blocks are taps. A plain tuple, since torch 2.11 cannot unpack a constant named tuple."""
