@@ -63,6 +63,7 @@ def timed(card, monkeypatch):
         return 5.0 + next(ticks) % 7
 
     monkeypatch.setattr(tune, "time_us", time_us)
+    monkeypatch.setattr(tune, "wall_us", lambda job: 100.0)
     return rates
 
 
@@ -79,8 +80,12 @@ def test_a_tuned_card_uses_its_file(card, timed):
     assert len(lines) >= 1 + len(tuned.rows) + len(tuned.gemms)
 
 
-def test_auto_takes_the_backend_that_was_faster_on_this_card(card, timed, monkeypatch):
-    times = {"slow": 7.0, "fast": 5.0}
+@pytest.mark.parametrize(
+    ("times", "by_the_clock"),
+    [({"slow": 7.0, "fast": 5.0}, {}), ({"slow": 5.0, "fast": 5.0}, {"slow": 400.0})],
+    ids=["by its kernels", "by what a call takes the host"],
+)
+def test_auto_takes_the_backend_that_was_faster_on_this_card(times, by_the_clock, card, timed, monkeypatch):
     made_up = {name: Backend(name, rank, ("cuda", "cpu"), lambda *_: None) for rank, name in enumerate(times)}
     named = {name: SimpleNamespace(name=name, why_not=lambda *_: None) for name in times}
     weighted_mix = registry.operators()["weighted_mix"]
@@ -89,6 +94,7 @@ def test_auto_takes_the_backend_that_was_faster_on_this_card(card, timed, monkey
     monkeypatch.setattr(weighted_mix, "implementation", named.get)
     monkeypatch.setattr(tuning, "block", lambda implementation, batch: implementation.name)
     monkeypatch.setattr(tune, "time_us", lambda job: times.get(job, 6.0) if isinstance(job, str) else 6.0)
+    monkeypatch.setattr(tune, "wall_us", lambda job: by_the_clock.get(job, 100.0))
     _, tuned = tune.tune()
     assert tuned.backends == ("fast", "slow")
     assert weighted_mix.select("auto", torch.device("cuda", 0), torch.bfloat16, ()) == "fast"
@@ -107,6 +113,13 @@ def test_a_write_that_breaks_off_leaves_the_earlier_file(card, timed, monkeypatc
     with pytest.raises(OSError, match="no space"):
         tune.tune()
     assert path.read_text() == earlier
+
+
+def test_a_file_that_does_not_know_the_fused_gemm_says_nothing_about_it(card):
+    shipped = config.shipped("sm_90")
+    (card / "Made_up_Card_1.json").write_text(replace(shipped, status="measured on it", faster_from={}).to_json())
+    assert config.of_device(0).status == "measured on it"
+    assert config.of_device(0).faster_from == shipped.faster_from == {"weighted_mix.gemm_sm90": (4616, 1024)}
 
 
 def test_a_kernel_that_was_written_later_takes_the_shipped_tiles(card):
