@@ -121,7 +121,7 @@ def _of_connector(workload: Connector, device: str) -> list[Provider]:
     graph = not case.image_index
     found = [Provider(n, label, partial(bind, workload, f), in_graph=graph) for n, (label, f) in forms.items()]
     if "cuda" in able and case.op != "layer_mix" and cuda_gemm.why_not_capability(torch.cuda.current_device()) is None:
-        label = "igva_kernels, cuda, fused GEMMs"
+        label = "igva_kernels, cuda, overlapped GEMM"
         found.append(Provider("cuda-fused", label, partial(_bind_fused, workload), in_graph=graph))
     if case.op == "layer_mix":
         copy = Provider("copy", "copy of the same bytes", partial(_copy, workload), is_floor=True)
@@ -185,7 +185,7 @@ def bind(workload: Connector, forward: Callable[[Inputs], Tensor], inputs: Input
 
 
 def _bind_fused(workload: Connector, inputs: Inputs) -> Bound:
-    """The CUDA backend with the GEMMs that an environment variable switches on, read at every call."""
+    """The CUDA backend with the GEMM that an environment variable forces on, read at every call."""
 
     def switched_on(call: Call) -> Call:
         def run() -> Any:

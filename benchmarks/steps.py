@@ -330,13 +330,13 @@ class _Background:
         until = min(self.start + self.step.limit, self.runner.deadline - LEAST)
         while self.is_running() and time.monotonic() < until:
             time.sleep(0.05)
-        self.kill()
+        self.kill("over its limit")
 
-    def kill(self) -> None:
+    def kill(self, why: str = "ended with the last step") -> None:
         """Ends it."""
         if self.status is None:
             _kill(self.process, self.token)
-            self._end("over its limit")
+            self._end(why)
 
     def _end(self, status: int | str, why: str = "") -> None:
         self.status = status

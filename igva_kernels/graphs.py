@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from enum import Enum
@@ -96,6 +97,8 @@ class Graphed(Generic[P, T]):
         self._cards: dict[torch.device, _Card] = {}
         self._seen: Snapshot | None = None
         self._lock = threading.RLock()
+        # What a graph reads is freed with this object, while its last replay may still run.
+        weakref.finalize(self, _wait_for, self._cards).atexit = False
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         """What ``function`` returns for these arguments."""
@@ -121,8 +124,7 @@ class Graphed(Generic[P, T]):
     def reset(self) -> None:
         """Drops every graph and its memory."""
         with self._lock:
-            for device in self._cards:
-                torch.cuda.synchronize(device)  # a replay may still read what is freed here
+            _wait_for(self._cards)  # a replay may still read what is freed here
             self._graphs.clear()
             self._seen = None
 
@@ -215,16 +217,22 @@ class Graphed(Generic[P, T]):
 
     def _replay(self, graph: _Graph, tensors: list[Tensor]) -> Any:
         stream = torch.cuda.current_stream()
-        if graph.card.last not in (None, stream):
-            stream.wait_stream(graph.card.last)
-        graph.card.last = stream
+        stream.wait_event(graph.card.last)
         if tensors:
             with torch.no_grad():
                 torch._foreach_copy_(graph.inputs, tensors)
         graph.graph.replay()
-        if not self.copy_outputs:
-            return tree_unflatten(graph.outputs, graph.structure)
-        return tree_unflatten([o.clone() if isinstance(o, Tensor) else o for o in graph.outputs], graph.structure)
+        outputs = graph.outputs
+        if self.copy_outputs:
+            outputs = [output.clone() if isinstance(output, Tensor) else output for output in outputs]
+        graph.card.last.record(stream)
+        return tree_unflatten(outputs, graph.structure)
+
+
+def _wait_for(cards: Iterable[torch.device]) -> None:
+    """Waits until the devices have ended what was asked of them."""
+    for device in cards:
+        torch.cuda.synchronize(device)
 
 
 class _Card:
@@ -235,8 +243,9 @@ class _Card:
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self.stream = stream
-        self.last: torch.cuda.Stream | None = None
-        """The stream of the latest replay."""
+        self.last = torch.cuda.Event()
+        """The end of the latest replay, for which the next one waits, on whichever stream: an event, because the stream
+        may be gone by then."""
 
 
 class _Graph(NamedTuple):

@@ -161,9 +161,9 @@ class Operator:
         if backend == REFERENCE:
             return "; ".join(["no backend has kernels for it here", *others])
         able = self.candidates(device, dtype, *demands)
-        first = (
-            f"the fastest of {', '.join(able)} on this device" if len(able) > 1 else "the only one that can serve it"
-        )
+        first = "the only one that can serve it"
+        if len(able) > 1:
+            first = f"the first of {', '.join(able)} in the table of this device"
         return "; ".join([first, *others])
 
     def passed_over(self, device: torch.device, dtype: torch.dtype, *demands: Any) -> dict[str, str]:

@@ -80,7 +80,7 @@ def tune(
         rates = _rates(index)
         log(f"{rates}")
         card = torch.cuda.get_device_name(index)
-        blank = replace(shipped, status=f"measured on {card}", rates=rates)
+        blank = replace(shipped, status=f"measured on {card}", rates=rates, faster_from={})
         jobs = [tuning for _, tuning in _tunings()]
         tuned = replace(
             blank,

@@ -133,12 +133,13 @@ def is_plain(tensor: Tensor) -> bool:
 
 def is_unobserved() -> bool:
     """Whether nothing around a call would notice that it does not pass torch's dispatcher: gradients that are recorded,
-    a compiler, a tracer, a function mode, a profiler, forward-mode AD. Dispatch modes, transforms and autocast are
-    known by the tensors' layout (``layouts``)."""
+    a compiler, a tracer, a function or dispatch mode, a profiler, forward-mode AD. Transforms and autocast are known
+    by the tensors' layout (``layouts``)."""
     return not (
         torch.compiler.is_compiling()
         or records_gradients()
         or torch._C._is_torch_function_mode_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._autograd._profiler_enabled()
         or getattr(forward_ad, "_current_level", 0) >= 0
     )

@@ -70,17 +70,30 @@ def carried_bounds(ttir):
     Triton (3.6 and 3.7) compiles them wrongly, and says nothing: the inner loop begins with the outer one's first value
     in every pass. The interpreter does not do so.
     """
-    found, carried = [], set()
+    found, carried, around = [], set(), []
     for line in ttir.splitlines():
-        text = line.partition(" loc(")[0]
+        text = line.partition(" loc(")[0].strip()
         results, _, operation = text.partition(" = ")
-        loop = re.search(r"scf\.for %\w+ = (%\w+) to (%\w+)", text)
+        names = set(re.findall(r"%\w+", results))
+        loop = re.match(r"(?:.* = )?scf\.for %\w+ = (%[\w#]+) to (%[\w#]+)", text)
         if loop is not None:
-            found += [text.strip()] if carried & set(loop.groups()) else []
+            found += [text] if _are_carried(loop.groups(), carried) else []
             carried |= set(re.findall(r"(%\w+) = %", text.partition("iter_args(")[2]))
-        elif carried & set(re.findall(r"%\w+", operation)):
-            carried |= set(re.findall(r"%\w+", results))
+        elif _are_carried(re.findall(r"%[\w#]+", operation or text), carried):
+            carried |= names
+            # What a condition or a loop inside a loop passes on.
+            if text.startswith("scf.yield") and any(is_loop for _, is_loop in around[:-1]):
+                carried |= around[-1][0]
+        opens, closes = line.rstrip().endswith("{"), text.startswith("}")
+        if opens and not closes:
+            around.append((names, loop is not None))
+        elif closes and not opens:
+            around.pop()
     return found
+
+
+def _are_carried(names, carried):
+    return any(name.partition("#")[0] in carried for name in names)
 
 
 def specialised(launch):

@@ -154,9 +154,11 @@ def test_a_tensor_that_nobody_would_miss_is_refused():
 def test_a_tensor_inside_a_list_of_an_operator_is_seen():
     states = [torch.randn(2, 5, 8) for _ in range(3)]
     plan = MixPlan.concat([0, 1, 2])
-    assert reads(lambda *states: ik.layer_mix(states, plan), *states).shape == (2, 5, 24)
-    with pytest.raises(ValueError, match=r"shape \(2, 5, 8\)"):
-        reads(lambda *some: ik.layer_mix([*some, states[2]], plan), *states[:2])
+    with torch.no_grad():
+        for _ in range(2):  # the second layout is known
+            assert reads(lambda *states: ik.layer_mix(states, plan), *states).shape == (2, 5, 24)
+            with pytest.raises(ValueError, match=r"shape \(2, 5, 8\)"):
+                reads(lambda *some: ik.layer_mix([*some, states[2]], plan), *states[:2])
 
 
 def test_a_function_that_looks_at_values_is_refused():

@@ -6,7 +6,7 @@
 // two runs of points. Every sum has one owner and a fixed order, and nothing is rounded but at its end.
 //
 // levels_grad_resident_kernel sorts the points of a head and level in shared memory and has 128 bytes of every row of the
-// gradient of the output there as well. Modelled (MMFuser's shape, see attend.cu; not measured): 9,216 reads of a row per
+// gradient of the output there as well. Modelled (MMFuser's shape, see attend.cu; docs/gpu.md has measured all gradients together): 9,216 reads of a row per
 // head and level, of 8 lanes each, which take 24,000 cycles of a multiprocessor to issue: 6.6 us per image on 132.
 // Where that does not fit, points_kernel writes the points and the numbers of their cells to memory, torch sorts these,
 // and sorted_grad_kernel gathers.

@@ -220,6 +220,7 @@ struct Sums {
 // in IGVA's plan. How many it has is not asked then, and lane t keeps what term t needs.
 template <class T, bool sixes>
 __device__ void mix_rows(const GemmParams& params, MixMemory& memory, int* counters, int warp, int lane) {
+  static_assert(!sixes || max_entries / 6 <= 32, "a lane keeps what one term needs");
   using Unit = uint4[mix_loads][mix_vectors][32];
   constexpr int V = vector_width<T>, piece_width = mix_vectors * 32 * V, units_a_term = 6 / mix_loads;
   const MixParams& mix = params.mix;

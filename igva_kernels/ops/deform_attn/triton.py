@@ -16,7 +16,8 @@ levels NaN for its whole batch row and head, also where plain torch would spoil 
 are done as have 32 MiB of such integers, at least one: their memory is that, or 8 bytes for each element of the largest
 level.
 
-Modelled, and not timed, for MMFuser in bf16 (24 x 24, 4 levels, 4 points, 16 heads of 64) an image: levels, sampling,
+Modelled for MMFuser in bf16 (24 x 24, 4 levels, 4 points, 16 heads of 64) an image; measured on an H100 at B 16: 9.6 us
+for the forward, 117 for all gradients. Levels, sampling,
 logits and output are 7.7 MB of memory, 1.8 us at 4.3 TB/s; the gathers are 75 MB from the caches, 14 us at 5.5 TB/s if
 L1 had none of them. Gradients of sampling and logits gather as much; those of the levels are 38 million additions of
 8 bytes in the L2 cache, and 19 MB of integers that are cleared, and read.

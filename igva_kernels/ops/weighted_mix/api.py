@@ -85,7 +85,8 @@ def layer_mix_linear(
         ValueError, TypeError, NotImplementedError: as in ``layer_mix``.
     """
     projector = Projector(weight, bias, None, None, norm, activation)
-    return _run(Call(hidden_states, plan, mix_weights, skip_tokens, image_index, impl, projector), ("weight", "bias"))
+    names = ("weight", "bias")
+    return _run(Call(hidden_states, plan, mix_weights, skip_tokens, image_index, impl, projector, names))
 
 
 def layer_mix_mlp(
@@ -121,9 +122,9 @@ def layer_mix_mlp(
     """
     call = Call(
         hidden_states, plan, mix_weights, skip_tokens, image_index, impl,
-        Projector(weight1, bias1, weight2, bias2, norm, activation),
+        Projector(weight1, bias1, weight2, bias2, norm, activation), ("weight1", "bias1", "weight2", "bias2"),
     )  # fmt: skip
-    return _run(call, ("weight1", "bias1", "weight2", "bias2"))
+    return _run(call)
 
 
 def check_impl(impl: str, device: torch.device, dtype: torch.dtype, activation: str | None = None) -> None:
@@ -136,14 +137,13 @@ def check_impl(impl: str, device: torch.device, dtype: torch.dtype, activation: 
     op.OPERATOR.select(impl, device, dtype, (), activation)
 
 
-def _run(call: Call, names: Sequence[str] = ()) -> Tensor:
-    """Errors call the projector's weights by ``names``."""
+def _run(call: Call) -> Tensor:
     key = inference.key_of(call)
     out = None if key is None else inference.run(call, key)
     if out is not None:
         return out
     mix = check_mix(call.hidden_states, call.plan, call.mix_weights, call.skip_tokens, call.image_index)
-    projector = None if call.projector is None else check_projector(mix, call.projector, names)
+    projector = None if call.projector is None else check_projector(mix, call.projector, call.names)
     backend = _select(call.impl, mix, projector)
     if backend == REFERENCE:
         return _reference_rows(mix) if projector is None else project_as_published(mix, projector)

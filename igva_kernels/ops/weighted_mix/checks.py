@@ -207,6 +207,8 @@ def check_mix_weights(
         )
     if mix_weights.device != first.device:
         raise ValueError(f"{name}: need device {first.device} as the hidden states, got {mix_weights.device}")
+    if not torch.compiler.is_compiling():  # compiled code has no storage to look at
+        check_storage(name, mix_weights)
     wide = accumulation_dtype(first.dtype)
     if mix_weights.dtype == wide and mix_weights.shape[0] == num_rows:
         return mix_weights

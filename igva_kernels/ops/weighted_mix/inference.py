@@ -33,6 +33,8 @@ class Call(NamedTuple):
     image_index: Any
     impl: Any
     projector: Projector | None = None
+    names: tuple[str, ...] = ()
+    """What errors call the projector's weights: which operator it is."""
 
 
 class Checked(NamedTuple):
@@ -52,14 +54,15 @@ _CHECKED: Layouts[Checked] = Layouts()
 
 def key_of(call: Call) -> Key | None:
     """What the call is remembered by; None where it must go the long way."""
-    states, plan, mix_weights, skip_tokens, index, impl, projector = call
+    states, plan, mix_weights, skip_tokens, index, impl, projector, names = call
     if not is_unobserved() or is_explaining() or type(plan) is not MixPlan or type(states) not in (list, tuple):
         return None
     if type(skip_tokens) is not int or type(impl) is not str or impl == REFERENCE:
         return None
     used, code, *_ = compact(plan.code, plan.num_states, len(states))
     optional: list[Any] = [mix_weights, index]
-    constants: tuple[Any, ...] = (code, skip_tokens, impl)
+    # The shape of a layer is part of its layout, too; as a constant it keeps the search short where batches vary.
+    constants: tuple[Any, ...] = (code, skip_tokens, impl, names, getattr(states[used[0]], "shape", None))
     if projector is not None:
         *weights, norm, activation = projector
         if activation is not None and type(activation) is not str:
@@ -81,7 +84,7 @@ def run(call: Call, key: Key) -> Tensor | None:
         return None
     code, plan, strides, wide = checked
     layers, projector, mix_weights = key.tensors[: len(strides)], call.projector, call.mix_weights
-    if not all(map(Tensor.data_ptr, key.tensors[len(strides) :])):
+    if not all([tensor.untyped_storage().size() for tensor in key.tensors[len(strides) :]]):
         return None  # a weight was freed, which its layout does not show
     first, activation = layers[0], None if projector is None else projector.activation
     backend = choose(OPERATOR.name, call.impl, first.device, first.dtype, (activation, code))
@@ -99,6 +102,8 @@ def run(call: Call, key: Key) -> Tensor | None:
 
 def remember(key: Key, call: Call, mix: Mix) -> None:
     """Remembers that a call has passed the checks, unless something must be made of its tensors first."""
+    if _CHECKED.get(key) is not None:
+        return
     if autocast_dtype(mix.layers[0].device) is not None or not all(map(is_plain, key.tensors)):
         return
     norm = () if call.projector is None or call.projector.norm is None else call.projector.norm[:2]

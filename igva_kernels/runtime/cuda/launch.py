@@ -91,8 +91,12 @@ class on_device_of:
             return 0
         # What torch.cuda.device and torch.cuda.current_stream do, at a quarter of their time.
         self._before = torch.cuda._exchange_device(self._index)
-        module().set_device(self._index)
-        stream: int = torch._C._cuda_getCurrentRawStream(self._index)
+        try:
+            module().set_device(self._index)
+            stream: int = torch._C._cuda_getCurrentRawStream(self._index)
+        except BaseException:
+            self.__exit__()
+            raise
         return stream
 
     def __exit__(self, *_: object) -> None:

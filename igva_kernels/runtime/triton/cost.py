@@ -65,7 +65,7 @@ def why(config: Config, kernel: str, dtype: torch.dtype) -> str:
         return "Triton's exact fp32 product leaves the matrix units idle"
     if all(tile.efficiency is None for tile in config.gemms[kernel]):
         return "nobody has measured Triton's product on such a card; `igva-kernels tune` does"
-    return f"by the {config.status} table of such cards"
+    return f"by the table of such cards, {config.status}"
 
 
 @lru_cache(maxsize=1024)

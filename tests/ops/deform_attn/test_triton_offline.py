@@ -11,7 +11,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile", allow_module_level=True)
 pytest.importorskip("triton")
 
-from triton_build import build, record, specialised
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton_build import build, carried_bounds, record, specialised
 
 from igva_kernels.ops.deform_attn.geometry import BOXES, GRID, POINTS, Geometry
 from igva_kernels.ops.deform_attn.triton import IMPLEMENTATION
@@ -73,6 +77,36 @@ def test_kernels_gather_16_bytes_at_a_time_keep_to_their_registers_and_fuse_no_p
     # Neighbours in a row are added by neighbours in a warp, with no exchange between them.
     added = built["levels_grad_kernel"]
     assert added.ptx.count("atom.global.gpu.relaxed.add.u64") == 4 * 4 and added.shared <= 64
+
+
+@triton.jit
+def from_the_pass_before(out, LEVELS: tl.constexpr, HOW: tl.constexpr):
+    """Loops over all points, whose levels begin where the ones before ended."""
+    first = 0
+    for level in range(LEVELS):
+        last = first + 4
+        if HOW == "condition":
+            if tl.load(out) > 0:
+                last = first + 5
+        elif HOW == "loop":
+            for _ in range(3):
+                last += 1
+        if HOW == "from the level":
+            for i in range(level * 4, level * 4 + 4):
+                tl.store(out + i, level)
+        else:
+            for i in range(first, last):
+                tl.store(out + i, level)
+        first = last
+
+
+@pytest.mark.parametrize("how", ["directly", "condition", "loop", "from the level"])
+def test_a_loop_that_begins_where_the_pass_before_ended_is_found(how):
+    """The compiler gets it wrong, on a card only."""
+    given = {"signature": {"out": "*i32", "LEVELS": "constexpr", "HOW": "constexpr"}}
+    source = ASTSource(from_the_pass_before, **given, constexprs={(1,): 3, (2,): how})
+    ttir = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ttir"]
+    assert len(carried_bounds(ttir)) == (how != "from the level")
 
 
 def test_images_of_another_size_compile_nothing_anew(monkeypatch):

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU, beyond what every implementation must do there: sizes, and on Hopper the fused GEMMs,
+"""The CUDA kernels on a GPU, beyond what every implementation must do there: sizes, and on Hopper the fused GEMM,
 whose flags and ticket go through thousands of launches.
 
 `python tests/ops/weighted_mix/test_cuda_gpu.py` is a small run of every kernel for compute-sanitizer (memcheck,
@@ -158,6 +158,18 @@ def test_launches_on_several_streams_and_replays_beside_them_keep_the_bits(fused
     assert not wrong.any()
 
 
+def test_a_stream_that_is_not_torchs_own_gets_counters_of_its_own(fused):
+    """Its handle may belong to another stream while its work still runs."""
+    block = Block("cuda", grad=False)
+    expected, taken = block(), dict(gemm.counters.of_streams)
+    own = torch.cuda.ExternalStream(torch.cuda.Stream().cuda_stream)
+    own.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(own):
+        out = block()
+    own.synchronize()
+    assert torch.equal(out, expected) and gemm.counters.of_streams == taken
+
+
 def sanitize():
     """Every kernel once, at odd and even sizes; small, because a sanitizer is slow."""
     for fused_gemm in (False, True):
@@ -186,15 +198,3 @@ def sanitize():
 
 if __name__ == "__main__":
     sanitize()
-
-
-def test_a_stream_that_is_not_torchs_own_gets_counters_of_its_own(fused):
-    """Its handle may belong to another stream while its work still runs."""
-    block = Block("cuda", grad=False)
-    expected, taken = block(), dict(gemm.counters.of_streams)
-    own = torch.cuda.ExternalStream(torch.cuda.Stream().cuda_stream)
-    own.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(own):
-        out = block()
-    own.synchronize()
-    assert torch.equal(out, expected) and gemm.counters.of_streams == taken

@@ -14,13 +14,13 @@ BY_DEFAULT, FUSED = "0", "1"
 VARIANTS = [
     pytest.param((param.values[0].impl, switch), id=name, marks=param.marks)
     for param in harness.subjects("weighted_mix", "cuda")
-    for switch, name in ((BY_DEFAULT, param.values[0].impl), (FUSED, f"{param.values[0].impl}, fused GEMMs"))
+    for switch, name in ((BY_DEFAULT, param.values[0].impl), (FUSED, f"{param.values[0].impl}, fused GEMM"))
 ]
 
 
 @pytest.fixture(params=VARIANTS)
 def impl(request, monkeypatch):
-    """Each implementation, and once more with its fused GEMMs switched on if it has any."""
+    """Each implementation, and once more with its fused GEMM switched on if it has any."""
     impl, switch = request.param
     monkeypatch.setenv(gemm.SWITCH, switch)
     if switch == FUSED:

@@ -53,7 +53,8 @@ class CudaWeightedMix(CudaDense, WeightedMix):
         if reason is not None:
             return [f"fused GEMM: no: {reason}"]
         least = None if os.environ.get(gemm.SWITCH) == "1" else gemm.least_size(index)
-        return [f"fused GEMM: yes, {f'{gemm.SWITCH}=1' if least is None else 'from {} x {} on'.format(*least)}"]
+        since = f"{gemm.SWITCH}=1" if least is None else f"from {least.rows} rows and {least.columns} columns on"
+        return [f"fused GEMM: yes, {since}"]
 
     def mix(self, args: MixArgs, dtype: torch.dtype, norm: Norm | None = None, keep: Keep = Keep.NOTHING) -> Mixed:
         """The mixed rows, rounded once to ``dtype``; ``norm`` is applied to the unrounded rows."""

@@ -195,7 +195,8 @@ class Counters:
     """Parts of the module's counters, which every launch finds and leaves at zero (gemm_sm90.cu).
 
     Launches on one stream come one after the other and share a part. A launch that a graph captures gets a part of its
-    own for good, because a graph may be replayed on any stream, but never beside itself.
+    own for good, because a graph may be replayed on any stream, but never beside itself: torch instantiates a capture
+    once. Who takes the raw graph and instantiates it twice must not run both at once.
     """
 
     OF_A_STREAM = 1024
