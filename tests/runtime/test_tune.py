@@ -72,7 +72,8 @@ def test_a_tuned_card_uses_its_file(card, timed):
     shipped, lines = config.shipped("sm_90"), []
     path, tuned = tune.tune(log=lines.append)
     assert path == card / "Made_up_Card_1.json"
-    assert config.of_device(0).to_json() == tuned.to_json() == path.read_text()
+    assert tuned.to_json() == path.read_text() and tuned.faster_from == {}  # it does not measure these kernels
+    assert config.of_device(0).to_json() == replace(tuned, faster_from=shipped.faster_from).to_json()
     assert tuned.status == "measured on Made-up Card 1"
     assert tuned.rates == timed
     assert set(tuned.gemms) == set(shipped.gemms)
