@@ -146,7 +146,7 @@ class Runner:
                         self._run(step, min(step.limit, left))
             finally:
                 if beside is not None:
-                    beside.kill()
+                    beside.kill("ended with the last step")
         self.record("end", {"seconds": round(time.monotonic() - self.start, 1)})
 
     def _next(self, waiting: Sequence[Step], beside: _Background | None) -> Step:
@@ -330,9 +330,9 @@ class _Background:
         until = min(self.start + self.step.limit, self.runner.deadline - LEAST)
         while self.is_running() and time.monotonic() < until:
             time.sleep(0.05)
-        self.kill("over its limit")
+        self.kill()
 
-    def kill(self, why: str = "ended with the last step") -> None:
+    def kill(self, why: str = "over its limit") -> None:
         """Ends it."""
         if self.status is None:
             _kill(self.process, self.token)
