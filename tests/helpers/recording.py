@@ -27,7 +27,7 @@ class Dispatched(TorchDispatchMode):
         return [func.name().partition("::")[2] for func, _ in self.calls]
 
 
-class _Called(TorchFunctionMode):
+class Called(TorchFunctionMode):
     """The same for what Python calls, with tensors as autograd sees them; what autograd itself calls is not seen."""
 
     def __init__(self):
@@ -45,7 +45,7 @@ def registered_calls(case, impl, seed, detached=False):
 
     The tensors of a forward require gradients as in the case, unless ``detached``; those of a backward never do.
     """
-    with _Called() as called, Dispatched() as dispatched:
+    with Called() as called, Dispatched() as dispatched:
         results = case.run(case.draw(seed, torch.float32, "cpu"), impl)
     assert called.calls, "what is not registered, no profiler or compiler sees"
     calls = {func: tree_map_only(torch.Tensor, torch.Tensor.detach, args) for func, args in dispatched.calls}

@@ -11,7 +11,7 @@ from igva_kernels.runtime import native
 from igva_kernels.runtime.cpu import products
 from igva_kernels.runtime.dense import Dense
 from igva_kernels.runtime.operands import activation_of, address, dtype_of, matrix
-from igva_kernels.runtime.routes import took
+from igva_kernels.runtime.routes import is_explaining, took
 
 PRODUCT_BYTES = 24 << 20
 """The most bytes that one of our products works in, where nothing else is said: with less, it packs operands again."""
@@ -81,11 +81,11 @@ class CpuDense(Dense):
 
 def multiplies(x: Tensor, weight: Tensor) -> bool:
     """Whether our own products compute ``x @ weight``, and not torch's library."""
-    route = products.route(weight.dtype)
     is_wide = torch.float64 in (x.dtype, weight.dtype)
-    own = route.library == products.OWN and not is_wide and x.numel() > 0 and weight.numel() > 0
-    why = products.describe(torch.float64) if is_wide else route.reason
-    took(f"products in {str(weight.dtype)[6:]}, cpu", products.OWN if own else products.TORCH, why)
+    own = products.is_own(weight.dtype) and not is_wide and x.numel() > 0 and weight.numel() > 0
+    if is_explaining():
+        reason = products.route(torch.float64 if is_wide else weight.dtype).reason
+        took(f"products in {str(weight.dtype)[6:]}, cpu", products.OWN if own else products.TORCH, reason)
     return own
 
 

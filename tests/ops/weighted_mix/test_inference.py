@@ -2,15 +2,13 @@
 
 import gc
 import weakref
-from collections import Counter
 
 import pytest
 import torch
 from block import IGVA, make
+from recording import Called, Dispatched
 from threads import in_threads
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import igva_kernels as ik
 from igva_kernels.ops.weighted_mix import api, inference
@@ -116,30 +114,6 @@ def test_a_known_layout_hides_no_wrong_argument(quick_impl):
         indexed(0, 2)
 
 
-class Functions(TorchFunctionMode):
-    """Counts what it sees by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = Counter()
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.seen[str(func)] += 1
-        return func(*args, **(kwargs or {}))
-
-
-class Operators(TorchDispatchMode):
-    """The same, below autograd."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen[str(func)] += 1
-        return func(*args, **(kwargs or {}))
-
-
 @torch.no_grad()
 def test_what_happens_around_a_call_of_a_known_layout_is_noticed(quick_impl, long_ways):
     states, weights, params = make()
@@ -148,11 +122,11 @@ def test_what_happens_around_a_call_of_a_known_layout_is_noticed(quick_impl, lon
     def call():
         return mlp(states, weights, params, quick_impl)
 
-    for mode in (Functions, Operators):
+    for mode in (Called, Dispatched):
         with mode() as around:
             call()
             call()  # by now the layout is known in this mode, too
-        assert sum(count for name, count in around.seen.items() if "projector" in name) == 2, mode.__name__
+        assert [func.name() for func, _ in around.calls].count("igva_kernels::projector") == 2, mode.__name__
     with torch.profiler.profile() as profiled:
         call()
     assert any("projector" in event.name for event in profiled.events())

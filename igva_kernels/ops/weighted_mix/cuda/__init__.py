@@ -133,8 +133,7 @@ class CudaWeightedMix(CudaDense, WeightedMix):
         if reason is not None:
             took("weighted_mix, cuda: first product", "the mix kernel, cuBLAS and the activation", reason)
             return super().mix_linear(args, projector, keep, keep_z)
-        why = f"{gemm.SWITCH}=1" if os.environ.get(gemm.SWITCH) == "1" else "it was measured to be faster on such cards"
-        took("weighted_mix, cuda: first product", "one kernel that mixes and multiplies", why)
+        took("weighted_mix, cuda: first product", "one kernel that mixes and multiplies", gemm.why_taken)
         sums = args.new_sums() if keep == Keep.SOURCES else []
         y, z = gemm.run(args, projector.weight1, projector.bias1, projector.activation, keep_z, sums)
         return y, z, Mixed(None, None, sums)

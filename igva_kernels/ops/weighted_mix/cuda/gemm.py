@@ -140,6 +140,11 @@ def why_not_device(index: int, size: ProductSize | None = None) -> str | None:
     return None
 
 
+def why_taken() -> str:
+    """What ``explain`` tells of a call that took it."""
+    return f"{SWITCH}=1" if os.environ.get(SWITCH) == "1" else "it was measured to be faster on such cards"
+
+
 def least_size(index: int) -> ProductSize | None:
     """From which product on it was measured to be faster; None where nobody measured it."""
     return of_device(index).faster_from.get(KERNEL)
